@@ -1,0 +1,1 @@
+"""From labelled structures on disk to balanced batches: formats, store, neighbour lists, splits, sampler."""

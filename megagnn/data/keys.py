@@ -1,0 +1,38 @@
+"""Names of the tensors in a batch, with their shapes and units, said once.
+
+A batch is a plain ``dict[str, Tensor]``. Letters of shapes: N atoms, B structures, E directed edges of the batch.
+Units: Å, eV, eV/Å, eV/Å^3 (stress, tension positive). Cell rows are lattice vectors.
+
+An edge points from its source j (sender) to its destination i (receiver): ``edge_index[0] = i``, ``edge_index[1] = j``,
+sorted by i, then j, then shift, and ``r_ij = x_j + S_ij @ cell - x_i``.
+"""
+
+from typing import Final
+
+# Structure of the graph
+ATOMIC_NUMBERS: Final = "atomic_numbers"  # (N,) int64 | atomic numbers, 1..118
+POSITIONS: Final = "positions"  # (N, 3) float | Å
+CELL: Final = "cell"  # (B, 3, 3) float | Å, rows are lattice vectors; zeros if nothing is periodic
+PBC: Final = "pbc"  # (B, 3) bool | periodic along each lattice vector
+BATCH: Final = "batch"  # (N,) int64 | structure of each atom
+NUM_ATOMS: Final = "num_atoms"  # (B,) int64
+GRAPH_PTR: Final = "graph_ptr"  # (B + 1,) int64 | first atom of each structure
+EDGE_INDEX: Final = "edge_index"  # (2, E) int64 | row 0 destination i, row 1 source j
+CELL_SHIFTS: Final = "cell_shifts"  # (E, 3) float | whole numbers S of lattice vectors
+ROW_PTR: Final = "row_ptr"  # (N + 1,) int64 | CSR: edges row_ptr[i]:row_ptr[i + 1] have destination i
+SOURCE_PTR: Final = "source_ptr"  # (N + 1,) int64 | CSC: edges source_perm[source_ptr[j]:source_ptr[j + 1]]
+SOURCE_PERM: Final = "source_perm"  # (E,) int64 |   have source j (stable sort by source)
+
+# Labels, zero where missing. A model's output dict uses the same first three names.
+ENERGY: Final = "energy"  # (B,) float64 | total energy, eV
+FORCES: Final = "forces"  # (N, 3) float | eV/Å
+STRESS: Final = "stress"  # (B, 3, 3) float | eV/Å^3
+HAS_ENERGY: Final = "has_energy"  # (B,) bool
+HAS_FORCES: Final = "has_forces"  # (B,) bool
+HAS_STRESS: Final = "has_stress"  # (B,) bool
+FIXED: Final = "fixed"  # (N,) bool | atom held fixed by the labeller
+
+# Where a structure comes from
+SOURCE: Final = "source"  # (B,) int64 | index into the data set's source table
+LEVEL: Final = "level"  # (B,) int64 | index into its table of levels of theory
+STRUCTURE: Final = "structure"  # (B,) int64 | index of the structure in the data set

@@ -1,0 +1,141 @@
+"""Neighbour lists: which atoms see each other within a cutoff, periodic images included.
+
+Pairs and shifts are constants; models recompute the vectors from positions and cell, so that derivatives of any order
+and the strain derivative come out right.
+"""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import vesin
+from numpy.typing import ArrayLike, NDArray
+
+# Below this many atoms a dense distance matrix is faster than a cell list (15 atoms: 30 µs against 110 µs).
+DENSE_ATOMS = 64
+
+
+def neighbour_list(
+    positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float, self_edges: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Directed edges between atoms closer than ``cutoff``, in a deterministic order.
+
+    Args:
+        positions: (N, 3), Å; atoms may lie outside the cell.
+        cell: (3, 3), Å, rows are lattice vectors; vectors along non-periodic directions may be zero.
+        pbc: (3,) bool.
+        cutoff: Å.
+        self_edges: add the edge (i, i, shift 0) to every atom.
+
+    Returns:
+        ``edge_index`` (2, E): row 0 destination i, row 1 source j, and ``shifts`` (E, 3) whole numbers S with
+        r_ij = x_j + S @ cell - x_i; sorted by i, then j, then S.
+
+    Raises:
+        ValueError: positions or cell not finite or of the wrong shape, a cutoff that is not positive, or periodic
+            lattice vectors that are not linearly independent.
+    """
+    points = np.ascontiguousarray(positions, dtype=np.float64)
+    periodic = np.asarray(pbc, dtype=bool)
+    box = _check(points, np.asarray(cell, dtype=np.float64), periodic, cutoff)
+    if not periodic.any() and len(points) <= DENSE_ATOMS:
+        return _dense(points, cutoff, self_edges)
+    calculator = vesin.NeighborList(cutoff=cutoff, full_list=True, n_threads=1)
+    pairs, raw_shifts = calculator.compute(points, box, periodic, "PS", copy=False)
+    edge_index, shifts = pairs.T.astype(np.int64), raw_shifts.astype(np.int64)
+    if self_edges:
+        loops = np.arange(len(points))
+        edge_index = np.concatenate([edge_index, np.stack([loops, loops])], axis=1)
+        shifts = np.concatenate([shifts, np.zeros((len(points), 3), dtype=np.int64)])
+    order = _sort_order(edge_index, shifts, len(points))
+    return edge_index[:, order], shifts[order]
+
+
+def brute_force_neighbour_list(
+    positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float, self_edges: bool = False
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The same list by trying every pair and every image: the oracle of the tests, O(N^2 images)."""
+    points = np.asarray(positions, dtype=np.float64)
+    periodic = np.asarray(pbc, dtype=bool)
+    box = _check(points, np.asarray(cell, dtype=np.float64), periodic, cutoff)
+    reach = _image_reach(points, box, periodic, cutoff)
+    edges, shifts = [], []
+    for shift in product(*(range(-n, n + 1) for n in reach)):
+        vectors = points[None, :, :] + np.asarray(shift) @ box - points[:, None, :]
+        near = np.linalg.norm(vectors, axis=-1) < cutoff
+        if shift == (0, 0, 0):
+            np.fill_diagonal(near, self_edges)
+        pairs = np.argwhere(near)
+        edges.append(pairs)
+        shifts.append(np.broadcast_to(shift, (len(pairs), 3)))
+    edge_index = np.concatenate(edges).T.astype(np.int64)
+    shift_array = np.concatenate(shifts).astype(np.int64)
+    order = np.lexsort((*shift_array.T[::-1], edge_index[1], edge_index[0]))
+    return edge_index[:, order], shift_array[order]
+
+
+def _check(
+    points: NDArray[np.float64], box: NDArray[np.float64], periodic: NDArray[np.bool_], cutoff: float
+) -> NDArray[np.float64]:
+    """Refuse bad input; return the cell with vectors of non-periodic directions removed (set to zero)."""
+    if not (np.isfinite(cutoff) and cutoff > 0):
+        raise ValueError(f"cutoff must be a positive number of Å, got {cutoff}")
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"positions must have shape (N, 3), got {points.shape}")
+    if box.shape != (3, 3) or periodic.shape != (3,):
+        raise ValueError(f"cell must have shape (3, 3) and pbc (3,), got {box.shape} and {periodic.shape}")
+    if not np.isfinite(points).all():
+        raise ValueError("positions must be finite, got NaN or infinity")
+    if not periodic.any():
+        return np.zeros((3, 3))
+    used = box[periodic]
+    lengths = np.linalg.norm(used, axis=1)
+    # Volume of the periodic part over the product of its lengths: 1 for right angles, 0 for dependent vectors.
+    skew = np.sqrt(max(np.linalg.det(used @ used.T), 0.0)) / max(float(np.prod(lengths)), 1e-300)
+    if not np.isfinite(box).all() or lengths.min() < 1e-6 or skew < 1e-6:
+        raise ValueError(
+            f"lattice vectors of periodic directions must be finite and linearly independent, got cell {box.tolist()} "
+            f"with pbc {periodic.tolist()}; give the cell, or set pbc to False there"
+        )
+    return np.where(periodic[:, None], box, 0.0)
+
+
+def _dense(
+    points: NDArray[np.float64], cutoff: float, self_edges: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """All pairs of a small structure without images; ``nonzero`` already returns them sorted by i, then j."""
+    vectors = points[:, None, :] - points[None, :, :]
+    near = np.einsum("ijc,ijc->ij", vectors, vectors) < cutoff * cutoff
+    np.fill_diagonal(near, self_edges)
+    edge_index = np.stack(np.nonzero(near))
+    return edge_index, np.zeros((edge_index.shape[1], 3), dtype=np.int64)
+
+
+def _sort_order(
+    edge_index: NDArray[np.int64], shifts: NDArray[np.int64], num_atoms: int
+) -> NDArray[np.int64]:
+    """Order by (i, j, S) through one packed integer key: several times faster than a five-column lexsort."""
+    reach = int(np.abs(shifts).max(initial=0))
+    width = 2 * reach + 1
+    if float(num_atoms) ** 2 * float(width) ** 3 >= 2.0**62:
+        return np.lexsort((*shifts.T[::-1], edge_index[1], edge_index[0]))
+    key = edge_index[0] * num_atoms + edge_index[1]
+    for column in shifts.T:
+        key = key * width + (column + reach)
+    return np.argsort(key)
+
+
+def _image_reach(
+    points: NDArray[np.float64], box: NDArray[np.float64], periodic: NDArray[np.bool_], cutoff: float
+) -> list[int]:
+    """How many images to try along each vector: enough for atoms lying anywhere."""
+    reach = [0, 0, 0]
+    if not len(points) or not periodic.any():
+        return reach
+    used = np.flatnonzero(periodic)
+    dual = np.linalg.pinv(box[used])  # (3, k): fractional coordinates along the periodic vectors
+    spread = np.ptp(points @ dual, axis=0)
+    for k, axis in enumerate(used):
+        reach[axis] = int(np.ceil(cutoff * np.linalg.norm(dual[:, k]) + spread[k])) + 1
+    return reach

@@ -1,0 +1,46 @@
+"""The canonical record of one labelled structure: what every reader yields and every writer takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+MAX_ATOMIC_NUMBER = 118
+
+
+@dataclass(frozen=True)
+class Structure:
+    """One structure with its labels; N atoms.
+
+    Attributes:
+        atomic_numbers: (N,) uint8.
+        positions: (N, 3) float64, Å; need not lie inside the cell.
+        cell: (3, 3) float64, Å, rows are lattice vectors; zeros if nothing is periodic.
+        pbc: (3,) bool, periodic along each lattice vector.
+        energy: total energy in eV (never per atom), or None.
+        forces: (N, 3) float64, eV/Å, or None. Forces of fixed atoms are kept as the engine gave them.
+        stress: (3, 3) float64, eV/Å^3, tension positive, or None.
+        group: split key. Structures of one (source, group) never land on two sides of a split: molecule, slab or
+            trajectory id.
+        source: name of the data set the structure comes from.
+        level: name of the level of theory of its labels.
+        fixed: (N,) bool, atoms held fixed by the labeller, or None if none is.
+    """
+
+    atomic_numbers: NDArray[np.uint8]
+    positions: NDArray[np.float64]
+    cell: NDArray[np.float64]
+    pbc: NDArray[np.bool_]
+    energy: float | None = None
+    forces: NDArray[np.float64] | None = None
+    stress: NDArray[np.float64] | None = None
+    group: str = ""
+    source: str = "default"
+    level: str = "unknown"
+    fixed: NDArray[np.bool_] | None = None
+
+    @property
+    def num_atoms(self) -> int:
+        return len(self.atomic_numbers)
