@@ -28,7 +28,7 @@ def build_graph(
     cutoff: float,
     self_edges: bool = False,
 ) -> Graph:
-    """One structure with its neighbour list and no labels; add labels, source and level to the dict as needed.
+    """One structure with its neighbour list and no labels; add labels, source and level as needed.
 
     Args:
         atomic_numbers: (N,); positions: (N, 3) Å; cell: (3, 3) Å; pbc: (3,) bool.
@@ -54,8 +54,8 @@ def collate(graphs: Sequence[Mapping[str, Any]], dtype: torch.dtype = torch.floa
 
     Args:
         graphs: from `build_graph` or a data set; may be empty, which gives a batch of no structure.
-        dtype: float32 or float64, of every float tensor except the energy, which stays float64: total energies of
-            1e5 eV would lose their meV in float32. Geometry never goes below float32.
+        dtype: float32 or float64, of every float tensor except the energy, which stays float64: total
+            energies of 1e5 eV would lose their meV in float32. Geometry never goes below float32.
 
     Returns:
         Every key of keys.py. Missing labels are zero with their ``has_*`` flag False.

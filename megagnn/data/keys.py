@@ -1,10 +1,10 @@
 """Names of the tensors in a batch, with their shapes and units, said once.
 
-A batch is a plain ``dict[str, Tensor]``. Letters of shapes: N atoms, B structures, E directed edges of the batch.
+A batch is a plain ``dict[str, Tensor]``. Letters of shapes: N atoms, B structures, E directed edges.
 Units: Å, eV, eV/Å, eV/Å^3 (stress, tension positive). Cell rows are lattice vectors.
 
-An edge points from its source j (sender) to its destination i (receiver): ``edge_index[0] = i``, ``edge_index[1] = j``,
-sorted by i, then j, then shift, and ``r_ij = x_j + S_ij @ cell - x_i``.
+An edge points from its source j (sender) to its destination i (receiver): ``edge_index[0] = i``,
+``edge_index[1] = j``, sorted by i, then j, then shift, and ``r_ij = x_j + S_ij @ cell - x_i``.
 """
 
 from typing import Final

@@ -1,7 +1,7 @@
 """Neighbour lists: which atoms see each other within a cutoff, periodic images included.
 
-Pairs and shifts are constants; models recompute the vectors from positions and cell, so that derivatives of any order
-and the strain derivative come out right.
+Pairs and shifts are constants; models recompute the vectors from positions and cell, so that derivatives of
+any order and the strain derivative come out right.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def neighbour_list(
         r_ij = x_j + S @ cell - x_i; sorted by i, then j, then S.
 
     Raises:
-        ValueError: positions or cell not finite or of the wrong shape, a cutoff that is not positive, or periodic
-            lattice vectors that are not linearly independent.
+        ValueError: positions or cell not finite or of the wrong shape, a cutoff that is not positive, or
+            periodic lattice vectors that are not linearly independent.
     """
     points = np.ascontiguousarray(positions, dtype=np.float64)
     periodic = np.asarray(pbc, dtype=bool)
@@ -91,12 +91,12 @@ def _check(
         return np.zeros((3, 3))
     used = box[periodic]
     lengths = np.linalg.norm(used, axis=1)
-    # Volume of the periodic part over the product of its lengths: 1 for right angles, 0 for dependent vectors.
+    # Volume of the periodic part over the product of its lengths: 1 for right angles, 0 if dependent.
     skew = np.sqrt(max(np.linalg.det(used @ used.T), 0.0)) / max(float(np.prod(lengths)), 1e-300)
     if not np.isfinite(box).all() or lengths.min() < 1e-6 or skew < 1e-6:
         raise ValueError(
-            f"lattice vectors of periodic directions must be finite and linearly independent, got cell {box.tolist()} "
-            f"with pbc {periodic.tolist()}; give the cell, or set pbc to False there"
+            "lattice vectors of periodic directions must be finite and linearly independent, got cell "
+            f"{box.tolist()} with pbc {periodic.tolist()}; give the cell, or set pbc to False there"
         )
     return np.where(periodic[:, None], box, 0.0)
 

@@ -22,8 +22,8 @@ class Structure:
         energy: total energy in eV (never per atom), or None.
         forces: (N, 3) float64, eV/Å, or None. Forces of fixed atoms are kept as the engine gave them.
         stress: (3, 3) float64, eV/Å^3, tension positive, or None.
-        group: split key. Structures of one (source, group) never land on two sides of a split: molecule, slab or
-            trajectory id.
+        group: split key. Structures of one (source, group) never land on two sides of a split: molecule,
+            slab or trajectory id.
         source: name of the data set the structure comes from.
         level: name of the level of theory of its labels.
         fixed: (N,) bool, atoms held fixed by the labeller, or None if none is.
