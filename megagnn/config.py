@@ -1,0 +1,318 @@
+"""Configuration of a run: typed dataclasses, TOML files, dotted overrides.
+
+    config = load_config("examples/configs/quickstart.toml", ["--model.width", "128"])
+
+Every section is a frozen dataclass; every key has one line of documentation beside it. A key that does not exist, or a
+value that cannot be, is a `ValueError` that names the nearest valid one.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from megagnn.models.presets import PRESETS
+
+_STRICT = ConfigDict(use_attribute_docstrings=True, validate_default=True)
+
+Aggregation = Literal["constant", "sum", "mean"]
+LossKind = Literal["mae", "mse", "huber"]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The EGNN: size, parts of the layer, and what it predicts. `preset` names a set of defaults for the other keys."""
+
+    preset: Literal["default", "satorras", "study"] = "default"
+    """Named set of parts: the default dialect, Satorras et al. 2021 as published, or the EGNN of the scaling study."""
+    width: int = Field(128, gt=0)
+    """Channels of a node, F."""
+    num_layers: int = Field(4, gt=0)
+    """Message-passing layers, L."""
+    cutoff: float = Field(5.0, gt=0)
+    """Neighbours are the atoms within this distance, Å."""
+    forces: Literal["conservative", "direct", "none"] = "conservative"
+    """-dE/dx, an equivariant head of its own, or energies only."""
+    stress: bool = False
+    """Predict the stress from the strain derivative of the energy (needs conservative forces)."""
+    distance_feature: Literal["bessel", "gaussian", "distance", "squared"] = "bessel"
+    """What the message network sees of the distance: a radial basis, the distance itself, or its square."""
+    num_radial: int = Field(16, gt=0)
+    """Radial basis functions, R (used by `bessel` and `gaussian`)."""
+    envelope: bool = True
+    """Multiply every edge branch's output by a smooth cutoff function of the input distance."""
+    update_coordinates: bool = True
+    """Move the atoms' latent coordinates in every layer but the last (eq. 4 of Satorras et al.)."""
+    direction: Literal["unit", "vector", "plus_one"] = "unit"
+    """Vector of the coordinate branch: r/d, r, or r/(d+1)."""
+    direction_sign: Literal[1, -1] = 1
+    """+1 for r_ij = x_j - x_i (towards the neighbour), -1 for x_i - x_j as published."""
+    message_aggregation: Aggregation = "constant"
+    """Sum of the messages over the neighbours divided by the training set's mean count (`constant`), by 1, or by the degree."""
+    coordinate_aggregation: Aggregation = "constant"
+    """The same for the coordinate update."""
+    activation: Literal["silu", "relu"] = "silu"
+    """Non-linearity of every network."""
+    normalisation: Literal["rms", "none"] = "rms"
+    """Normalisation of the node features before each layer and before the heads."""
+    residual: bool = True
+    """Add each layer's node update to its input (else it replaces it)."""
+    message_hidden: int | None = Field(None, gt=0)
+    """Hidden width of phi_e; `width` if not given."""
+    message_width: int | None = Field(None, gt=0)
+    """Width of a message m_ij; `width` if not given."""
+    coordinate_hidden: int | None = Field(None, gt=0)
+    """Hidden width of phi_x; `width` if not given."""
+    node_hidden: int | None = Field(None, gt=0)
+    """Hidden width of phi_h; `width` if not given."""
+    coordinate_bias: bool = False
+    """Bias in the last Linear of phi_x."""
+    coordinate_tanh: bool = False
+    """Bound phi_x by a tanh."""
+    self_edges: bool = False
+    """Let every atom send a message to itself."""
+    level_embedding: bool = True
+    """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
+
+    def __post_init__(self) -> None:
+        if self.stress and self.forces != "conservative":
+            raise ValueError(
+                f"model.stress needs model.forces = 'conservative', got '{self.forces}'; set one of the two to match"
+            )
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataConfig:
+    """Which structures, and how many at once."""
+
+    paths: tuple[str, ...] = ()
+    """Packed stores, as made by `megagnn prepare` or `megagnn label`."""
+    max_atoms: int = Field(2048, gt=0)
+    """Atoms of one batch on one rank, at most."""
+    max_edges: int = Field(65536, gt=0)
+    """Directed edges of one batch on one rank, at most."""
+    max_structures: int | None = Field(None, gt=0)
+    """Structures of one batch on one rank, at most; no limit if not given."""
+    num_workers: int = Field(0, ge=0)
+    """Processes per rank that read structures and find neighbours; 0 does it in the training process."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LossConfig:
+    """Weights and kinds of the loss terms. Errors are in eV per atom, eV/Å and eV/Å^3; sums run over global counts."""
+
+    energy: LossKind = "huber"
+    """Kind of the energy-per-atom loss."""
+    forces: LossKind = "huber"
+    """Kind of the force loss."""
+    stress: LossKind = "huber"
+    """Kind of the stress loss."""
+    energy_weight: float = Field(1.0, ge=0)
+    """Weight of the energy-per-atom loss."""
+    force_weight: float = Field(1.0, ge=0)
+    """Weight of the force loss."""
+    stress_weight: float = Field(0.0, ge=0)
+    """Weight of the stress loss (needs model.stress)."""
+    huber_delta: float = Field(0.1, gt=0)
+    """Error at which the Huber loss turns from square to linear, in the unit of each term."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimConfig:
+    """AdamW, its learning-rate schedule, clipping and weight averaging."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of AdamW's moments."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay, on matrices only."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After warm-up: cosine to the floor; stay, then decay linearly (warmup-stable-decay); or stay."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps of linear warm-up."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """Share of the steps that the decay of `wsd` takes, at the end."""
+    final_ratio: float = Field(0.01, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    clip_norm: float | None = Field(10.0, gt=0)
+    """Global gradient norm is clipped to this; no clipping if not given ("none" on the command line)."""
+    ema_decay: float = Field(0.99, ge=0, lt=1)
+    """Decay of the exponential moving average of the weights, which validation and use see; 0 turns it off."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainConfig:
+    """Length of the run, and what is written when."""
+
+    num_steps: int = Field(10_000, gt=0)
+    """Optimizer steps."""
+    seed: int = Field(0, ge=0)
+    """Seed of the initial weights and of the order of the data."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of parameters, activations and positions (total energies are always float64)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes a GPU where there is one."""
+    threads: int | None = Field(None, gt=0)
+    """CPU threads of a rank; by default the cores divided by the ranks of this machine."""
+    gradient_method: Literal["create_graph"] = "create_graph"
+    """How the gradient of a loss on conservative forces is taken."""
+    log_every: int = Field(10, gt=0)
+    """Steps between two points in TensorBoard."""
+    validate_every: int = Field(500, gt=0)
+    """Steps between two validations."""
+    checkpoint_every: int = Field(500, gt=0)
+    """Steps between two writes of the last checkpoint."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """A whole run."""
+
+    out_dir: str = "runs/default"
+    """Folder of checkpoints, TensorBoard events and metrics."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    loss: LossConfig = Field(default_factory=LossConfig)
+    optim: OptimConfig = Field(default_factory=OptimConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        if self.loss.stress_weight > 0 and not self.model.stress:
+            raise ValueError(
+                f"loss.stress_weight is {self.loss.stress_weight:g} but model.stress is false; "
+                "set model.stress = true or loss.stress_weight = 0"
+            )
+        if self.loss.force_weight > 0 and self.model.forces == "none":
+            raise ValueError(
+                f"loss.force_weight is {self.loss.force_weight:g} but model.forces is 'none'; "
+                "set loss.force_weight = 0 or model.forces = 'conservative'"
+            )
+        if self.optim.warmup_steps >= self.train.num_steps:
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.num_steps ({self.train.num_steps}); "
+                f"use at most {self.train.num_steps - 1}"
+            )
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
+    """Read a TOML file and apply `--section.field value` overrides.
+
+    Raises:
+        ValueError: unreadable TOML, an unknown key, or a value that cannot be; names the key and the nearest valid one.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no configuration file at {path}")
+    try:
+        values = tomllib.loads(path.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for key, text in _parse_overrides(overrides):
+        _set_dotted(values, key, text)
+    return config_from_dict(values)
+
+
+def config_from_dict(values: dict[str, Any]) -> RunConfig:
+    """Check and complete nested dictionaries (as TOML gives them) to a RunConfig; raises ValueError as `load_config`."""
+    _check_keys(RunConfig, values, "")
+    model = dict(values.get("model", {}))
+    if model.get("preset") in PRESETS:
+        values = {**values, "model": {**PRESETS[model["preset"]], **model}}
+    try:
+        return TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """Nested plain dictionaries, ready for JSON; `config_from_dict` gives the same configuration back."""
+    values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
+    return values
+
+
+def _parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise ValueError(f"expected an override of the form --section.field value, got '{key}'")
+        key, equals, text = key[2:].partition("=")
+        if not equals:
+            if not rest:
+                raise ValueError(f"override --{key} has no value; write --{key} VALUE")
+            text = rest.pop(0)
+        pairs.append((key, text))
+    return pairs
+
+
+def _set_dotted(values: dict[str, Any], key: str, text: str) -> None:
+    """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or taken as a string where it is none."""
+    value: Any
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = None if text.lower() == "none" else text
+    *sections, name = key.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"unknown configuration key '{key}': '{section}' is not a section")
+    if name == "paths" and isinstance(value, str):
+        value = value.split(",")
+    values[name] = value
+
+
+def _check_keys(section_type: type, values: dict[str, Any], prefix: str) -> None:
+    fields = {f.name: f for f in dataclasses.fields(section_type)}
+    types = typing.get_type_hints(section_type)
+    for key, value in values.items():
+        if key not in fields:
+            raise ValueError(_unknown_key(prefix + key, prefix, list(fields)))
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"configuration key '{prefix}{key}' is a section; write [{key}] and its fields below it")
+            _check_keys(typing.cast(type, types[key]), value, f"{prefix}{key}.")
+
+
+def _unknown_key(key: str, prefix: str, names: list[str]) -> str:
+    """Looks for the nearest key in the same section first, then by its last name in every section."""
+    siblings = [prefix + name for name in names]
+    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    if not near:
+        last = key.rsplit(".", 1)[-1]
+        by_name = {k.rsplit(".", 1)[-1]: k for k in _all_keys()}
+        near = [by_name[m] for m in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)]
+    hint = f"nearest valid key: '{near[0]}'" if near else f"valid keys: {', '.join(siblings)}"
+    return f"unknown configuration key '{key}'; {hint}"
+
+
+def _all_keys(section_type: type = RunConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    types = typing.get_type_hints(section_type)
+    for field in dataclasses.fields(section_type):
+        if dataclasses.is_dataclass(types[field.name]):
+            keys += _all_keys(typing.cast(type, types[field.name]), f"{prefix}{field.name}.")
+        else:
+            keys.append(prefix + field.name)
+    return keys
+
+
+def _explain(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "value_error":  # one of our own cross-field rules, complete as it is
+        return str(error["ctx"]["error"])
+    message = f"configuration key '{key}': {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    if error["type"] == "literal_error":
+        valid = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
+        near = difflib.get_close_matches(str(error["input"]), valid, n=1, cutoff=0.4)
+        message += f"; nearest: '{near[0]}'" if near else ""
+    return message

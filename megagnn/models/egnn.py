@@ -1,0 +1,119 @@
+"""E(n)-equivariant graph network for atomic structures: embedding, layers, heads."""
+
+import torch
+from torch import Tensor, nn
+
+from megagnn.config import ModelConfig
+from megagnn.data import keys
+from megagnn.models.layer import EGNNLayer, Edges, edge_geometry, make_activation, make_norm
+from megagnn.models.radial import envelope, make_distance_feature
+from megagnn.models.statistics import Statistics
+from megagnn.ops import Segments, segment_sum
+
+NUM_ATOMIC_NUMBERS = 119  # atomic numbers 0..118; 0 stands for none
+
+
+class EGNN(nn.Module):
+    """Energy and, with `forces = "direct"`, forces of every structure of a batch.
+
+    Calling it on a batch (megagnn/data/keys.py) returns a dict with `energy` (B,) float64, total energies in eV, and with
+    direct forces `forces` (N, 3) in eV/Å. Conservative forces and stress are derivatives: see `models.potential`.
+
+    Args:
+        config: sizes and parts.
+        statistics: elements, references and scales of the training split.
+        dtype: of parameters and activations; must be that of the batch's positions.
+    """
+
+    element_index: Tensor
+    references: Tensor
+
+    def __init__(self, config: ModelConfig, statistics: Statistics, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config, self.statistics, self.dtype = config, statistics, dtype
+        self.distance_feature = make_distance_feature(config.distance_feature, config.num_radial, config.cutoff, dtype)
+        self.element_embedding = nn.Embedding(len(statistics.elements), config.width, dtype=dtype)
+        has_levels = config.level_embedding and len(statistics.levels) > 1
+        self.level_embedding = nn.Embedding(len(statistics.levels), config.width, dtype=dtype) if has_levels else None
+        self.layers = nn.ModuleList(
+            EGNNLayer(
+                config, self.distance_feature.num_features, statistics.mean_neighbours, self._vector_branch(k), dtype
+            )
+            for k in range(config.num_layers)
+        )
+        self.energy_head = nn.Sequential(
+            make_norm(config, dtype),
+            nn.Linear(config.width, config.width, dtype=dtype),
+            make_activation(config),
+            nn.Linear(config.width, 1, dtype=dtype),
+        )
+        element_index = torch.full((NUM_ATOMIC_NUMBERS,), -1)
+        element_index[list(statistics.elements)] = torch.arange(len(statistics.elements))
+        self.register_buffer("element_index", element_index, persistent=False)
+        references = torch.tensor(statistics.references, dtype=torch.float64)
+        self.register_buffer("references", references, persistent=False)
+        self.reset_parameters()
+
+    def _vector_branch(self, layer: int) -> str:
+        """The last layer's coordinates would reach no output, so its branch is the force head or left out."""
+        if layer == self.config.num_layers - 1:
+            return "forces" if self.config.forces == "direct" else "none"
+        return "coordinates" if self.config.update_coordinates else "none"
+
+    def reset_parameters(self) -> None:
+        """Linear layers keep PyTorch's initial values but for the last ones, which start near zero (docs/model.md)."""
+        with torch.no_grad():
+            for layer in self.layers:
+                if self.config.residual and self.config.normalisation != "none":
+                    layer.node_update.out.weight.mul_(self.config.num_layers**-0.5)
+                    layer.node_update.out.bias.zero_()
+                if layer.vector_branch == "coordinates":
+                    # as published: "last one starts near 0", Xavier with gain 0.001
+                    nn.init.xavier_uniform_(layer.vector.out.weight, gain=0.001)
+                    if layer.vector.out.bias is not None:
+                        layer.vector.out.bias.zero_()
+            last = self.energy_head[-1]
+            last.weight.mul_(0.1)
+            last.bias.zero_()
+
+    def num_parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.parameters())
+
+    def edges(self, batch: dict[str, Tensor]) -> Edges:
+        """The batch's edges; the lattice translation follows the cell's gradient."""
+        destination = Segments(batch[keys.EDGE_INDEX][0], batch[keys.ROW_PTR])
+        source = Segments(batch[keys.EDGE_INDEX][1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM])
+        cell_E33 = batch[keys.CELL][batch[keys.BATCH][destination.index]]
+        shift_EC = (batch[keys.CELL_SHIFTS].unsqueeze(-1) * cell_E33).sum(1)
+        return Edges(destination, source, shift_EC)
+
+    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See the class."""
+        edges = self.edges(batch)
+        x_NC = batch[keys.POSITIONS]
+        geometry = edge_geometry(x_NC, edges, self.distance_feature)
+        if self.config.envelope:
+            f_E1 = envelope(geometry.d_E, self.config.cutoff).unsqueeze(-1)
+            edges = Edges(edges.destination, edges.source, edges.shift_EC, f_E1)
+        element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
+        h_NF = self.element_embedding(element_N)
+        if self.level_embedding is not None:
+            h_NF = h_NF + self.level_embedding(batch[keys.LEVEL])[batch[keys.BATCH]]
+        forces_NC = None
+        for layer in self.layers:
+            h_NF, x_new_NC, forces_NC = layer(h_NF, x_NC, geometry, edges)
+            if x_new_NC is not x_NC:
+                x_NC = x_new_NC
+                geometry = edge_geometry(x_NC, edges, self.distance_feature)
+        outputs = {keys.ENERGY: self._total_energy(self.energy_head(h_NF), element_N, batch)}
+        if forces_NC is not None:
+            outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
+        return outputs
+
+    def _total_energy(self, energy_N1: Tensor, element_N: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """Sum of scaled atomic energies and references, in float64: totals of 1e4 eV lose their meV in float32."""
+        atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
+        reference_N = self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
+        scaled_N = energy_N1.squeeze(-1).double() * self.statistics.output_scale
+        return segment_sum(scaled_N + reference_N, atoms)

@@ -1,0 +1,81 @@
+"""Forces and stress of a model: derivatives of its energy, or its own direct head."""
+
+import torch
+from torch import Tensor, nn
+
+from megagnn.config import ModelConfig
+from megagnn.data import keys
+from megagnn.models.egnn import EGNN
+from megagnn.models.statistics import Statistics
+
+
+class Potential(nn.Module):
+    """An energy model with forces and stress around it.
+
+    `forces = "conservative"`: F = -dE/dx, and with `stress` the stress dE/d(strain)/V, (B, 3, 3), eV/Å^3, tension
+    positive, where x -> x (1 + strain) and the cell with it, strain symmetric (Knuth et al., Comput. Phys. Commun. 190, 33
+    (2015), eq. 25). Structures without a volume get a stress of zero. `forces = "direct"`: the model's own forces.
+    """
+
+    def __init__(self, model: EGNN) -> None:
+        super().__init__()
+        self.model = model
+        self.forces, self.stress = model.config.forces, model.config.stress
+
+    @property
+    def statistics(self) -> Statistics:
+        """Elements, sources, references and scales of the training split."""
+        return self.model.statistics
+
+    def forward(self, batch: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
+        """Energy (B,) float64 eV, forces (N, 3) eV/Å, stress (B, 3, 3) eV/Å^3 as configured.
+
+        Args:
+            create_graph: keep the graph of the derivatives, so that a loss on forces can be differentiated.
+        """
+        if self.forces != "conservative":
+            return dict(self.model(batch))
+        with torch.enable_grad():
+            return self._conservative(batch, create_graph)
+
+    def _conservative(self, batch: dict[str, Tensor], create_graph: bool) -> dict[str, Tensor]:
+        batch = dict(batch)
+        positions_NC = batch[keys.POSITIONS].detach().requires_grad_()
+        batch[keys.POSITIONS] = positions_NC
+        inputs = [positions_NC]
+        if self.stress:
+            strain_B33 = torch.zeros_like(batch[keys.CELL]).requires_grad_()
+            batch = apply_strain(batch, strain_B33)
+            inputs.append(strain_B33)
+        energy_B = self.model(batch)[keys.ENERGY]
+        gradients = torch.autograd.grad(
+            energy_B.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
+        )
+        outputs = {keys.ENERGY: energy_B, keys.FORCES: -gradients[0]}
+        if self.stress:
+            volume_B = torch.linalg.det(batch[keys.CELL].detach()).abs()
+            has_volume_B = volume_B > 0
+            per_volume_B = torch.where(has_volume_B, 1.0 / torch.where(has_volume_B, volume_B, 1.0), 0.0)
+            outputs[keys.STRESS] = gradients[1] * per_volume_B[:, None, None]
+        if not create_graph:
+            outputs = {key: value.detach() for key, value in outputs.items()}
+        return outputs
+
+
+def apply_strain(batch: dict[str, Tensor], strain_B33: Tensor) -> dict[str, Tensor]:
+    """The batch with positions and cells deformed by the symmetric part of a strain, (B, 3, 3)."""
+    symmetric_B33 = 0.5 * (strain_B33 + strain_B33.transpose(1, 2))
+    strain_N33 = symmetric_B33[batch[keys.BATCH]]
+    positions_NC = batch[keys.POSITIONS]
+    moved_NC = positions_NC + (positions_NC.unsqueeze(-1) * strain_N33).sum(1)
+    cell_B33 = batch[keys.CELL] + batch[keys.CELL] @ symmetric_B33
+    return {**batch, keys.POSITIONS: moved_NC, keys.CELL: cell_B33}
+
+
+def build_potential(
+    config: ModelConfig, statistics: Statistics, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Potential:
+    """A potential with initial weights that depend on the seed only; leaves the global random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Potential(EGNN(config, statistics, dtype))

@@ -1,0 +1,71 @@
+"""What a model takes from its training split before the first step: elements, references, scales."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Constants of a model, fitted on the training split only. Plain Python values, so that JSON holds them exactly."""
+
+    elements: tuple[int, ...]
+    """Atomic numbers that the training split holds, ascending."""
+    sources: tuple[str, ...]
+    """Names of the data sources, in the order of the index `source` of a batch."""
+    levels: tuple[str, ...]
+    """Names of the levels of theory, in the order of the index `level` of a batch."""
+    references: tuple[tuple[float, ...], ...]
+    """Least-squares energy of each element in each source, eV, (num_sources, num_elements)."""
+    mean_energy: tuple[float, ...]
+    """Mean total energy per atom in each source, eV: the baseline that knows nothing of composition."""
+    mean_neighbours: float
+    """Mean number of edges per atom, A of docs/model.md."""
+    output_scale: float
+    """Unit of the network's outputs: root mean square of the training forces, eV/Å (taken as eV for energies)."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Statistics":
+        """The inverse of `to_dict`."""
+        return cls(
+            elements=tuple(values["elements"]),
+            sources=tuple(values["sources"]),
+            levels=tuple(values["levels"]),
+            references=tuple(tuple(row) for row in values["references"]),
+            mean_energy=tuple(values["mean_energy"]),
+            mean_neighbours=values["mean_neighbours"],
+            output_scale=values["output_scale"],
+        )
+
+    def check_elements(self, numbers: NDArray[np.integer[Any]], where: str) -> None:
+        """Raises ValueError if an atomic number is not among the model's elements."""
+        unknown = sorted(set(np.unique(numbers).tolist()) - set(self.elements))
+        if unknown:
+            raise ValueError(
+                f"{where} holds {_symbols(unknown)}, which the model has never seen; it knows {_symbols(self.elements)}: "
+                "leave these structures out, or train on data that hold the elements"
+            )
+
+    def source_index(self, name: str | None) -> int:
+        """Index of a source by name; None where there is only one. Raises ValueError that lists the sources."""
+        if name is None and len(self.sources) == 1:
+            return 0
+        if name not in self.sources:
+            got = "none was given" if name is None else f"got '{name}'"
+            raise ValueError(
+                f"source must be one of the model's sources {list(self.sources)}, {got}: each has its own "
+                "reference energies"
+            )
+        return self.sources.index(name)
+
+
+def _symbols(numbers: Any) -> str:
+    from ase.data import chemical_symbols
+
+    return ", ".join(chemical_symbols[z] if z < len(chemical_symbols) else f"element {z}" for z in numbers)

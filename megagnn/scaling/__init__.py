@@ -1,0 +1,1 @@
+"""Sweeps, laws and reports. Nothing is here yet."""
