@@ -1,0 +1,109 @@
+"""What a packed store looks like on disk: its arrays, its header and its checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = "megagnn-store"
+VERSION = 1
+HEADER_FILE = "header.json"
+UNITS = {"length": "Å", "energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3, tension positive"}
+
+# Array -> (dtype, trailing shape, what its first axis counts).
+ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "offsets": ("<i8", (), "structures + 1"),
+    "atomic_numbers": ("|u1", (), "atoms"),
+    "positions": ("<f4", (3,), "atoms"),
+    "forces": ("<f4", (3,), "atoms"),
+    "fixed": ("|u1", (), "atoms"),
+    "energy": ("<f8", (), "structures"),
+    "cell": ("<f4", (3, 3), "structures"),
+    "pbc": ("|u1", (3,), "structures"),
+    "stress": ("<f4", (3, 3), "structures"),
+    "source": ("<i2", (), "structures"),
+    "level": ("<i2", (), "structures"),
+    "group": ("<i8", (), "structures"),
+    "split": ("|u1", (), "structures"),
+    "labels": ("|u1", (), "structures"),
+}
+
+# Bits of the array `labels`.
+LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS = 1, 2, 4
+
+
+@dataclass(frozen=True)
+class StoreHeader:
+    """What header.json says.
+
+    Attributes:
+        sources: names, indexed by the array `source`; levels: names of levels of theory, likewise.
+        num_structures, num_atoms: totals.
+        split: how the split was made, free form.
+        provenance: for each source, free form: engine, version, method, seed, num_rejected, rejection_rate...
+        sha256: checksum of each array file.
+    """
+
+    sources: tuple[str, ...]
+    levels: tuple[str, ...]
+    num_structures: int
+    num_atoms: int
+    split: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
+    units: dict[str, str] = field(default_factory=lambda: dict(UNITS))
+    sha256: dict[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        record = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, directory: Path) -> StoreHeader:
+        """Read header.json of a store.
+
+        Raises:
+            ValueError: not a directory, not a store, or a version this code does not read.
+        """
+        path = directory / HEADER_FILE
+        if not directory.is_dir():
+            raise ValueError(f"{directory} is not a directory; give a store made by `megagnn prepare`")
+        if not path.is_file():
+            raise ValueError(
+                f"{directory} is not a store (no {HEADER_FILE}); make one with `megagnn prepare`"
+            )
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            name, version = record.pop("format"), record.pop("version")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not the header of a store ({error}); prepare the data again"
+            ) from error
+        if name != FORMAT:
+            raise ValueError(f"{path} has format {name!r}, expected {FORMAT!r}")
+        if version != VERSION:
+            raise ValueError(
+                f"{directory} is a store of version {version}, this code reads version {VERSION}"
+            )
+        try:
+            record["sources"], record["levels"] = tuple(record["sources"]), tuple(record["levels"])
+            return cls(**record)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
+
+    def array_shape(self, name: str) -> tuple[int, ...]:
+        """Full shape of one of the arrays."""
+        _, trailing, axis = ARRAYS[name]
+        lengths = {"structures": self.num_structures, "structures + 1": self.num_structures + 1}
+        return (lengths.get(axis, self.num_atoms), *trailing)
+
+
+def sha256_of(path: Path) -> str:
+    """Checksum of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,223 @@
+"""Writing a packed store: streamed to disk, and either there in full or not there at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagnn.data.record import Structure
+from megagnn.data.split import SPLITS
+from megagnn.data.store_format import (
+    ARRAYS,
+    HEADER_FILE,
+    LABEL_ENERGY,
+    LABEL_FORCES,
+    LABEL_STRESS,
+    StoreHeader,
+    sha256_of,
+)
+from megagnn.data.validate import check_structure
+
+SplitRule = Callable[[Sequence[str], Sequence[str]], NDArray[np.uint8]]
+"""(groups, sources), one name for each structure -> (S,) uint8 index into SPLITS."""
+
+MAX_NAMES = 32767
+
+
+def write_store(
+    path: str | Path,
+    structures: Iterable[Structure],
+    *,
+    splits: SplitRule | NDArray[np.integer],
+    provenance: Mapping[str, Mapping[str, Any]] | None = None,
+    split_description: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> StoreHeader:
+    """Write structures into a new store. On any error nothing remains.
+
+    Args:
+        path: directory to be made.
+        structures: read once, in order; memory does not grow with their atoms.
+        splits: (S,) index into SPLITS for each structure, or a function of all groups and sources, such as
+            `split_groups`, called when all structures are read.
+        provenance: for each source, free form, JSON values only. A generator may fill it while it is read.
+        split_description: how the split was made, free form.
+        overwrite: replace a store that is there already (never anything else).
+
+    Returns:
+        The header as written.
+
+    Raises:
+        ValueError: path exists, no structure, a structure no store can hold, splits of the wrong length or
+        value,
+            or a split that holds one group on two sides.
+    """
+    target = Path(path)
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        with _Writer(work) as writer:
+            for index, structure in enumerate(structures):
+                check_structure(structure, where=f"structure {index}")
+                writer.add(structure)
+            header = writer.finish(splits, dict(split_description or {}), provenance or {})
+        (work / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
+        work.chmod(0o755)
+        _move_into_place(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return header
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not target.exists():
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{target} exists already; remove it, choose another place, or ask for it to be overwritten"
+        )
+    if any(target.iterdir() if target.is_dir() else [target]):
+        StoreHeader.read(target)  # refuses to replace anything that is not a store
+
+
+def _move_into_place(work: Path, target: Path) -> None:
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+        target.rename(old / "store")
+        try:
+            work.rename(target)
+        except OSError:
+            (old / "store").rename(target)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    else:
+        work.rename(target)
+
+
+class _Writer:
+    """Appends structures to one file per array; shapes are filled in at the end."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.files: dict[str, BinaryIO] = {}
+        self.sources: dict[str, int] = {}
+        self.levels: dict[str, int] = {}
+        self.group_ids: dict[tuple[str, str], int] = {}
+        self.groups: list[str] = []
+        self.group_sources: list[str] = []
+        self.num_atoms = 0
+
+    def __enter__(self) -> _Writer:
+        for name in ARRAYS:
+            self.files[name] = (self.directory / f"{name}.npy").open("w+b")
+            _write_npy_header(self.files[name], name, (0, *ARRAYS[name][1]))
+        self._append("offsets", 0)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def add(self, s: Structure) -> None:
+        """Append one structure that passed `check_structure`."""
+        nothing = np.full((s.num_atoms, 3), np.nan)
+        labels = LABEL_ENERGY * (s.energy is not None) | LABEL_FORCES * (s.forces is not None)
+        self.num_atoms += s.num_atoms
+        row = {
+            "offsets": self.num_atoms,
+            "atomic_numbers": s.atomic_numbers,
+            "positions": s.positions,
+            "forces": nothing if s.forces is None else s.forces,
+            "fixed": np.zeros(s.num_atoms) if s.fixed is None else s.fixed,
+            "energy": np.nan if s.energy is None else s.energy,
+            "cell": s.cell,
+            "pbc": s.pbc,
+            "stress": np.full((3, 3), np.nan) if s.stress is None else s.stress,
+            "source": _index(self.sources, s.source, "sources"),
+            "level": _index(self.levels, s.level, "levels of theory"),
+            "group": self.group_ids.setdefault((s.source, s.group), len(self.group_ids)),
+            "labels": labels | LABEL_STRESS * (s.stress is not None),
+        }
+        for name, value in row.items():
+            self._append(name, value)
+        self.groups.append(s.group)
+        self.group_sources.append(s.source)
+
+    def finish(
+        self,
+        splits: SplitRule | NDArray[np.integer],
+        description: dict[str, Any],
+        provenance: Mapping[str, Mapping[str, Any]],
+    ) -> StoreHeader:
+        """Write splits, shapes and checksums, and return the header."""
+        if not self.groups:
+            raise ValueError("no structure to write: the input is empty or every structure was left out")
+        chosen = splits(self.groups, self.group_sources) if callable(splits) else splits
+        self._append("split", self._check_splits(np.asarray(chosen)))
+        header = StoreHeader(
+            sources=tuple(self.sources),
+            levels=tuple(self.levels),
+            num_structures=len(self.groups),
+            num_atoms=self.num_atoms,
+            split=description,
+            provenance={name: dict(record) for name, record in provenance.items()},
+        )
+        for name, file in self.files.items():
+            file.seek(0)
+            _write_npy_header(file, name, header.array_shape(name))
+            file.close()
+            header.sha256[f"{name}.npy"] = sha256_of(self.directory / f"{name}.npy")
+        return header
+
+    def _append(self, name: str, value: Any) -> None:
+        self.files[name].write(np.ascontiguousarray(value, dtype=ARRAYS[name][0]).tobytes())
+
+    def _check_splits(self, splits: NDArray[np.integer]) -> NDArray[np.integer]:
+        if splits.shape != (len(self.groups),):
+            raise ValueError(
+                f"splits must have shape ({len(self.groups)},), one for each structure, got {splits.shape}"
+            )
+        if len(splits) and not (splits.min() >= 0 and splits.max() < len(SPLITS)):
+            raise ValueError(
+                f"splits must be 0, 1 or 2 ({', '.join(SPLITS)}), got {splits.min()} to {splits.max()}"
+            )
+        group_of = np.array(
+            [self.group_ids[key] for key in zip(self.group_sources, self.groups, strict=True)]
+        )
+        first = np.zeros(len(self.group_ids), dtype=np.int64)
+        first[group_of[::-1]] = splits[::-1]
+        leaking = np.flatnonzero(first[group_of] != splits)
+        if len(leaking):
+            k = int(leaking[0])
+            raise ValueError(
+                f"group {self.groups[k]!r} of source {self.group_sources[k]!r} lies on two sides of the "
+                "split; keep "
+                "groups whole (split_groups), or name the groups apart if they are unrelated"
+            )
+        return splits
+
+
+def _index(table: dict[str, int], name: str, what: str) -> int:
+    index = table.setdefault(name, len(table))
+    if index > MAX_NAMES:
+        raise ValueError(f"more than {MAX_NAMES} {what} in one store; is an identifier used as a name?")
+    return index
+
+
+def _write_npy_header(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
+    """A .npy header of fixed length (128 bytes), so that it can be written again when the length is known."""
+    text = f"{{'descr': '{ARRAYS[name][0]}', 'fortran_order': False, 'shape': {shape!r}, }}"
+    magic = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
+    file.write(magic + text.ljust(117).encode("ascii") + b"\n")
