@@ -1,0 +1,169 @@
+"""A torch data set over one or several stores: structures of one split, with their neighbour lists."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from megagnn.data import keys
+from megagnn.data.batch import Graph, build_graph, collate
+from megagnn.data.neighbours import neighbour_list
+from megagnn.data.references import fit_references
+from megagnn.data.store import Store
+from megagnn.data.store_format import LABEL_ENERGY
+
+
+class StructureDataset(Dataset[Graph]):
+    """Structures of one split of one or several stores.
+
+    The tables of sources and levels are merged by name over all structures of the stores, whatever the split,
+    so that every split of the same stores has the same indices.
+
+    Args:
+        paths: directories of stores.
+        split: "train", "valid", "test" or "all".
+        cutoff: Å.
+        self_edges: add the edge (i, i) to every atom.
+
+    Attributes:
+        sources, levels: names; batches hold indices into these.
+        num_atoms, num_edges: (S,) int64 of each structure, for the sampler; edges include self edges.
+
+    Raises:
+        ValueError: no path, an unknown split, or see `Store.open`.
+    """
+
+    def __init__(
+        self, paths: Sequence[str | Path], split: str, cutoff: float, self_edges: bool = False
+    ) -> None:
+        if not paths:
+            raise ValueError("a data set needs at least one store")
+        self.stores = [Store.open(path) for path in paths]
+        self.split, self.cutoff, self.self_edges = split, float(cutoff), self_edges
+        self.sources = _merge([store.header.sources for store in self.stores])
+        self.levels = _merge([store.header.levels for store in self.stores])
+        self._source_maps = [_map(store.header.sources, self.sources) for store in self.stores]
+        self._level_maps = [_map(store.header.levels, self.levels) for store in self.stores]
+        chosen = [np.arange(len(s)) if split == "all" else s.indices(split) for s in self.stores]
+        self._store_of = np.repeat(np.arange(len(self.stores)), [len(c) for c in chosen])
+        self._index_in_store = np.concatenate(chosen)
+        self.num_atoms = _gather([s.num_atoms[c] for s, c in zip(self.stores, chosen, strict=True)])
+        edges = [cached_num_edges(store, self.cutoff) for store in self.stores]
+        self.num_edges = _gather([e[c] for e, c in zip(edges, chosen, strict=True)])
+        if self_edges:
+            self.num_edges = self.num_edges + self.num_atoms
+
+    def __len__(self) -> int:
+        return len(self._index_in_store)
+
+    def __getitem__(self, index: int) -> Graph:
+        """The graph of one structure with its labels (see `build_graph`); its `structure` is `index`."""
+        position = int(index)
+        if not 0 <= position < len(self):
+            raise IndexError(f"structure {index} of a data set of {len(self)}")
+        k = int(self._store_of[position])
+        record = self.stores[k].structure(int(self._index_in_store[position]))
+        record[keys.SOURCE] = int(self._source_maps[k][record[keys.SOURCE]])
+        record[keys.LEVEL] = int(self._level_maps[k][record[keys.LEVEL]])
+        record[keys.STRUCTURE] = position
+        graph = build_graph(
+            record[keys.ATOMIC_NUMBERS],
+            record[keys.POSITIONS],
+            record[keys.CELL],
+            record[keys.PBC],
+            self.cutoff,
+            self.self_edges,
+        )
+        return {**record, **graph}
+
+    def batch(
+        self, indices: Sequence[int] | NDArray[np.integer], dtype: torch.dtype = torch.float32
+    ) -> dict[str, Tensor]:
+        """The batch of some structures (see `collate`)."""
+        return collate([self[int(i)] for i in indices], dtype)
+
+    def fit_references(self) -> NDArray[np.float64]:
+        """(num_sources, 119) per-element energies of this split, eV (see `references.fit_references`)."""
+        numbers, lengths, energies, sources = [], [], [], []
+        for k, store in enumerate(self.stores):
+            arrays = store.arrays
+            mine = self._index_in_store[self._store_of == k]
+            mine = mine[(arrays["labels"][mine] & LABEL_ENERGY) > 0]
+            atoms = ragged_indices(arrays["offsets"], mine)
+            numbers.append(arrays["atomic_numbers"][atoms])
+            lengths.append(store.num_atoms[mine])
+            energies.append(arrays["energy"][mine])
+            sources.append(self._source_maps[k][arrays["source"][mine]])
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        return fit_references(
+            np.concatenate(numbers),
+            offsets,
+            np.concatenate(energies),
+            np.concatenate(sources),
+            len(self.sources),
+        )
+
+
+def ragged_indices(offsets: NDArray[np.integer], rows: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Flat indices of all elements of some rows of a CSR layout: offsets[r]:offsets[r + 1] of each row r in "
+    "turn."""
+    lengths = np.diff(offsets)[rows]
+    skipped = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(offsets[rows] - skipped, lengths)
+
+
+def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:
+    """(S,) edges of every structure of a store, without self edges.
+
+    Counted once and kept in the store's directory where that is writable. Ranks may do this at once: each
+    writes a file of its own and renames it, and they all write the same numbers.
+    """
+    cache = store.path / f"num_edges-{cutoff!r}.npy"
+    try:
+        counts = np.load(cache, allow_pickle=False)
+        if counts.shape == (len(store),) and counts.dtype == np.int64:
+            return np.asarray(counts)
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or cut short by a full disk: count again
+    counts = np.empty(len(store), dtype=np.int64)
+    for i in range(len(store)):
+        s = store.structure(i)
+        counts[i] = neighbour_list(s[keys.POSITIONS], s[keys.CELL], s[keys.PBC], cutoff)[0].shape[1]
+    _save_atomically(cache, counts)
+    return counts
+
+
+def _save_atomically(path: Path, array: NDArray[Any]) -> None:
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError:
+        return  # a read-only store: counted again next time
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, array)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+
+
+def _merge(tables: Sequence[Sequence[str]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name for table in tables for name in table))
+
+
+def _map(table: Sequence[str], merged: Sequence[str]) -> NDArray[np.int64]:
+    lookup: Mapping[str, int] = {name: i for i, name in enumerate(merged)}
+    return np.array([lookup[name] for name in table], dtype=np.int64)
+
+
+def _gather(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
