@@ -106,14 +106,15 @@ class EGNN(nn.Module):
             if x_new_NC is not x_NC:
                 x_NC = x_new_NC
                 geometry = edge_geometry(x_NC, edges, self.distance_feature)
-        outputs = {keys.ENERGY: self._total_energy(self.energy_head(h_NF), element_N, batch)}
+        atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
+        energy_N = self.energy_head(h_NF).squeeze(-1).double() * self.statistics.output_scale
+        outputs = {keys.ENERGY: segment_sum(energy_N, atoms) + self.reference_energy(batch)}
         if forces_NC is not None:
             outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
         return outputs
 
-    def _total_energy(self, energy_N1: Tensor, element_N: Tensor, batch: dict[str, Tensor]) -> Tensor:
-        """Sum of scaled atomic energies and references, in float64: totals of 1e4 eV lose their meV in float32."""
-        atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
+    def reference_energy(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sum of the elements' reference energies of each structure, eV, (B,) float64: the "per-element" baseline."""
+        element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         reference_N = self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
-        scaled_N = energy_N1.squeeze(-1).double() * self.statistics.output_scale
-        return segment_sum(scaled_N + reference_N, atoms)
+        return segment_sum(reference_N, Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR]))

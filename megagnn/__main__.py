@@ -1,0 +1,7 @@
+"""`python -m megagnn`, for torchrun."""
+
+import sys
+
+from megagnn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,68 @@
+"""The command line: `megagnn COMMAND`, or `python -m megagnn COMMAND` (under torchrun: `torchrun ... -m megagnn COMMAND`)."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import megagnn
+from megagnn.ops.allocator import configure_allocator
+
+# command -> (module with add_arguments and run, one line of help); modules load only when their command is called
+COMMANDS = {
+    "train": ("megagnn.train.command", "train a model: CONFIG.toml [--section.field value ...]"),
+    "evaluate": ("megagnn.train.evaluate", "errors of a checkpoint on a data set, beside baselines"),
+    "inspect": ("megagnn.train.inspect", "what a checkpoint or a data set holds"),
+    "prepare": ("megagnn.data.prepare", "make a packed store from files that ASE reads, and others"),
+    "label": ("megagnn.data.labels.command", "make structures and label them with a simulation engine"),
+}
+TAKES_OVERRIDES = ("train",)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; a user's mistake (ValueError and its kin) is one line on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="megagnn", description="Graph neural networks for atomistic materials.")
+    parser.add_argument("--version", action="version", version=f"megagnn {megagnn.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((a for a in argv if not a.startswith("-")), None)
+    modules = {}
+    for name, (module, help_line) in COMMANDS.items():
+        sub = commands.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
+        if name == chosen:
+            modules[name] = importlib.import_module(module)
+            modules[name].add_arguments(sub)
+    overrides: list[str] = []
+    if chosen in TAKES_OVERRIDES:
+        argv, overrides = _split_overrides(argv)
+    arguments = parser.parse_args(argv)
+    configure_allocator()
+    try:
+        if arguments.command in TAKES_OVERRIDES:
+            return int(modules[arguments.command].run(arguments, overrides))
+        return int(modules[arguments.command].run(arguments))
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ModuleNotFoundError) as error:
+        print(f"megagnn {arguments.command}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"megagnn {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Take the configuration overrides, `--section.field value`, out of the arguments, wherever they stand."""
+    flags = ("--resume", "--overwrite", "--help", "--version")
+    arguments, overrides, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument in flags:
+            arguments.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return arguments, overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Learning-rate schedules, weight averaging, and the optimizer of a run."""

@@ -1,0 +1,182 @@
+"""Checkpoints: one safetensors file each, written atomically, checksummed; loading unpickles nothing.
+
+Tensors are named `model/NAME` (weights), `average/NAME` (their moving average) and `optimizer/INDEX/NAME`. The file's metadata
+holds, as JSON, the configuration, the statistics of the training split, the progress of the run and a checksum.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import megagnn
+from megagnn.config import RunConfig, config_from_dict, config_to_dict
+from megagnn.models.potential import Potential, build_potential
+from megagnn.models.statistics import Statistics
+
+FORMAT, VERSION = "megagnn-checkpoint", 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: everything that, with the tensors, makes a resumed run the same bits as an undisturbed one."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    epoch: int = 0
+    """Epoch the next step belongs to."""
+    step_in_epoch: int = 0
+    """Steps of that epoch done."""
+    best_loss: float = float("inf")
+    """Lowest validation loss so far."""
+    average_updates: int = 0
+    """Updates of the moving average so far."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory."""
+
+    config: RunConfig
+    statistics: Statistics
+    progress: Progress
+    tensors: dict[str, Tensor]
+    path: Path
+
+    def weights(self, kind: str) -> dict[str, Tensor]:
+        """{parameter name: tensor}; `kind` is "model" or "average"."""
+        prefix = f"{kind}/"
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+
+def save_checkpoint(
+    path: Path, config: RunConfig, statistics: Statistics, progress: Progress, tensors: dict[str, Tensor]
+) -> None:
+    """Write to a temporary file beside `path`, flush it to disk, and move it into place: a reader sees the old file or the new."""
+    tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "megagnn": megagnn.__version__,
+        "torch": torch.__version__,
+        "config": config_to_dict(config),
+        "statistics": statistics.to_dict(),
+        "progress": asdict(progress),
+    }
+    content["sha256"] = _checksum(tensors, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, metadata={FORMAT: json.dumps(content)})
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read and verify a checkpoint.
+
+    Raises:
+        ValueError: not a checkpoint, truncated, or bits differ from what was written.
+        FileNotFoundError: no such file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(
+            f"{path} is a folder, not a checkpoint; did you mean {path / 'best.safetensors'} or "
+            f"{path / 'checkpoints' / 'best.safetensors'}?"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(
+            f"checkpoint {path} is truncated or not a safetensors file ({error}); use another one, such as the run's "
+            "other checkpoint"
+        ) from None
+    if FORMAT not in metadata:
+        raise ValueError(f"{path} is a safetensors file but not a megagnn checkpoint: its metadata has no '{FORMAT}'")
+    try:
+        content = json.loads(metadata[FORMAT])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"checkpoint {path} is damaged: its metadata is not JSON ({error})") from None
+    if content["version"] != VERSION:
+        raise ValueError(
+            f"checkpoint {path} has format version {content['version']}, this megagnn reads version {VERSION}"
+        )
+    if _checksum(tensors, content) != content["sha256"]:
+        raise ValueError(f"checkpoint {path} is damaged: its checksum is not the one it was written with")
+    return Checkpoint(
+        config_from_dict(content["config"]),
+        Statistics.from_dict(content["statistics"]),
+        Progress(**content["progress"]),
+        tensors,
+        path,
+    )
+
+
+def load_potential(
+    checkpoint: str | Path | Checkpoint, dtype: torch.dtype | None = None, average: bool = True
+) -> Potential:
+    """The potential of a checkpoint, with averaged weights unless `average` is false, in its own dtype or the one given."""
+    if not isinstance(checkpoint, Checkpoint):
+        checkpoint = load_checkpoint(checkpoint)
+    if dtype is None:
+        dtype = getattr(torch, checkpoint.config.train.dtype)
+    potential = build_potential(checkpoint.config.model, checkpoint.statistics, dtype=dtype)
+    load_weights(potential.model, checkpoint.weights("average" if average else "model"), checkpoint.path)
+    return potential
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
+    """Copy weights into a model, converting the dtype. Raises ValueError if names or shapes differ."""
+    own = dict(model.named_parameters())
+    if own.keys() != weights.keys():
+        missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+        raise ValueError(f"checkpoint {path} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
+    for name, parameter in own.items():
+        if parameter.shape != weights[name].shape:
+            raise ValueError(
+                f"checkpoint {path} does not fit the model: {name} is {tuple(weights[name].shape)}, "
+                f"the model has {tuple(parameter.shape)}"
+            )
+        parameter.copy_(weights[name])
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {f"optimizer/{index}/{name}": value for index, entry in state.items() for name, value in entry.items()}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer/"):
+            _, index, name = key.split("/")
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _checksum(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:
+    """SHA-256 of the metadata (but for the checksum itself) and of every tensor's name, type, shape and bytes."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

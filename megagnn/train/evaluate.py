@@ -1,0 +1,113 @@
+"""Errors of a potential on a split, and the command `megagnn evaluate`."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megagnn.models.potential import Potential
+from megagnn.parallel.collectives import all_reduce_sum
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.launch import parallel_context
+from megagnn.train.checkpoint import load_checkpoint, load_potential
+from megagnn.train.loader import BatchLoader, open_split
+from megagnn.train.loss import Loss, label_counts
+from megagnn.train.metrics import ErrorSums, format_table
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of a pass over a split."""
+
+    per_source: dict[str, dict[str, float]]
+    """{source: metrics}, see `ErrorSums.per_source`."""
+    loss: float
+    """The loss over the whole split, as one batch would give it (nan without a loss)."""
+
+
+def evaluate(
+    potential: Potential,
+    loader: BatchLoader,
+    context: ParallelContext,
+    loss: Loss | None = None,
+    progress: bool = False,
+) -> Evaluation:
+    """Errors over all structures of a loader, summed over ranks; the same on every rank."""
+    sums = ErrorSums(potential, context)
+    # loss terms times their counts, and the counts, so that batches of unequal size add up exactly
+    totals = torch.zeros(2, 3, dtype=torch.float64, device=context.device)
+    batches = loader.batches()
+    if progress and context.is_main:
+        batches = tqdm(batches, total=len(loader.sampler.batches(0)), desc="evaluate", unit="batch", file=sys.stderr)
+    for batch in batches:
+        with torch.no_grad():
+            outputs = potential(batch)
+            sums.add(outputs, batch)
+            if loss is not None:
+                totals += _loss_totals(loss, outputs, batch, context)
+    sums.reduce()
+    value = float("nan")
+    if loss is not None:
+        all_reduce_sum(totals, context)
+        weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=context.device)
+        value = float((weights * totals[0] / totals[1].clamp(min=1)).sum())
+    return Evaluation(sums.per_source(), value)
+
+
+def _loss_totals(
+    loss: Loss, outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], context: ParallelContext
+) -> torch.Tensor:
+    """[[sum of each term], [its count]] of this rank's batch, (2, 3)."""
+    counts = label_counts(batch, ParallelContext(device=context.device))
+    _, shares = loss(outputs, batch, counts)
+    num = [getattr(counts, term) for term in loss.weights]
+    sums = [float(shares[term]) * n if term in shares else 0.0 for term, n in zip(loss.weights, num, strict=True)]
+    return torch.tensor([sums, num], dtype=torch.float64, device=context.device)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `megagnn evaluate`."""
+    parser.add_argument("checkpoint", type=Path, help="a run's checkpoints/best.safetensors")
+    parser.add_argument("data", type=Path, nargs="+", help="packed store(s)")
+    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the metrics here")
+    parser.add_argument("--last-weights", action="store_true", help="use the last weights instead of their average")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`megagnn evaluate CHECKPOINT DATA... [--json OUT]`: a table of errors per source beside the baselines."""
+    checkpoint = load_checkpoint(arguments.checkpoint)
+    config = dataclasses.replace(
+        checkpoint.config,
+        data=dataclasses.replace(checkpoint.config.data, paths=tuple(map(str, arguments.data))),
+    )
+    with parallel_context(config.train.device, config.train.threads) as context:
+        potential = load_potential(checkpoint, average=not arguments.last_weights).to(context.device)
+        dataset = open_split(config.data, config.model, arguments.split, context, checkpoint.statistics)
+        loader = BatchLoader(dataset, config, context, shuffle=False)
+        result = evaluate(potential, loader, context, progress=True)
+        if context.is_main:
+            print(format_table(result.per_source))
+            if arguments.json is not None:
+                _write_json(arguments.json, arguments, result)
+    return 0
+
+
+def _write_json(path: Path, arguments: argparse.Namespace, result: Evaluation) -> None:
+    content = {
+        "checkpoint": str(arguments.checkpoint),
+        "data": [str(data) for data in arguments.data],
+        "split": arguments.split,
+        "sources": result.per_source,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+    print(f"wrote {path}")

@@ -1,0 +1,36 @@
+"""How the parameter gradients of a loss are taken.
+
+[Note: gradient methods] A loss on forces F = -dE/dx needs second derivatives. A gradient method takes a potential, a batch
+and the loss, and leaves the gradient of this rank's loss share in the parameters; the trainer knows no more than that, so a
+method with another structure than "forward, then one backward" can stand in its place.
+"""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from megagnn.models.potential import Potential
+from megagnn.train.loss import Loss, LossCounts
+
+
+class GradientMethod(Protocol):
+    """See [Note: gradient methods]."""
+
+    def __call__(
+        self, potential: Potential, batch: dict[str, Tensor], loss: Loss, counts: LossCounts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add to the parameters' `.grad`; return this rank's share of the loss and of its terms."""
+        ...
+
+
+def create_graph(
+    potential: Potential, batch: dict[str, Tensor], loss: Loss, counts: LossCounts
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Differentiate through the graph of the force computation: simple, at 6 units of a forward pass and its whole memory."""
+    outputs = potential(batch, create_graph=True)
+    total, shares = loss(outputs, batch, counts)
+    total.backward()  # type: ignore[no-untyped-call]
+    return total.detach(), shares
+
+
+GRADIENT_METHODS: dict[str, GradientMethod] = {"create_graph": create_graph}

@@ -1,0 +1,83 @@
+"""This rank's batches of one split, ready on its device."""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from megagnn.config import DataConfig, ModelConfig, RunConfig
+from megagnn.data.batch import collate
+from megagnn.data.dataset import StructureDataset
+from megagnn.data.sampler import BudgetSampler
+from megagnn.models.statistics import Statistics
+from megagnn.parallel.collectives import barrier
+from megagnn.parallel.context import ParallelContext
+
+
+def open_split(
+    data: DataConfig,
+    model: ModelConfig,
+    split: str,
+    context: ParallelContext,
+    statistics: Statistics | None = None,
+) -> StructureDataset:
+    """The structures of one split, with their edge counts.
+
+    The main rank counts edges first and leaves the counts beside the data, so that the others only read them.
+
+    Args:
+        statistics: of a trained model, whose numbering of sources and levels the data set takes over.
+
+    Raises:
+        ValueError: no data, an empty split, or a source, level or element that the model does not know.
+    """
+    if not data.paths:
+        raise ValueError("data.paths is empty; name a packed store, as made by `megagnn prepare` or `megagnn label`")
+    if not context.is_main:
+        barrier(context)
+    sources = statistics.sources if statistics else None
+    levels = statistics.levels if statistics else None
+    dataset = StructureDataset(data.paths, split, model.cutoff, model.self_edges, sources, levels)
+    if len(dataset) == 0:
+        raise ValueError(f"the {split} split of {', '.join(map(str, data.paths))} is empty; prepare the data with one")
+    if context.is_main:
+        barrier(context)
+    if statistics:
+        statistics.check_elements(dataset.elements(), f"the {split} split of {', '.join(map(str, data.paths))}")
+    return dataset
+
+
+class BatchLoader:
+    """Batches of a data set within the budget of atoms and edges, balanced over ranks (data/sampler.py)."""
+
+    def __init__(
+        self, dataset: StructureDataset, config: RunConfig, context: ParallelContext, shuffle: bool
+    ) -> None:
+        data = config.data
+        self.dataset, self.context, self.num_workers = dataset, context, data.num_workers
+        self.sampler = BudgetSampler(
+            dataset.num_atoms,
+            dataset.num_edges,
+            max_atoms=data.max_atoms,
+            max_edges=data.max_edges,
+            max_structures=data.max_structures,
+            dp_size=context.dp_size,
+            dp_rank=context.dp_rank,
+            seed=config.train.seed,
+            shuffle=shuffle,
+        )
+        self.collate = partial(collate, dtype=getattr(torch, config.train.dtype))
+
+    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[dict[str, Tensor]]:
+        """Batches of an epoch from the `first` on; every rank yields the same number, some possibly without structures."""
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=[batch.tolist() for batch in self.sampler.batches(epoch)[first:]],
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            pin_memory=self.context.device.type == "cuda",
+        )
+        for batch in loader:
+            yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}

@@ -1,0 +1,43 @@
+"""Statistics of a training split: what `models.statistics.Statistics` holds."""
+
+import numpy as np
+
+from megagnn.data import keys
+from megagnn.data.dataset import StructureDataset
+from megagnn.models.statistics import Statistics
+
+
+def compute_statistics(dataset: StructureDataset) -> Statistics:
+    """Elements, per-element references, mean number of neighbours and output scale of a training split.
+
+    The output scale is the root mean square of the force components (Batatia et al., MACE, NeurIPS 2022), or, without
+    forces, of the energies per atom that the references leave over.
+
+    Raises:
+        ValueError: no structure has an energy.
+    """
+    elements, references = dataset.elements(), dataset.fit_references()
+    num_sources = len(dataset.sources)
+    count, total, squares, num_components, force_squares = np.zeros(num_sources), np.zeros(num_sources), 0.0, 0, 0.0
+    for index in range(len(dataset)):
+        record = dataset.record(index)
+        source, numbers = record[keys.SOURCE], record[keys.ATOMIC_NUMBERS]
+        if keys.ENERGY in record:
+            count[source] += 1
+            total[source] += record[keys.ENERGY] / len(numbers)
+            squares += ((record[keys.ENERGY] - references[source, numbers].sum()) / len(numbers)) ** 2
+        if keys.FORCES in record:
+            num_components += record[keys.FORCES].size
+            force_squares += float(np.square(record[keys.FORCES], dtype=np.float64).sum())
+    if count.sum() == 0:
+        raise ValueError("no training structure has an energy; prepare the data with --energy-key naming its energies")
+    scale = float(np.sqrt(force_squares / num_components if num_components else squares / count.sum()))
+    return Statistics(
+        elements=tuple(elements.tolist()),
+        sources=dataset.sources,
+        levels=dataset.levels,
+        references=tuple(tuple(row[elements].tolist()) for row in references),
+        mean_energy=tuple((total / np.maximum(count, 1)).tolist()),
+        mean_neighbours=max(1.0, float(dataset.num_edges.sum() / dataset.num_atoms.sum())),
+        output_scale=scale if scale > 0 else 1.0,
+    )

@@ -1,0 +1,193 @@
+"""The training loop."""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megagnn.config import RunConfig, config_to_dict
+from megagnn.models.potential import build_potential
+from megagnn.optim.optimizer import WeightAverage, make_optimizer
+from megagnn.optim.schedule import learning_rate
+from megagnn.parallel.collectives import all_reduce_gradients, all_reduce_sum, barrier, broadcast_parameters
+from megagnn.parallel.context import ParallelContext
+from megagnn.train.checkpoint import (
+    Progress,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from megagnn.train.evaluate import evaluate
+from megagnn.train.gradients import GRADIENT_METHODS
+from megagnn.train.loader import BatchLoader, open_split
+from megagnn.train.loss import Loss, label_counts
+from megagnn.train.monitor import Monitor
+from megagnn.train.statistics import compute_statistics
+
+
+class Trainer:
+    """A run: data, potential, optimizer, and where it stands. `run` trains to the end and leaves checkpoints in `out_dir`.
+
+    Raises:
+        ValueError: bad data or configuration, or a run in `out_dir` that neither `resume` nor `overwrite` allows to touch.
+    """
+
+    def __init__(self, config: RunConfig, context: ParallelContext, resume: bool = False) -> None:
+        self.config, self.context = config, context
+        self.out_dir = Path(config.out_dir)
+        self.dtype = getattr(torch, config.train.dtype)
+        train_set = open_split(config.data, config.model, "train", context)
+        self.statistics = compute_statistics(train_set)
+        valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
+        self.train = BatchLoader(train_set, config, context, shuffle=True)
+        self.valid = BatchLoader(valid_set, config, context, shuffle=False)
+        self.potential = build_potential(config.model, self.statistics, config.train.seed, self.dtype)
+        self.potential.to(context.device)
+        broadcast_parameters(self.potential, context)
+        self.optimizer = make_optimizer(self.potential, config.optim)
+        self.average = WeightAverage(self.potential.model, config.optim.ema_decay)
+        self.loss = Loss(config.loss)
+        self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
+        self.progress = Progress()
+        if resume:
+            self._resume()
+
+    @property
+    def last_path(self) -> Path:
+        """The last checkpoint, from which a run resumes."""
+        return self.out_dir / "checkpoints" / "last.safetensors"
+
+    @property
+    def best_path(self) -> Path:
+        """The checkpoint with the lowest validation loss."""
+        return self.out_dir / "checkpoints" / "best.safetensors"
+
+    def run(self) -> None:
+        """Train up to `train.num_steps`."""
+        train = self.config.train
+        if self.context.is_main:
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            (self.out_dir / "config.json").write_text(json.dumps(config_to_dict(self.config), indent=2) + "\n")
+        with Monitor(self.out_dir, train.num_steps, self.progress.step, self.context) as monitor:
+            monitor.say(self._summary())
+            monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
+            for batch in self._batches():
+                self._step(batch, monitor)
+                step = self.progress.step
+                done = step == train.num_steps
+                if step % train.validate_every == 0 or done:
+                    self._validate(monitor)
+                if step % train.checkpoint_every == 0 or done:
+                    self._save(self.last_path)
+                    monitor.restart_clock()
+                if done:
+                    return
+
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
+        """This rank's batches from where the run stands, through as many epochs as needed."""
+        if self.progress.step >= self.config.train.num_steps:
+            return
+        for epoch in itertools.count(self.progress.epoch):
+            first = self.progress.step_in_epoch if epoch == self.progress.epoch else 0
+            self.progress = dataclasses.replace(self.progress, epoch=epoch, step_in_epoch=first)
+            yield from self.train.batches(epoch, first)
+
+    def _step(self, batch: dict[str, Tensor], monitor: Monitor) -> None:
+        step, optim = self.progress.step, self.config.optim
+        rate = learning_rate(step, self.config.train.num_steps, optim)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        counts = label_counts(batch, self.context)
+        loss, shares = self.gradient_method(self.potential, batch, self.loss, counts)
+        parameters = list(self.potential.parameters())
+        all_reduce_gradients(parameters, self.context)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm or float("inf"))
+        self.optimizer.step()
+        self.average.update()
+        self.progress = dataclasses.replace(
+            self.progress, step=step + 1, step_in_epoch=self.progress.step_in_epoch + 1
+        )
+        monitor.step(counts.atoms, counts.edges)
+        if (step + 1) % self.config.train.log_every == 0:
+            self._log(loss, shares, norm, rate, monitor)
+
+    def _log(self, loss: Tensor, shares: dict[str, Tensor], norm: Tensor, rate: float, monitor: Monitor) -> None:
+        names = ["loss", *shares]
+        values = torch.stack([loss, *shares.values()])
+        values = dict(zip(names, all_reduce_sum(values, self.context).tolist(), strict=True))
+        if not torch.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient norm is {norm.item()} at step {self.progress.step} (loss {values['loss']}); "
+                f"{self.last_path} is from before. Lower optim.learning_rate or optim.clip_norm"
+            )
+        scalars = {f"train/{name}": value for name, value in values.items()}
+        scalars |= {"optim/learning_rate": rate, "optim/gradient_norm": norm.item(), "train/epoch": self.progress.epoch}
+        monitor.log(self.progress.step, scalars, {"loss": f"{values['loss']:.4f}", "epoch": str(self.progress.epoch)})
+        monitor.log_throughput(self.progress.step)
+
+    def _validate(self, monitor: Monitor) -> None:
+        start = time.perf_counter()
+        with self.average.applied():
+            result = evaluate(self.potential, self.valid, self.context, self.loss)
+        scalars = {"valid/loss": result.loss}
+        for source, metrics in result.per_source.items():
+            scalars |= {
+                f"valid_{name}/{source}": value
+                for name, value in metrics.items()
+                if name != "num_test" and "baseline" not in name
+            }
+        monitor.log(self.progress.step, scalars)
+        errors = "  ".join(
+            f"{source}: " + " ".join(f"{m[k]:.1f} {unit}" for k, unit in _SHORT.items() if k in m)
+            for source, m in result.per_source.items()
+        )
+        seconds = time.perf_counter() - start
+        monitor.say(
+            f"step {self.progress.step}: validation loss {result.loss:.4f} in {seconds:.1f} s, mean absolute errors {errors}"
+        )
+        if result.loss < self.progress.best_loss:
+            self.progress = dataclasses.replace(self.progress, best_loss=result.loss)
+            self._save(self.best_path)
+        monitor.restart_clock()
+
+    def _save(self, path: Path) -> None:
+        if self.context.is_main:
+            tensors = {f"model/{n}": p for n, p in self.potential.model.named_parameters()}
+            tensors |= {f"average/{n}": a for n, a in self.average.average.items()}
+            tensors |= optimizer_tensors(self.optimizer)
+            progress = dataclasses.replace(self.progress, average_updates=self.average.num_updates)
+            save_checkpoint(path, self.config, self.statistics, progress, tensors)
+        barrier(self.context)
+
+    def _resume(self) -> None:
+        checkpoint = load_checkpoint(self.last_path)
+        if checkpoint.config.model != self.config.model or checkpoint.statistics != self.statistics:
+            raise ValueError(
+                f"cannot resume from {self.last_path}: it was trained with another model configuration or other data; "
+                "give the run the same [model] and data.paths, or another out_dir"
+            )
+        load_weights(self.potential.model, checkpoint.weights("model"), checkpoint.path)
+        average = checkpoint.weights("average")
+        self.average.average = {n: average[n].to(self.context.device) for n in self.average.average}
+        self.average.num_updates = checkpoint.progress.average_updates
+        load_optimizer(self.optimizer, checkpoint.tensors)
+        self.progress = checkpoint.progress
+
+    def _summary(self) -> str:
+        num = self.potential.model.num_parameters()
+        return (
+            f"{num:,} parameters on {self.context.dp_size} rank(s), {torch.get_num_threads()} thread(s) each; "
+            f"{len(self.train.dataset):,} training and {len(self.valid.dataset):,} validation structures of "
+            f"{', '.join(self.statistics.sources)}; steps {self.progress.step} to {self.config.train.num_steps}"
+        )
+
+
+_SHORT = {"energy_mae_mev_per_atom": "meV/atom", "force_mae_mev_per_angstrom": "meV/Å"}
