@@ -33,24 +33,32 @@ class StructureDataset(Dataset[Graph]):
         split: "train", "valid", "test" or "all".
         cutoff: Å.
         self_edges: add the edge (i, i) to every atom.
+        sources, levels: numbering to use instead, as of a trained model.
 
     Attributes:
         sources, levels: names; batches hold indices into these.
         num_atoms, num_edges: (S,) int64 of each structure, for the sampler; edges include self edges.
 
     Raises:
-        ValueError: no path, an unknown split, or see `Store.open`.
+        ValueError: no path, an unknown split, a source or level outside the given numbering, or see
+        `Store.open`.
     """
 
     def __init__(
-        self, paths: Sequence[str | Path], split: str, cutoff: float, self_edges: bool = False
+        self,
+        paths: Sequence[str | Path],
+        split: str,
+        cutoff: float,
+        self_edges: bool = False,
+        sources: Sequence[str] | None = None,
+        levels: Sequence[str] | None = None,
     ) -> None:
         if not paths:
             raise ValueError("a data set needs at least one store")
         self.stores = [Store.open(path) for path in paths]
         self.split, self.cutoff, self.self_edges = split, float(cutoff), self_edges
-        self.sources = _merge([store.header.sources for store in self.stores])
-        self.levels = _merge([store.header.levels for store in self.stores])
+        self.sources = _merge([store.header.sources for store in self.stores], sources, "source")
+        self.levels = _merge([store.header.levels for store in self.stores], levels, "level")
         self._source_maps = [_map(store.header.sources, self.sources) for store in self.stores]
         self._level_maps = [_map(store.header.levels, self.levels) for store in self.stores]
         chosen = [np.arange(len(s)) if split == "all" else s.indices(split) for s in self.stores]
@@ -67,14 +75,7 @@ class StructureDataset(Dataset[Graph]):
 
     def __getitem__(self, index: int) -> Graph:
         """The graph of one structure with its labels (see `build_graph`); its `structure` is `index`."""
-        position = int(index)
-        if not 0 <= position < len(self):
-            raise IndexError(f"structure {index} of a data set of {len(self)}")
-        k = int(self._store_of[position])
-        record = self.stores[k].structure(int(self._index_in_store[position]))
-        record[keys.SOURCE] = int(self._source_maps[k][record[keys.SOURCE]])
-        record[keys.LEVEL] = int(self._level_maps[k][record[keys.LEVEL]])
-        record[keys.STRUCTURE] = position
+        record = self.record(int(index))
         graph = build_graph(
             record[keys.ATOMIC_NUMBERS],
             record[keys.POSITIONS],
@@ -84,6 +85,24 @@ class StructureDataset(Dataset[Graph]):
             self.self_edges,
         )
         return {**record, **graph}
+
+    def record(self, index: int) -> dict[str, Any]:
+        """One structure with its labels and no neighbour list (see `Store.structure`), numbered as this data set."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"structure {index} of a data set of {len(self)}")
+        k = int(self._store_of[index])
+        record = self.stores[k].structure(int(self._index_in_store[index]))
+        record[keys.SOURCE] = int(self._source_maps[k][record[keys.SOURCE]])
+        record[keys.LEVEL] = int(self._level_maps[k][record[keys.LEVEL]])
+        record[keys.STRUCTURE] = index
+        return record
+
+    def elements(self) -> NDArray[np.int64]:
+        """Atomic numbers that occur, ascending."""
+        seen = np.zeros(119, dtype=np.bool_)
+        for i in range(len(self)):
+            seen[self.record(i)[keys.ATOMIC_NUMBERS]] = True
+        return np.flatnonzero(seen)
 
     def batch(
         self, indices: Sequence[int] | NDArray[np.integer], dtype: torch.dtype = torch.float32
@@ -156,8 +175,17 @@ def _save_atomically(path: Path, array: NDArray[Any]) -> None:
         Path(name).unlink(missing_ok=True)
 
 
-def _merge(tables: Sequence[Sequence[str]]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(name for table in tables for name in table))
+def _merge(tables: Sequence[Sequence[str]], given: Sequence[str] | None, what: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name for table in tables for name in table))
+    if given is None:
+        return names
+    unknown = [name for name in names if name not in given]
+    if unknown:
+        raise ValueError(
+            f"the data hold the {what}(s) {unknown}, the model knows {list(given)}; prepare the data with --{what} naming "
+            "the one that applies"
+        )
+    return tuple(given)
 
 
 def _map(table: Sequence[str], merged: Sequence[str]) -> NDArray[np.int64]:
