@@ -1,10 +1,13 @@
-"""The operations megagnn brings its own kernels for, each beside its PyTorch reference."""
+"""The operations megagnn brings its own kernels for, each beside its PyTorch reference.
 
+Importing this without the compiled extension warns once; everything then runs on the reference.
+"""
+
+from megagnn.ops import extension
+from megagnn.ops.extension import backend, build_info
 from megagnn.ops.segment import Segments, gather, segment_sum
 
-__all__ = ["Segments", "backend", "gather", "segment_sum"]
+__all__ = ["Segments", "backend", "build_info", "gather", "segment_sum"]
 
-
-def backend() -> str:
-    """'compiled' where the extension is loaded, else 'reference'."""
-    return "reference"
+if extension.module is None:
+    extension.warn_reference("any device")

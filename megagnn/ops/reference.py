@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch: what the compiled kernels are tested against, and what runs without them."""
+"""The operations in plain PyTorch: what the kernels are tested against, and what runs without them."""
 
 from __future__ import annotations
 

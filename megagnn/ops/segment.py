@@ -1,25 +1,64 @@
-"""Segment sum over sorted rows (CSR), and its transpose, the gather."""
+"""Segment sum over sorted rows (CSR), and its transpose, the gather.
+
+They are linear and each is the backward of the other, so both can be differentiated any number of times. Sums
+are deterministic: the order in which a row is summed depends on the row alone, not on the number of threads.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from megagnn.ops import reference
+from megagnn.ops import extension, reference
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_OPS = torch.ops.megagnn
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Which row every entry belongs to.
+    """Which row each of E entries belongs to, in the two forms the operations need.
 
-    index (E,) int64 row of each entry; ptr (N+1,) int64; perm (E,) int64 or None:
-    the entries of row i are perm[ptr[i]:ptr[i+1]], or ptr[i]:ptr[i+1] where perm is None (index is sorted).
+    index: (E,) int64, the row of each entry.
+    ptr: (N+1,) int64, rising from 0 to E.
+    perm: (E,) int64 or None. The entries of row i are perm[ptr[i]:ptr[i+1]]; without it they are
+        ptr[i]:ptr[i+1], that is, index is sorted.
+
+    Edges by destination: Segments(edge_index[0], row_ptr). Edges by source: Segments(edge_index[1],
+    source_ptr, source_perm). Atoms by structure: Segments(batch, graph_ptr).
+
+    Raises ValueError where shapes, types or devices do not fit; `validate` also looks at the contents.
     """
 
     index: Tensor
     ptr: Tensor
     perm: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("index", self.index), ("ptr", self.ptr), ("perm", self.perm)):
+            if tensor is not None:
+                self._check_vector(name, tensor)
+        if self.ptr.shape[0] < 1:
+            raise ValueError("Segments: ptr must have one element more than there are rows, got none")
+        if self.perm is not None and self.perm.shape != self.index.shape:
+            raise ValueError(
+                f"Segments: perm must have one element per entry, got {self.perm.shape[0]} "
+                f"for {self.num_entries} entries"
+            )
+
+    def _check_vector(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype != torch.int64 or tensor.dim() != 1:
+            raise ValueError(
+                f"Segments: {name} must be a vector of int64, got {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}"
+            )
+        if tensor.device != self.index.device:
+            raise ValueError(
+                f"Segments: {name} must be on the device of index, {self.index.device}, got {tensor.device}"
+            )
 
     @property
     def num_rows(self) -> int:
@@ -31,12 +70,127 @@ class Segments:
         """Number of entries, E."""
         return self.index.shape[0]
 
+    def validate(self) -> None:
+        """Raises ValueError unless ptr, perm and index agree; reads their contents, waiting for a GPU."""
+        counts = self.ptr.diff()
+        first, last, falls = int(self.ptr[0]), int(self.ptr[-1]), bool((counts < 0).any())
+        if first != 0 or last != self.num_entries or falls:
+            raise ValueError(
+                f"Segments: ptr must rise from 0 to the number of entries, {self.num_entries}, "
+                f"got {first} to {last}{', falling on the way' if falls else ''}"
+            )
+        entries = torch.arange(self.num_entries, device=self.ptr.device)
+        if self.perm is not None and not torch.equal(self.perm.sort().values, entries):
+            raise ValueError(
+                "Segments: perm must name every entry once, got one that repeats or leaves some out"
+            )
+        rows = torch.repeat_interleave(torch.arange(self.num_rows, device=self.ptr.device), counts)
+        if not torch.equal(self.index if self.perm is None else self.index[self.perm], rows):
+            raise ValueError(
+                "Segments: index must name the rows that ptr and perm give, got others; "
+                "sort the entries by row, or pass perm = argsort(index, stable=True)"
+            )
+
 
 def segment_sum(values: Tensor, segments: Segments) -> Tensor:
-    """Sum over the entries of each row: values (E, ...) to (N, ...)."""
-    return reference.segment_sum(values, segments.index, segments.num_rows)
+    """Sum over the entries of each row: values (E, ...) to (N, ...).
+
+    values: float32, float64 or bfloat16 (summed in float32, rounded once). Rows without entries are zero.
+    Raises ValueError for another type, or where values does not have one row per entry.
+    """
+    _check("segment_sum", values, segments.index.size(0), "entry of index")
+    if not _has_kernels(values):
+        return reference.segment_sum(values, segments.index, segments.num_rows)
+    if torch.compiler.is_compiling():
+        return _OPS.segment_sum(values, segments.index, segments.ptr, segments.perm)
+    return _SegmentSum.apply(values, segments.index, segments.ptr, segments.perm)
 
 
 def gather(values: Tensor, segments: Segments) -> Tensor:
-    """values[index]: (N, ...) to (E, ...)."""
-    return reference.gather(values, segments.index)
+    """The row of each entry, values[index]: values (N, ...) to (E, ...); the transpose of `segment_sum`.
+
+    Raises ValueError for a type other than float32, float64 or bfloat16, or where values has not N rows.
+    """
+    _check("gather", values, segments.ptr.size(0) - 1, "row of ptr")
+    if not _has_kernels(values):
+        return reference.gather(values, segments.index)
+    if torch.compiler.is_compiling():
+        return _OPS.gather(values, segments.index, segments.ptr, segments.perm)
+    return _Gather.apply(values, segments.index, segments.ptr, segments.perm)
+
+
+def _check(operation: str, values: Tensor, rows: int, what: str) -> None:
+    if values.dtype in DTYPES and values.dim() != 0 and values.size(0) == rows:
+        return
+    where = f"{operation} ({extension.backend()})"
+    if values.dtype not in DTYPES:
+        raise ValueError(f"{where}: values must be float32, float64 or bfloat16, got {values.dtype}")
+    raise ValueError(f"{where}: values must have one row per {what}, {rows}, got shape {tuple(values.shape)}")
+
+
+def _has_kernels(values: Tensor) -> bool:
+    if (extension.has_cpu and values.is_cpu) or (extension.has_cuda and values.is_cuda):
+        return True
+    if extension.module is not None and not torch.compiler.is_compiling():
+        extension.warn_reference(values.device.type)
+    return False
+
+
+# [Note: two ways into autograd]
+# The operations carry registered formulas (below), which torch.compile, torch.export and opcheck see. Their
+# dispatch passes through Python twice, which shows in a small batch's step. In eager mode the functions above
+# therefore enter by these Functions, which call the kernels below autograd; the formulas are the same.
+class _SegmentSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
+        ctx.segments = (index, ptr, perm)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.segment_sum.default(values, index, ptr, perm)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Gather.apply(grads[0], *ctx.segments), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
+        ctx.segments = (index, ptr, perm)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.gather.default(values, index, ptr, perm)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _SegmentSum.apply(grads[0], *ctx.segments), None, None, None
+
+
+def _keep_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, index, ptr, perm = inputs
+    ctx.save_for_backward(index, ptr, perm)
+
+
+def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _OPS.gather(grad, *ctx.saved_tensors), None, None, None
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    return _OPS.segment_sum(grad, *ctx.saved_tensors), None, None, None
+
+
+def _register() -> None:
+    @torch.library.register_fake("megagnn::segment_sum")
+    def _(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
+        return values.new_empty((ptr.shape[0] - 1, *values.shape[1:]))
+
+    @torch.library.register_fake("megagnn::gather")
+    def _(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
+        return values.new_empty((index.shape[0], *values.shape[1:]))
+
+    torch.library.register_autograd(
+        "megagnn::segment_sum", _segment_sum_backward, setup_context=_keep_segments
+    )
+    torch.library.register_autograd("megagnn::gather", _gather_backward, setup_context=_keep_segments)
+
+
+if extension.module is not None:
+    _register()

@@ -1,0 +1,53 @@
+"""Loads the compiled operations, or remembers why they are not there."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+
+import torch  # noqa: F401  (its libraries must be loaded before the extension that links to them)
+
+_NOTE = Path(__file__).with_name("build_note.txt")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module("megagnn._C"), ""
+    except ImportError as error:
+        if _NOTE.exists():
+            return None, _NOTE.read_text().strip()
+        return None, f"megagnn._C could not be loaded ({error})."
+
+
+module, why_not = _load()
+
+# Where there are kernels of our own; tensors elsewhere take the reference.
+has_cpu = module is not None
+has_cuda = module is not None and bool(module.cuda_archs)
+
+
+@cache
+def warn_reference(device: str) -> None:
+    """Says, once per device type, that the PyTorch reference runs, and why."""
+    reason = why_not or "They are built where torch and nvcc support the device; see setup.py."
+    warnings.warn(
+        f"megagnn.ops: no compiled kernels for {device}, the slower PyTorch reference runs. {reason}",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def backend() -> str:
+    """'compiled' where the extension is loaded, else 'reference'."""
+    return "reference" if module is None else "compiled"
+
+
+def build_info() -> dict[str, str]:
+    """How the extension was built, and the SIMD level in use; empty without the extension."""
+    if module is None:
+        return {}
+    names = ("version", "compiler", "flags", "torch_version", "cuda_archs")
+    return {**{name: getattr(module, name) for name in names}, "simd": module.simd_level()}

@@ -1,0 +1,248 @@
+"""Builds the extension megagnn._C from csrc/ against the torch that is installed; metadata are in pyproject.toml.
+
+Environment: MEGAGNN_BUILD_OPS=0 leaves the extension out; MEGAGNN_CUDA=1 or 0 builds the CUDA kernels or not, whatever
+torch was built for (default: when torch has CUDA and nvcc is found); MEGAGNN_CUDA_ARCHS="80;90" names the GPU
+architectures; CXX, NVCC and CUDA_HOME name the compilers.
+
+Where the extension cannot be built, the install goes through, says so in one sentence, and leaves that sentence in
+megagnn/ops/build_note.txt, which the warning at run time repeats: pip hides what a build prints.
+"""
+
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+NOTE = Path("ops") / "build_note.txt"
+# Oldest release whose stable ABI the sources use (parallel_for); the library then runs on later ones as well.
+TORCH_TARGET = (2, 10)
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+SIMD_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+CUDA_ARCHS = ("80", "90", "100")
+
+
+class CannotBuild(Exception):
+    """Why the extension is left out, as the end of a sentence."""
+
+
+def version() -> str:
+    """The version in megagnn/__init__.py."""
+    found = re.search(r'__version__ = "([^"]+)"', (ROOT / "megagnn" / "__init__.py").read_text())
+    assert found
+    return found[1]
+
+
+def run(command: list[str]) -> None:
+    """Runs a compiler; its messages are shown only where it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise CannotBuild(f"{command[0]} could not be run ({error.strerror})") from error
+    if done.returncode != 0:
+        print(shlex.join(command), done.stdout, done.stderr, sep="\n", file=sys.stderr)
+        first = next(
+            (line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200]
+        )
+        raise CannotBuild(f"{command[0]} failed: {first}")
+
+
+def find_compiler() -> list[str]:
+    """The C++ compiler: CXX, else the one Python was built with, else g++, clang++ or c++."""
+    if os.environ.get("CXX"):
+        candidates = [os.environ["CXX"]]
+    else:
+        candidates = [sysconfig.get_config_var("CXX") or "g++", "g++", "clang++", "c++"]
+    for candidate in candidates:
+        command = shlex.split(candidate)
+        if command and shutil.which(command[0]):
+            return command
+    raise CannotBuild(f"no C++ compiler was found (looked for {', '.join(dict.fromkeys(candidates))})")
+
+
+def find_nvcc() -> str | None:
+    """nvcc from NVCC, CUDA_HOME, PATH or its usual place."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [os.environ.get("NVCC"), *(f"{home}/bin/nvcc" for home in homes[:2] if home), "nvcc"]
+    found = (shutil.which(c) for c in [*candidates, f"{homes[2]}/bin/nvcc"] if c)
+    return next((path for path in found if path), None)
+
+
+def cuda_archs(nvcc: str) -> list[str]:
+    """Architectures to build for: as asked, else those of CUDA_ARCHS that this nvcc knows."""
+    if os.environ.get("MEGAGNN_CUDA_ARCHS"):
+        return re.findall(r"\d+[a-f]?", os.environ["MEGAGNN_CUDA_ARCHS"])
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known] or [CUDA_ARCHS[0]]
+
+
+def wanted_nvcc(torch_cuda: str | None) -> str | None:
+    """nvcc where the CUDA kernels are to be built, else None."""
+    asked = os.environ.get("MEGAGNN_CUDA", "auto")
+    if asked not in ("0", "1", "auto"):
+        raise SystemExit(f"MEGAGNN_CUDA must be 0, 1 or auto, got {asked}")
+    if asked == "0" or (asked == "auto" and torch_cuda is None):
+        return None
+    nvcc = find_nvcc()
+    if nvcc is None and asked == "1":
+        raise SystemExit(
+            "MEGAGNN_CUDA=1 asks for the CUDA kernels, but nvcc was found neither through NVCC, CUDA_HOME "
+            "nor on PATH; install it or unset MEGAGNN_CUDA"
+        )
+    if nvcc is None:
+        print(
+            "megagnn: torch has CUDA but nvcc was not found, so the kernels are built for the CPU only",
+            flush=True,
+        )
+    return nvcc
+
+
+def cuda_library(nvcc: str) -> list[str]:
+    """Linker flags of the static CUDA runtime, which asks nothing of the machine the library is loaded on."""
+    home = Path(nvcc).resolve().parent.parent
+    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
+        if (home / folder / "libcudart_static.a").exists():
+            return [f"-L{home / folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    raise CannotBuild(f"libcudart_static.a was not found under {home}")
+
+
+class Build:
+    """One build of the extension: the flags, the compile commands, the link."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            import pybind11
+            import torch
+        except ImportError as error:
+            raise CannotBuild(
+                f"{error.name} is not installed where the build runs (use --no-build-isolation)"
+            ) from error
+        if tuple(int(x) for x in torch.__version__.split(".")[:2]) < TORCH_TARGET:
+            raise CannotBuild(
+                f"torch is {torch.__version__}, and the sources need {TORCH_TARGET[0]}.{TORCH_TARGET[1]}"
+            )
+        self.folder = folder
+        self.cxx = find_compiler()
+        self.nvcc = wanted_nvcc(torch.version.cuda)
+        self.archs = cuda_archs(self.nvcc) if self.nvcc else []
+        self.simd = SIMD_FLAGS if platform.machine().lower() in ("x86_64", "amd64") else {"baseline": []}
+        torch_root = Path(torch.__file__).parent
+        self.torch_lib = torch_root / "lib"
+        self.torch_version = torch.__version__
+        includes = [CSRC, torch_root / "include", pybind11.get_include(), sysconfig.get_paths()["include"]]
+        major, minor = TORCH_TARGET
+        self.common = [f"-I{path}" for path in includes] + [
+            f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"
+        ]
+        self.common += ["-DMEGAGNN_X86"] if "avx2" in self.simd else []
+        self.common += ["-DMEGAGNN_WITH_CUDA"] if self.nvcc else []
+
+    def describe(self) -> list[str]:
+        """Macros that tell megagnn._C how it was built."""
+        compiler = subprocess.run(
+            [*self.cxx, "--version"], capture_output=True, text=True
+        ).stdout.splitlines()
+        facts = {
+            "VERSION": version(),
+            "COMPILER": compiler[0] if compiler else self.cxx[0],
+            "FLAGS": " ".join(FLAGS),
+            "TORCH_VERSION": self.torch_version,
+            "CUDA_ARCHS": ";".join(self.archs),
+        }
+        return [f'-DMEGAGNN_{name}="{value}"' for name, value in facts.items()]
+
+    def jobs(self) -> list[tuple[list[str], Path]]:
+        """Compile commands and the objects they make."""
+        jobs = []
+
+        def add(source: Path, name: str, flags: list[str]) -> None:
+            target = self.folder / f"{name}.o"
+            jobs.append(
+                ([*self.cxx, *FLAGS, *self.common, *flags, "-c", str(source), "-o", str(target)], target)
+            )
+
+        add(CSRC / "module.cpp", "module", self.describe())
+        add(CSRC / "cpu" / "simd.cpp", "cpu-simd", [])
+        for source in sorted(CSRC.glob("*.cpp")):
+            if source.name != "module.cpp":
+                add(source, source.stem, [])
+        for source in sorted((CSRC / "cpu").glob("*.cpp")):
+            for level, flags in self.simd.items() if source.name != "simd.cpp" else ():
+                add(source, f"cpu-{source.stem}-{level}", [f"-DMEGAGNN_SIMD={level}", *flags])
+        return jobs + (
+            [self.cuda_job(source) for source in sorted((CSRC / "cuda").glob("*.cu"))] if self.nvcc else []
+        )
+
+    def cuda_job(self, source: Path) -> tuple[list[str], Path]:
+        """nvcc command for one source: machine code for every architecture, PTX of the last for those to come."""
+        assert self.nvcc
+        target = self.folder / f"cuda-{source.stem}.o"
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *codes]
+        return [self.nvcc, *flags, "-c", str(source), "-o", str(target)], target
+
+    def link(self, objects: list[Path], target: Path) -> list[str]:
+        """Command that links the extension."""
+        kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+        keep = [] if sys.platform == "darwin" else ["-Wl,--no-as-needed"]
+        cuda = cuda_library(self.nvcc) if self.nvcc else []
+        torch_libraries = [f"-L{self.torch_lib}", *keep, "-ltorch", "-ltorch_cpu"]
+        return [*self.cxx, *kind, *map(str, objects), *torch_libraries, *cuda, "-o", str(target)]
+
+    def make(self, target: Path) -> None:
+        """Compiles, in parallel, and links."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        jobs = self.jobs()
+        with ThreadPoolExecutor(max(os.cpu_count() or 1, 1)) as pool:
+            list(pool.map(run, (command for command, _ in jobs)))
+        run(self.link([target for _, target in jobs], target))
+
+
+class BuildOps(build_ext):
+    """Builds the extension, or says why not and lets the install go on."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        note = target.parent / NOTE
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
+        try:
+            if os.environ.get("MEGAGNN_BUILD_OPS", "1") == "0":
+                raise CannotBuild("MEGAGNN_BUILD_OPS=0 leaves them out")
+            Build(Path(self.build_temp).resolve()).make(target)
+        except CannotBuild as reason:
+            sentence = (
+                f"megagnn is installed without its compiled kernels and will run on PyTorch alone: {reason}."
+            )
+            note.write_text(sentence + "\n")
+            print(sentence, flush=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """Editable installs: takes over the library, or the note where there is none, and removes what was there."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("megagnn"))
+        for old in [package / NOTE, *package.glob("_C.*.so")]:
+            old.unlink(missing_ok=True)
+        super().copy_extensions_to_source()
+        note = Path(self.build_lib) / "megagnn" / NOTE
+        if note.exists():
+            shutil.copy(note, package / NOTE)
+
+
+setup(ext_modules=[Extension("megagnn._C", sources=[], optional=True)], cmdclass={"build_ext": BuildOps})
