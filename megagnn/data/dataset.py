@@ -87,7 +87,9 @@ class StructureDataset(Dataset[Graph]):
         return {**record, **graph}
 
     def record(self, index: int) -> dict[str, Any]:
-        """One structure with its labels and no neighbour list (see `Store.structure`), numbered as this data set."""
+        """One structure with its labels and no neighbour list (see `Store.structure`), numbered as this data
+        set.
+        """
         if not 0 <= index < len(self):
             raise IndexError(f"structure {index} of a data set of {len(self)}")
         k = int(self._store_of[index])
@@ -182,8 +184,8 @@ def _merge(tables: Sequence[Sequence[str]], given: Sequence[str] | None, what: s
     unknown = [name for name in names if name not in given]
     if unknown:
         raise ValueError(
-            f"the data hold the {what}(s) {unknown}, the model knows {list(given)}; prepare the data with --{what} naming "
-            "the one that applies"
+            f"the data hold the {what}(s) {unknown}, the model knows {list(given)}; prepare the data with "
+            f"--{what} naming the one that applies"
         )
     return tuple(given)
 

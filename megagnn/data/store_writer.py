@@ -60,7 +60,7 @@ def write_store(
             or a split that holds one group on two sides.
     """
     target = Path(path)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -71,14 +71,15 @@ def write_store(
             header = writer.finish(splits, dict(split_description or {}), provenance or {})
         (work / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         work.chmod(0o755)
-        _move_into_place(work, target)
+        move_into_place(work, target)
     except BaseException:
         shutil.rmtree(work, ignore_errors=True)
         raise
     return header
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is a store (or an empty directory) that may be overwritten."""
     if not target.exists():
         return
     if not overwrite:
@@ -89,7 +90,8 @@ def _check_target(target: Path, overwrite: bool) -> None:
         StoreHeader.read(target)  # refuses to replace anything that is not a store
 
 
-def _move_into_place(work: Path, target: Path) -> None:
+def move_into_place(work: Path, target: Path) -> None:
+    """Rename a finished directory to its place; a store that is there already goes only after that worked."""
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
         target.rename(old / "store")

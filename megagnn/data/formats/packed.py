@@ -1,0 +1,139 @@
+"""Stores as input, and their archives: one .tar.xz file to ship a store in."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from megagnn.data import keys
+from megagnn.data.formats.options import ReadOptions, group_name
+from megagnn.data.record import Structure
+from megagnn.data.store import Store
+from megagnn.data.store_format import ARRAYS, HEADER_FILE
+from megagnn.data.store_writer import check_target, move_into_place
+
+ARCHIVE_SUFFIX = ".tar.xz"
+MEMBERS = (HEADER_FILE, *(f"{name}.npy" for name in sorted(ARRAYS)))
+"""The files of an archive, in order, all at its top level."""
+
+
+def is_store(path: Path) -> bool:
+    """Whether a path is a store or (by its name) an archive of one."""
+    return path.name.endswith(ARCHIVE_SUFFIX) or (path / HEADER_FILE).is_file()
+
+
+def read_store(path: Path, options: ReadOptions) -> Iterator[Structure]:
+    """Yield the structures of a store or its archive with their own sources, levels and groups.
+
+    Options of source and level replace the store's own where given; keys of labels do not apply.
+
+    Raises:
+        ValueError: see `Store.open`, `Store.verify`, `unpack_store`.
+    """
+    if path.is_dir():
+        yield from _read_open_store(Store.open(path), path, options)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = Path(scratch) / "store"
+        unpack_store(path, directory)
+        yield from _read_open_store(Store.open(directory), path, options)
+
+
+def pack_store(directory: str | Path, archive: str | Path) -> None:
+    """Write the archive of a store; the same store gives the same bytes (on one version of liblzma).
+
+    Raises:
+        ValueError: a directory that is no store or a damaged one, or a name that does not end in .tar.xz.
+    """
+    source, target = Path(directory), Path(archive)
+    if not target.name.endswith(ARCHIVE_SUFFIX):
+        raise ValueError(f"an archive of a store is named *{ARCHIVE_SUFFIX}, got {target}")
+    Store.open(source).verify()
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in MEMBERS:
+            data = (source / name).read_bytes()
+            member = tarfile.TarInfo(name)  # no owner, time 0, mode 0644
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        partial.write_bytes(lzma.compress(raw.getvalue(), preset=9 | lzma.PRESET_EXTREME))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unpack_store(archive: str | Path, directory: str | Path, overwrite: bool = False) -> Store:
+    """Unpack an archive into a new store and verify its checksums; on any error nothing remains.
+
+    Only the regular files of a store at the archive's top level are accepted, so an archive can write nowhere
+    else.
+
+    Raises:
+        ValueError: an archive that is unreadable, truncated, holds anything else or fails its checksums; a
+        directory
+            that exists.
+    """
+    source, target = Path(archive), Path(directory)
+    if not source.is_file():
+        raise ValueError(f"{source} is not a file; give an archive made by tools/pack_store.py")
+    check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _extract(source, work)
+        work.chmod(0o755)
+        Store.open(work).verify()
+        move_into_place(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Store.open(target)
+
+
+def _extract(source: Path, work: Path) -> None:
+    try:
+        with tarfile.open(source, mode="r:xz") as tar:
+            for member in tar:
+                name = member.name.removeprefix("./")
+                if not member.isfile() or name not in MEMBERS or (work / name).exists():
+                    raise ValueError(
+                        f"{source} holds {member.name!r}, which is not a plain file of a store; refused to "
+                        "unpack it"
+                    )
+                content = tar.extractfile(member)
+                assert content is not None  # a regular file always has content
+                with (work / name).open("wb") as file:
+                    shutil.copyfileobj(content, file)
+    except (tarfile.TarError, lzma.LZMAError, EOFError, OSError) as error:
+        raise ValueError(f"cannot unpack {source}: {error}; is the file whole?") from error
+
+
+def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator[Structure]:
+    for index in range(len(store)):
+        s = store.structure(index)
+        source, level = store.header.sources[s[keys.SOURCE]], store.header.levels[s[keys.LEVEL]]
+        group = f"{source} {store.group[index]}"
+        yield Structure(
+            atomic_numbers=np.array(s[keys.ATOMIC_NUMBERS]),
+            positions=s[keys.POSITIONS].astype(np.float64),
+            cell=s[keys.CELL].astype(np.float64),
+            pbc=np.array(s[keys.PBC]),
+            energy=s.get(keys.ENERGY),
+            forces=s[keys.FORCES].astype(np.float64) if keys.FORCES in s else None,
+            stress=s[keys.STRESS].astype(np.float64) if keys.STRESS in s else None,
+            group=group_name(
+                options.group_by, path=path, frame=index, numbers=s[keys.ATOMIC_NUMBERS], info={}, auto=group
+            ),
+            source=options.source or source,
+            level=options.level or level,
+            fixed=np.array(s[keys.FIXED]) if s[keys.FIXED].any() else None,
+        )
