@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.config import ModelConfig
+from megagnn.models.activation import SiLU
 from megagnn.models.radial import DistanceFeature
 from megagnn.ops import Segments, gather, segment_sum
 
@@ -88,7 +89,7 @@ class RMSNorm(nn.Module):
 
 def make_activation(config: ModelConfig) -> nn.Module:
     """The non-linearity named in the configuration."""
-    return nn.SiLU() if config.activation == "silu" else nn.ReLU()
+    return SiLU() if config.activation == "silu" else nn.ReLU()
 
 
 def make_norm(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
