@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from megagnn.data import keys
 from megagnn.data.batch import Graph, build_graph, collate
 from megagnn.data.neighbours import neighbour_list
+from megagnn.data.ragged import ragged_indices
 from megagnn.data.references import fit_references
 from megagnn.data.store import Store
 from megagnn.data.store_format import LABEL_ENERGY
@@ -132,14 +133,6 @@ class StructureDataset(Dataset[Graph]):
             np.concatenate(sources),
             len(self.sources),
         )
-
-
-def ragged_indices(offsets: NDArray[np.integer], rows: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Flat indices of all elements of some rows of a CSR layout: offsets[r]:offsets[r + 1] of each row r in "
-    "turn."""
-    lengths = np.diff(offsets)[rows]
-    skipped = np.cumsum(lengths) - lengths
-    return np.arange(lengths.sum()) + np.repeat(offsets[rows] - skipped, lengths)
 
 
 def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:

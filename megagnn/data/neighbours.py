@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 # Below this many atoms a dense distance matrix is faster than a cell list (15 atoms: 30 µs against 110 µs).
 DENSE_ATOMS = 64
 
+MIN_CUTOFF = 1e-3
+
 
 def neighbour_list(
     positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float, self_edges: bool = False
@@ -75,30 +77,39 @@ def brute_force_neighbour_list(
     return edge_index[:, order], shift_array[order]
 
 
-def _check(
-    points: NDArray[np.float64], box: NDArray[np.float64], periodic: NDArray[np.bool_], cutoff: float
-) -> NDArray[np.float64]:
-    """Refuse bad input; return the cell with vectors of non-periodic directions removed (set to zero)."""
-    if not (np.isfinite(cutoff) and cutoff > 0):
-        raise ValueError(f"cutoff must be a positive number of Å, got {cutoff}")
-    if points.ndim != 2 or points.shape[1] != 3:
-        raise ValueError(f"positions must have shape (N, 3), got {points.shape}")
-    if box.shape != (3, 3) or periodic.shape != (3,):
-        raise ValueError(f"cell must have shape (3, 3) and pbc (3,), got {box.shape} and {periodic.shape}")
-    if not np.isfinite(points).all():
-        raise ValueError("positions must be finite, got NaN or infinity")
-    if not periodic.any():
+def periodic_cell(cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """The (3, 3) cell with the vectors of non-periodic directions set to zero.
+
+    Raises:
+        ValueError: wrong shapes, or periodic lattice vectors that are not finite and linearly independent.
+    """
+    if cell.shape != (3, 3) or pbc.shape != (3,):
+        raise ValueError(f"cell must have shape (3, 3) and pbc (3,), got {cell.shape} and {pbc.shape}")
+    if not pbc.any():
         return np.zeros((3, 3))
-    used = box[periodic]
+    used = cell[pbc]
     lengths = np.linalg.norm(used, axis=1)
     # Volume of the periodic part over the product of its lengths: 1 for right angles, 0 if dependent.
     skew = np.sqrt(max(np.linalg.det(used @ used.T), 0.0)) / max(float(np.prod(lengths)), 1e-300)
-    if not np.isfinite(box).all() or lengths.min() < 1e-6 or skew < 1e-6:
+    if not np.isfinite(used).all() or lengths.min() < 1e-6 or skew < 1e-6:
         raise ValueError(
             "lattice vectors of periodic directions must be finite and linearly independent, got cell "
-            f"{box.tolist()} with pbc {periodic.tolist()}; give the cell, or set pbc to False there"
+            f"{cell.tolist()} with pbc {pbc.tolist()}; give the cell, or set pbc to False there"
         )
-    return np.where(periodic[:, None], box, 0.0)
+    return np.where(pbc[:, None], cell, 0.0)
+
+
+def _check(
+    points: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
+) -> NDArray[np.float64]:
+    """Refuse bad input; return the `periodic_cell`."""
+    if not (np.isfinite(cutoff) and cutoff > MIN_CUTOFF):
+        raise ValueError(f"cutoff must be a number of Å above {MIN_CUTOFF:g}, got {cutoff}")
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"positions must have shape (N, 3), got {points.shape}")
+    if not np.isfinite(points).all():
+        raise ValueError("positions must be finite, got NaN or infinity")
+    return periodic_cell(cell, pbc)
 
 
 def _dense(

@@ -19,6 +19,10 @@ SPLITS = ("train", "valid", "test")
 
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 
+# Random assignments tried for a source, until every split is within GOOD_MISFIT of its target.
+MAX_ATTEMPTS = 64
+GOOD_MISFIT = 0.02
+
 
 def split_groups(
     groups: Sequence[str],
@@ -69,31 +73,49 @@ def _check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 
 
 def _assign(source: str, sizes: dict[str, int], parts: tuple[float, ...], seed: int) -> dict[str, int]:
-    """Groups in a random order, each to the split that lacks most structures."""
+    """The best of a few random assignments: with few large groups a single one may miss the fractions by
+    far.
+    """
     wanted = [k for k in range(3) if parts[k] > 0]
     if len(sizes) < len(wanted):
         names = ", ".join(SPLITS[k] for k in wanted)
         raise ValueError(
             f"source {source!r} has {len(sizes)} group(s), too few to fill {names} without leaking; give a "
-            "test file "
-            "of its own (--test), another grouping (--group-by), or a split fraction of 0"
+            "test file of its own (--test), another grouping (--group-by), or a split fraction of 0"
         )
-    order = sorted(sizes, key=lambda group: _draw(seed, source, group))
-    missing = {k: parts[k] * sum(sizes.values()) for k in wanted}
-    held: dict[int, list[str]] = {k: [] for k in wanted}
-    for group in order:
-        split = max(wanted, key=lambda k: (missing[k], -k))
+    targets = {k: parts[k] * sum(sizes.values()) for k in wanted}
+    best, best_misfit = {}, float("inf")
+    for attempt in range(MAX_ATTEMPTS):
+        draws = {group: _draw(seed, attempt, source, group) for group in sizes}
+        assigned = _assign_once(sizes, targets, draws)
+        held = dict.fromkeys(wanted, 0)
+        for group, k in assigned.items():
+            held[k] += sizes[group]
+        misfit = max(abs(held[k] - targets[k]) / targets[k] for k in wanted)
+        if misfit < best_misfit:
+            best, best_misfit = assigned, misfit
+        if misfit <= GOOD_MISFIT:
+            break
+    return best
+
+
+def _assign_once(sizes: dict[str, int], targets: dict[int, float], draws: dict[str, bytes]) -> dict[str, int]:
+    """Groups in the order of their draws, each to the split that lacks most structures."""
+    missing = dict(targets)
+    held: dict[int, list[str]] = {k: [] for k in targets}
+    for group in sorted(sizes, key=draws.__getitem__):
+        split = max(targets, key=lambda k: (missing[k], -k))
         held[split].append(group)
         missing[split] -= sizes[group]
-    for k in wanted:
+    for k in targets:
         if not held[k]:
-            richest = max(wanted, key=lambda other: len(held[other]))
-            smallest = min(held[richest], key=lambda group: (sizes[group], _draw(seed, source, group)))
+            richest = max(targets, key=lambda other: len(held[other]))
+            smallest = min(held[richest], key=lambda group: (sizes[group], draws[group]))
             held[richest].remove(smallest)
             held[k].append(smallest)
-    return {group: k for k, names_held in held.items() for group in names_held}
+    return {group: k for k, names in held.items() for group in names}
 
 
-def _draw(seed: int, source: str, group: str) -> bytes:
+def _draw(seed: int, attempt: int, source: str, group: str) -> bytes:
     """A random key that is the same in every process and on every machine, unlike Python's hash."""
-    return hashlib.sha256(repr((seed, source, group)).encode()).digest()
+    return hashlib.sha256(repr((seed, attempt, source, group)).encode()).digest()

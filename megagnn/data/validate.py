@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagnn.data.neighbours import neighbour_list
+from megagnn.data.neighbours import neighbour_list, periodic_cell
 from megagnn.data.record import MAX_ATOMIC_NUMBER, Structure
 
 
@@ -120,8 +120,7 @@ def _check_labels(s: Structure, where: str) -> None:
 
 def _check_lattice(s: Structure, where: str) -> None:
     try:
-        # One atom and a tiny cutoff: only the checks of the lattice itself.
-        neighbour_list(np.zeros((1, 3)), s.cell, s.pbc, cutoff=1e-9)
+        periodic_cell(np.asarray(s.cell, dtype=np.float64), np.asarray(s.pbc, dtype=bool))
     except ValueError as error:
         raise StructureError("lattice", f"{where}: {error}") from error
     if s.stress is not None and abs(np.linalg.det(s.cell)) < 1e-6:

@@ -1,6 +1,4 @@
-"""What the reader of any format is told: names, keys of labels, and how structures are grouped for the
-split.
-"""
+"""What a reader of any format is told: names, keys of labels, how structures are grouped for the split."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from megagnn.data import keys
 from megagnn.data.formats.options import ReadOptions, group_name
 from megagnn.data.record import Structure
 from megagnn.data.store import Store
-from megagnn.data.store_format import ARRAYS, HEADER_FILE
+from megagnn.data.store_format import ARRAYS, HEADER_FILE, StoreHeader
 from megagnn.data.store_writer import check_target, move_into_place
 
 ARCHIVE_SUFFIX = ".tar.xz"
@@ -44,6 +45,19 @@ def read_store(path: Path, options: ReadOptions) -> Iterator[Structure]:
         directory = Path(scratch) / "store"
         unpack_store(path, directory)
         yield from _read_open_store(Store.open(directory), path, options)
+
+
+def store_provenance(path: Path) -> dict[str, dict[str, Any]]:
+    """Provenance of each source of a store or its archive.
+
+    Raises:
+        ValueError: see `StoreHeader.read`, `unpack_store`.
+    """
+    if path.is_dir():
+        return StoreHeader.read(path).provenance
+    with tempfile.TemporaryDirectory() as scratch:
+        _extract(path, Path(scratch))
+        return StoreHeader.read(Path(scratch)).provenance
 
 
 def pack_store(directory: str | Path, archive: str | Path) -> None:

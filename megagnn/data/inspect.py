@@ -1,0 +1,125 @@
+"""What a store holds, in words and numbers: `megagnn inspect DATA`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+from ase.data import chemical_symbols
+from numpy.typing import NDArray
+
+from megagnn.data.ragged import ragged_indices
+from megagnn.data.references import fit_references
+from megagnn.data.split import SPLITS
+from megagnn.data.store import Store
+from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
+
+COLUMNS = (
+    "source",
+    "split",
+    "structures",
+    "groups",
+    "atoms",
+    "max",
+    "energy",
+    "forces",
+    "stress",
+    "E std",
+    "F rms",
+)
+
+
+def describe(store: Store) -> str:
+    """A readable summary: per source and split the counts, spread of labels and the elements, then
+    provenance.
+
+    "E std" is the standard deviation of the energy per atom in meV/atom after per-element references fitted
+    on training energies; "F rms" the root mean square of force components in eV/Å. These are the errors of
+    knowing nothing, which a model has to beat.
+    """
+    header = store.header
+    lines = [
+        f"{store.path}: {header.num_structures:,} structures, {header.num_atoms:,} atoms",
+        f"levels of theory: {', '.join(header.levels)}",
+        "",
+        *_table(_rows(store)),
+        "",
+    ]
+    for index, source in enumerate(header.sources):
+        atoms = ragged_indices(store.arrays["offsets"], np.flatnonzero(store.source == index))
+        elements, counts = np.unique(store.arrays["atomic_numbers"][atoms], return_counts=True)
+        shares = (
+            f"{chemical_symbols[z]} {n / counts.sum():.1%}" for z, n in zip(elements, counts, strict=True)
+        )
+        lines.append(f"{source}: {', '.join(shares)}; {_periodicity(store, store.source == index)}")
+    lines += ["", f"split: {json.dumps(header.split, ensure_ascii=False)}"]
+    lines += [f"provenance of {s}: {json.dumps(p, ensure_ascii=False)}" for s, p in header.provenance.items()]
+    return "\n".join(lines)
+
+
+def _rows(store: Store) -> list[tuple[str, ...]]:
+    arrays, labels = store.arrays, store.arrays["labels"]
+    residual = _energy_residuals(store)
+    rows = []
+    for index, source in enumerate(store.header.sources):
+        for k, split in enumerate(SPLITS):
+            chosen = np.flatnonzero((store.source == index) & (store.split == k))
+            with_forces = chosen[(labels[chosen] & LABEL_FORCES) > 0]
+            forces = arrays["forces"][ragged_indices(arrays["offsets"], with_forces)].astype(np.float64)
+            energies = residual[chosen][np.isfinite(residual[chosen])]
+            rows.append(
+                (
+                    source,
+                    split,
+                    f"{len(chosen):,}",
+                    f"{len(np.unique(store.group[chosen])):,}",
+                    f"{store.num_atoms[chosen].sum():,}",
+                    f"{store.num_atoms[chosen].max(initial=0)}",
+                    *(
+                        f"{((labels[chosen] & bit) > 0).sum():,}"
+                        for bit in (LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS)
+                    ),
+                    f"{1000 * energies.std():.1f}" if len(energies) else "-",
+                    f"{np.sqrt(np.mean(forces**2)):.3f}" if len(forces) else "-",
+                )
+            )
+    return rows
+
+
+def _energy_residuals(store: Store) -> NDArray[np.float64]:
+    """(S,) energy per atom after references fitted on the training split, eV; NaN without energy or
+    references.
+    """
+    arrays = store.arrays
+    has_energy = (arrays["labels"] & LABEL_ENERGY) > 0
+    train = np.flatnonzero(has_energy & (store.split == SPLITS.index("train")))
+    numbers = arrays["atomic_numbers"][ragged_indices(arrays["offsets"], train)]
+    offsets = np.concatenate([[0], np.cumsum(store.num_atoms[train])])
+    references = fit_references(
+        numbers, offsets, arrays["energy"][train], store.source[train], len(store.header.sources)
+    )
+    source_of_atom = np.repeat(store.source, store.num_atoms)
+    baseline = np.add.reduceat(references[source_of_atom, arrays["atomic_numbers"]], arrays["offsets"][:-1])
+    fitted = np.isin(store.source, np.unique(store.source[train]))
+    return np.where(has_energy & fitted, (arrays["energy"] - baseline) / store.num_atoms, np.nan)
+
+
+def _periodicity(store: Store, chosen: NDArray[np.bool_]) -> str:
+    """How many structures are periodic along how many directions."""
+    directions = store.arrays["pbc"][chosen].sum(axis=1)
+    names = {0: "molecules", 1: "chains", 2: "slabs", 3: "bulk or boxes"}
+    return ", ".join(
+        f"{(directions == k).sum():,} {name}" for k, name in names.items() if (directions == k).any()
+    )
+
+
+def _table(rows: list[tuple[Any, ...]]) -> list[str]:
+    widths = [max(len(str(row[c])) for row in [COLUMNS, *rows]) for c in range(len(COLUMNS))]
+    return [
+        "  ".join(
+            str(cell).ljust(width) if c < 2 else str(cell).rjust(width)
+            for c, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in [COLUMNS, *rows]
+    ]
