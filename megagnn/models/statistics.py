@@ -17,6 +17,8 @@ class Statistics:
     """Names of the data sources, in the order of the index `source` of a batch."""
     levels: tuple[str, ...]
     """Names of the levels of theory, in the order of the index `level` of a batch."""
+    source_levels: tuple[tuple[int, ...], ...]
+    """Indices of the levels of theory that each source holds."""
     references: tuple[tuple[float, ...], ...]
     """Least-squares energy of each element in each source, eV, (num_sources, num_elements)."""
     mean_energy: tuple[float, ...]
@@ -37,6 +39,7 @@ class Statistics:
             elements=tuple(values["elements"]),
             sources=tuple(values["sources"]),
             levels=tuple(values["levels"]),
+            source_levels=tuple(tuple(row) for row in values["source_levels"]),
             references=tuple(tuple(row) for row in values["references"]),
             mean_energy=tuple(values["mean_energy"]),
             mean_neighbours=values["mean_neighbours"],
@@ -63,6 +66,17 @@ class Statistics:
                 "reference energies"
             )
         return self.sources.index(name)
+
+    def level_index(self, name: str | None, source: str | None = None) -> int:
+        """Index of a level of theory by name; None where there is one level, or where `source` has only one."""
+        if name is None:
+            source_levels = self.source_levels[self.source_index(source)]
+            if len(source_levels) == 1:
+                return source_levels[0]
+        if name not in self.levels:
+            got = "none was given" if name is None else f"got '{name}'"
+            raise ValueError(f"level must be one of the model's levels of theory {list(self.levels)}, {got}")
+        return self.levels.index(name)
 
 
 def _symbols(numbers: Any) -> str:

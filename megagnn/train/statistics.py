@@ -19,9 +19,11 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
     elements, references = dataset.elements(), dataset.fit_references()
     num_sources = len(dataset.sources)
     count, total, squares, num_components, force_squares = np.zeros(num_sources), np.zeros(num_sources), 0.0, 0, 0.0
+    source_levels: list[set[int]] = [set() for _ in range(num_sources)]
     for index in range(len(dataset)):
         record = dataset.record(index)
         source, numbers = record[keys.SOURCE], record[keys.ATOMIC_NUMBERS]
+        source_levels[source].add(record[keys.LEVEL])
         if keys.ENERGY in record:
             count[source] += 1
             total[source] += record[keys.ENERGY] / len(numbers)
@@ -36,6 +38,7 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
         elements=tuple(elements.tolist()),
         sources=dataset.sources,
         levels=dataset.levels,
+        source_levels=tuple(tuple(sorted(found)) for found in source_levels),
         references=tuple(tuple(row[elements].tolist()) for row in references),
         mean_energy=tuple((total / np.maximum(count, 1)).tolist()),
         mean_neighbours=max(1.0, float(dataset.num_edges.sum() / dataset.num_atoms.sum())),

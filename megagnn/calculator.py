@@ -1,0 +1,93 @@
+"""ASE calculator: a trained model in structure relaxation and molecular dynamics."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from megagnn.data import keys
+from megagnn.data.batch import batch_from_atoms
+from megagnn.models.potential import Potential
+from megagnn.train.checkpoint import Checkpoint, load_potential
+
+
+class MegaGNNCalculator(Calculator):
+    """Energy (eV), forces (eV/Å) and stress (eV/Å^3, tension positive, Voigt) of a checkpoint, for ASE.
+
+    Args:
+        checkpoint: path of a checkpoint, such as `runs/quickstart/checkpoints/best.safetensors`, or one loaded.
+        source: name of the training source whose reference energies to use; needed if the model has several.
+        level: name of the level of theory to predict; needed only if the training data of `source` had several.
+        dtype: "float64" (default: forces are then derivatives of the energy to rounding) or "float32".
+        device: "cpu" or "cuda".
+
+    Raises:
+        ValueError: an unknown source, level or element, with the known ones.
+    """
+
+    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+
+    def __init__(
+        self,
+        checkpoint: str | Path | Checkpoint,
+        source: str | None = None,
+        level: str | None = None,
+        dtype: str = "float64",
+        device: str = "cpu",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.dtype = {"float32": torch.float32, "float64": torch.float64}[dtype]
+        self.potential: Potential = load_potential(checkpoint, self.dtype).to(device)
+        self.potential.requires_grad_(False)
+        self.device = torch.device(device)
+        config, statistics = self.potential.model.config, self.potential.statistics
+        self.source_index = statistics.source_index(source)
+        self.level_index = statistics.level_index(level, source)
+        self.cutoff, self.self_edges = config.cutoff, config.self_edges
+        self.has_forces = config.forces != "none"
+        # the stress is a derivative of the energy, so every conservative model can give it
+        self.has_stress = config.forces == "conservative"
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Called by ASE; fills `self.results`."""
+        super().calculate(atoms, properties, system_changes)
+        self._check(properties)
+        wants_stress = "stress" in properties
+        self.potential.stress = wants_stress
+        batch = batch_from_atoms([self.atoms], self.cutoff, self.dtype, self.self_edges)
+        batch[keys.SOURCE].fill_(self.source_index)
+        batch[keys.LEVEL].fill_(self.level_index)
+        outputs = self.potential({key: value.to(self.device) for key, value in batch.items()})
+        energy = float(outputs[keys.ENERGY][0])
+        self.results = {"energy": energy, "free_energy": energy}
+        if self.has_forces:
+            self.results["forces"] = outputs[keys.FORCES].cpu().numpy().astype(np.float64)
+        if wants_stress:
+            stress_33 = outputs[keys.STRESS][0].cpu().numpy().astype(np.float64)
+            self.results["stress"] = full_3x3_to_voigt_6_stress(stress_33)
+
+    def _check(self, properties: Sequence[str]) -> None:
+        if len(self.atoms) == 0:
+            raise ValueError("the structure has no atoms; give at least one")
+        self.potential.statistics.check_elements(self.atoms.numbers, "the structure")
+        if "forces" in properties and not self.has_forces:
+            raise PropertyNotImplementedError("this model was trained with model.forces = 'none' and gives energies only")
+        if "stress" in properties:
+            if not self.has_stress:
+                raise PropertyNotImplementedError("stress is a derivative of the energy; this model has no such forces")
+            if not self.atoms.pbc.all() or self.atoms.cell.rank < 3:
+                raise PropertyNotImplementedError(
+                    f"stress needs a cell that is periodic in three directions, got pbc {self.atoms.pbc.tolist()} and a cell "
+                    f"of rank {self.atoms.cell.rank}"
+                )
