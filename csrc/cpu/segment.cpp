@@ -18,7 +18,7 @@ constexpr int kMaxVectors = 8;  // accumulators held in registers, half of the 1
 constexpr int64_t kStreamWidth =
     256;  // from here on entries are read whole, into an accumulator in the L1 cache
 constexpr int64_t kStreamBlock = 2048;
-constexpr int64_t kPrefetchBytes = 2048;
+constexpr int64_t kAhead = 8;  // entries of perm's random reads that are fetched before their turn
 
 struct BFloat16 {
   uint16_t bits;
@@ -92,6 +92,17 @@ inline int64_t entry(const SegmentInput& in, int64_t k, bool& ok) {
   return e;
 }
 
+// Asks for `bytes` of the entry that comes kAhead later, of this row or the next, where perm makes reads
+// random. An address out of range does no harm: it is never read.
+template <class T>
+inline void prefetch(const SegmentInput& in, const T* values, int64_t k, int64_t bytes) {
+  if (!in.perm || k + kAhead >= in.num_entries) return;
+  const auto from =
+      reinterpret_cast<uintptr_t>(values) + uintptr_t(in.perm[k + kAhead] * in.width) * sizeof(T);
+  for (int64_t b = 0; b < bytes; b += 64)
+    __builtin_prefetch(reinterpret_cast<const void*>(from + uintptr_t(b)));
+}
+
 // Columns [column, column + VECTORS * lanes) of the sum over entries [begin, end), held in registers
 // throughout.
 template <int VECTORS, class T>
@@ -103,6 +114,7 @@ inline void sum_vectors(const SegmentInput& in, int64_t begin, int64_t end, int6
   Vector acc[VECTORS] = {};
   for (int64_t k = begin; k < end; ++k) {
     const T* from = values + entry(in, k, ok) * in.width;
+    prefetch(in, values, k, VECTORS * kLanes * int64_t(sizeof(T)));
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v) acc[v] += load(from + v * kLanes);
   }
@@ -117,6 +129,7 @@ inline void sum_scalars(const SegmentInput& in, int64_t begin, int64_t end, int6
   Accumulator<T> acc[COLUMNS] = {};
   for (int64_t k = begin; k < end; ++k) {
     const T* from = values + entry(in, k, ok) * in.width;
+    prefetch(in, values, k, 1);
 #pragma GCC unroll 4
     for (int c = 0; c < COLUMNS; ++c) acc[c] += widen(from[c]);
   }
@@ -150,11 +163,7 @@ inline void sum_stream(const SegmentInput& in, int64_t begin, int64_t end, int64
   for (int64_t c = 0; c < columns; ++c) sum[c] = 0;
   for (int64_t k = begin; k < end; ++k) {
     const T* __restrict from = values + entry(in, k, ok) * in.width;
-    if (in.perm && k + 1 < end) {
-      const char* next = reinterpret_cast<const char*>(values + entry(in, k + 1, ok) * in.width);
-      const int64_t bytes = columns * int64_t(sizeof(T));
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(next + b);
-    }
+    prefetch(in, values, k, columns * int64_t(sizeof(T)) < 1024 ? columns * int64_t(sizeof(T)) : 1024);
     for (int64_t c = 0; c < columns; ++c) sum[c] += widen(from[c]);
   }
 }
