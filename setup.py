@@ -1,10 +1,10 @@
-"""Builds the extension megagnn._C from csrc/ against the torch that is installed; metadata are in pyproject.toml.
+"""Builds the extension megagnn._C from csrc/ against the installed torch; metadata are in pyproject.toml.
 
-Environment: MEGAGNN_BUILD_OPS=0 leaves the extension out; MEGAGNN_CUDA=1 or 0 builds the CUDA kernels or not, whatever
-torch was built for (default: when torch has CUDA and nvcc is found); MEGAGNN_CUDA_ARCHS="80;90" names the GPU
-architectures; CXX, NVCC and CUDA_HOME name the compilers.
+Environment: MEGAGNN_BUILD_OPS=0 leaves the extension out. MEGAGNN_CUDA=1 or 0 builds the CUDA kernels or not,
+whatever torch was built for, and with 1 failure is an error (default: where torch has CUDA and nvcc is there).
+MEGAGNN_CUDA_ARCHS="80;90" gives the GPU architectures. CXX, NVCC and CUDA_HOME name the compilers.
 
-Where the extension cannot be built, the install goes through, says so in one sentence, and leaves that sentence in
+Where the extension cannot be built, the install goes through, says so in one sentence, and leaves it in
 megagnn/ops/build_note.txt, which the warning at run time repeats: pip hides what a build prints.
 """
 
@@ -36,7 +36,7 @@ SIMD_FLAGS = {
 CUDA_ARCHS = ("80", "90", "100")
 
 
-class CannotBuild(Exception):
+class CannotBuildError(Exception):
     """Why the extension is left out, as the end of a sentence."""
 
 
@@ -52,13 +52,13 @@ def run(command: list[str]) -> None:
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
-        raise CannotBuild(f"{command[0]} could not be run ({error.strerror})") from error
+        raise CannotBuildError(f"{command[0]} could not be run ({error.strerror})") from error
     if done.returncode != 0:
         print(shlex.join(command), done.stdout, done.stderr, sep="\n", file=sys.stderr)
         first = next(
             (line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200]
         )
-        raise CannotBuild(f"{command[0]} failed: {first}")
+        raise CannotBuildError(f"{command[0]} failed: {first}")
 
 
 def find_compiler() -> list[str]:
@@ -71,7 +71,7 @@ def find_compiler() -> list[str]:
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
             return command
-    raise CannotBuild(f"no C++ compiler was found (looked for {', '.join(dict.fromkeys(candidates))})")
+    raise CannotBuildError(f"no C++ compiler was found (looked for {', '.join(dict.fromkeys(candidates))})")
 
 
 def find_nvcc() -> str | None:
@@ -90,34 +90,25 @@ def cuda_archs(nvcc: str) -> list[str]:
     return [arch for arch in CUDA_ARCHS if f"compute_{arch}" in known] or [CUDA_ARCHS[0]]
 
 
-def wanted_nvcc(torch_cuda: str | None) -> str | None:
-    """nvcc where the CUDA kernels are to be built, else None."""
-    asked = os.environ.get("MEGAGNN_CUDA", "auto")
+def cuda_asked() -> str:
+    """MEGAGNN_CUDA: 0, 1 or auto."""
+    asked = os.environ.get("MEGAGNN_CUDA") or "auto"
     if asked not in ("0", "1", "auto"):
         raise SystemExit(f"MEGAGNN_CUDA must be 0, 1 or auto, got {asked}")
+    return asked
+
+
+def wanted_nvcc(torch_cuda: str | None) -> str | None:
+    """nvcc where the CUDA kernels are to be built, else None."""
+    asked = cuda_asked()
     if asked == "0" or (asked == "auto" and torch_cuda is None):
         return None
     nvcc = find_nvcc()
     if nvcc is None and asked == "1":
-        raise SystemExit(
-            "MEGAGNN_CUDA=1 asks for the CUDA kernels, but nvcc was found neither through NVCC, CUDA_HOME "
-            "nor on PATH; install it or unset MEGAGNN_CUDA"
-        )
+        raise CannotBuildError("nvcc was found neither through NVCC or CUDA_HOME nor on PATH")
     if nvcc is None:
-        print(
-            "megagnn: torch has CUDA but nvcc was not found, so the kernels are built for the CPU only",
-            flush=True,
-        )
+        print("megagnn: torch has CUDA but nvcc was not found, so only the CPU kernels are built", flush=True)
     return nvcc
-
-
-def cuda_library(nvcc: str) -> list[str]:
-    """Linker flags of the static CUDA runtime, which asks nothing of the machine the library is loaded on."""
-    home = Path(nvcc).resolve().parent.parent
-    for folder in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib"):
-        if (home / folder / "libcudart_static.a").exists():
-            return [f"-L{home / folder}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    raise CannotBuild(f"libcudart_static.a was not found under {home}")
 
 
 class Build:
@@ -128,11 +119,11 @@ class Build:
             import pybind11
             import torch
         except ImportError as error:
-            raise CannotBuild(
+            raise CannotBuildError(
                 f"{error.name} is not installed where the build runs (use --no-build-isolation)"
             ) from error
         if tuple(int(x) for x in torch.__version__.split(".")[:2]) < TORCH_TARGET:
-            raise CannotBuild(
+            raise CannotBuildError(
                 f"torch is {torch.__version__}, and the sources need {TORCH_TARGET[0]}.{TORCH_TARGET[1]}"
             )
         self.folder = folder
@@ -188,21 +179,28 @@ class Build:
         )
 
     def cuda_job(self, source: Path) -> tuple[list[str], Path]:
-        """nvcc command for one source: machine code for every architecture, PTX of the last for those to come."""
+        """nvcc command for one source: machine code for each architecture, PTX of the last for later ones."""
         assert self.nvcc
         target = self.folder / f"cuda-{source.stem}.o"
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
         flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *codes]
-        return [self.nvcc, *flags, "-c", str(source), "-o", str(target)], target
+        return [self.nvcc, *self.host_compiler(), *flags, "-c", str(source), "-o", str(target)], target
 
     def link(self, objects: list[Path], target: Path) -> list[str]:
-        """Command that links the extension."""
-        kind = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        keep = [] if sys.platform == "darwin" else ["-Wl,--no-as-needed"]
-        cuda = cuda_library(self.nvcc) if self.nvcc else []
-        torch_libraries = [f"-L{self.torch_lib}", *keep, "-ltorch", "-ltorch_cpu"]
-        return [*self.cxx, *kind, *map(str, objects), *torch_libraries, *cuda, "-o", str(target)]
+        """Command that links the extension; nvcc adds its runtime, static, so that none need be installed."""
+        if self.nvcc:
+            kind = [self.nvcc, *self.host_compiler(), "-shared", "-cudart=static", "-Xlinker=--no-as-needed"]
+        elif sys.platform == "darwin":
+            kind = [*self.cxx, "-bundle", "-undefined", "dynamic_lookup"]
+        else:
+            kind = [*self.cxx, "-shared", "-Wl,--no-as-needed"]
+        libraries = [f"-L{self.torch_lib}", "-ltorch", "-ltorch_cpu"]
+        return [*kind, *map(str, objects), *libraries, "-o", str(target)]
+
+    def host_compiler(self) -> list[str]:
+        """Tells nvcc which C++ compiler to use, where the user named one."""
+        return ["-ccbin", self.cxx[0]] if os.environ.get("CXX") else []
 
     def make(self, target: Path) -> None:
         """Compiles, in parallel, and links."""
@@ -224,20 +222,35 @@ class BuildOps(build_ext):
         note.unlink(missing_ok=True)
         target.unlink(missing_ok=True)
         try:
-            if os.environ.get("MEGAGNN_BUILD_OPS", "1") == "0":
-                raise CannotBuild("MEGAGNN_BUILD_OPS=0 leaves them out")
-            Build(Path(self.build_temp).resolve()).make(target)
-        except CannotBuild as reason:
+            self.make(target)
+        except CannotBuildError as reason:
+            if cuda_asked() == "1":
+                raise SystemExit(f"MEGAGNN_CUDA=1 asks for the CUDA kernels, but {reason}") from reason
             sentence = (
-                f"megagnn is installed without its compiled kernels and will run on PyTorch alone: {reason}."
+                f"megagnn is installed without compiled kernels and will run on PyTorch alone: {reason}."
             )
             note.write_text(sentence + "\n")
             print(sentence, flush=True)
 
+    def make(self, target: Path) -> None:
+        """Builds with CUDA where that is wanted, and where it fails, without."""
+        if os.environ.get("MEGAGNN_BUILD_OPS") == "0":
+            raise CannotBuildError("MEGAGNN_BUILD_OPS=0 leaves them out")
+        folder = Path(self.build_temp).resolve()
+        build = Build(folder)
+        try:
+            build.make(target)
+        except CannotBuildError as reason:
+            if not build.nvcc or cuda_asked() == "1":
+                raise
+            print(f"megagnn: the CUDA kernels are left out: {reason}", flush=True)
+            os.environ["MEGAGNN_CUDA"] = "0"
+            Build(folder).make(target)
+
     def copy_extensions_to_source(self) -> None:
-        """Editable installs: takes over the library, or the note where there is none, and removes what was there."""
+        """Editable installs: takes over the library, or the note; what was there before goes."""
         package = Path(self.get_finalized_command("build_py").get_package_dir("megagnn"))
-        for old in [package / NOTE, *package.glob("_C.*.so")]:
+        for old in (package / NOTE, package / Path(self.get_ext_filename("megagnn._C")).name):
             old.unlink(missing_ok=True)
         super().copy_extensions_to_source()
         note = Path(self.build_lib) / "megagnn" / NOTE

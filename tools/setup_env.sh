@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Makes the Python environment and installs megagnn into it, or does nothing where that is already done.
+#
+#   source tools/setup_env.sh [test] [labels] [mpi]   then `python`, `torchrun`, `megagnn` are those of the environment
+#   bash tools/setup_env.sh [test] [labels] [mpi]     only makes it
+#
+# Uses the active virtual environment, else .venv in the repository, made with $PYTHON or the first Python >= 3.10
+# found. A torch that is already there is kept; otherwise the one of tools/constraints-cpu.txt is installed. Installs
+# again when the sources of the extension, the package's metadata, torch or the build's environment variables change.
+
+_megagnn_find_python() {
+  local candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11 python3.10; do
+    if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+      echo "$candidate"
+      return 0
+    fi
+  done
+  echo "setup: no Python >= 3.10 with the venv module was found; set PYTHON to one" >&2
+  return 1
+}
+
+_megagnn_activate() { # repository
+  local python
+  if [ -z "${VIRTUAL_ENV:-}" ]; then
+    if ! [ -x "$1/.venv/bin/python" ]; then
+      python=$(_megagnn_find_python) || return 1
+      echo "setup: making $1/.venv with $("$python" --version)"
+      "$python" -m venv "$1/.venv" || return 1
+    fi
+    export VIRTUAL_ENV="$1/.venv"
+  fi
+  export PATH="$VIRTUAL_ENV/bin:$PATH"
+  hash -r
+}
+
+# One line that changes whenever an install would give another result.
+_megagnn_fingerprint() { # repository
+  python - "$1" <<'PY'
+import hashlib, os, sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+root = Path(sys.argv[1])
+files = [root / name for name in ("setup.py", "pyproject.toml", "tools/constraints-cpu.txt", "megagnn/__init__.py")]
+files += sorted(path for path in (root / "csrc").rglob("*") if path.is_file())
+digest = hashlib.sha256()
+for path in files:
+    digest.update(str(path).encode() + path.read_bytes())
+try:
+    torch = version("torch")
+except PackageNotFoundError:
+    torch = "none"
+knobs = [os.environ.get(k, "") for k in ("MEGAGNN_BUILD_OPS", "MEGAGNN_CUDA", "MEGAGNN_CUDA_ARCHS", "CXX", "NVCC")]
+digest.update(repr((sys.version, torch, knobs)).encode())
+print(digest.hexdigest())
+PY
+}
+
+_megagnn_current() { # repository stamp extras...: installed, built, and with all the extras?
+  local root=$1 stamp=$2 extra
+  shift 2
+  [ -f "$stamp" ] || return 1
+  compgen -G "$root/megagnn/_C.*" >/dev/null || [ -f "$root/megagnn/ops/build_note.txt" ] || return 1
+  [ "$(head -n 1 "$stamp")" = "$(_megagnn_fingerprint "$root")" ] || return 1
+  for extra in "$@"; do
+    grep -qx "$extra" "$stamp" || return 1
+  done
+}
+
+_megagnn_install() { # repository stamp extras...
+  local root=$1 stamp=$2 constraints start=$SECONDS extras
+  shift 2
+  extras=$(IFS=,; echo "$*")
+  constraints="$root/tools/constraints-cpu.txt"
+  rm -f "$stamp"
+  local pip=(python -m pip install --quiet --no-input --disable-pip-version-check)
+  local kept
+  if kept=$(python -c 'from importlib.metadata import version; print(version("torch"))' 2>/dev/null); then
+    echo "setup: keeping torch $kept"
+    constraints="$VIRTUAL_ENV/megagnn-constraints.txt"
+    echo "torch==$kept" >"$constraints"
+  else
+    echo "setup: installing torch ($(grep '^torch' "$constraints"))"
+  fi
+  "${pip[@]}" -c "$constraints" torch numpy 'setuptools>=77' wheel 'pybind11>=2.12' || return 1
+  echo "setup: building and installing megagnn${extras:+ with the extras $extras}"
+  "${pip[@]}" --no-build-isolation -c "$constraints" -e "$root${extras:+[$extras]}" || return 1
+  { _megagnn_fingerprint "$root" && printf '%s\n' "$@"; } >"$stamp" || return 1
+  if [ -f "$root/megagnn/ops/build_note.txt" ]; then
+    echo "setup: $(cat "$root/megagnn/ops/build_note.txt")"
+  else
+    echo "setup: compiled kernels are in place"
+  fi
+  echo "setup: done in $((SECONDS - start)) s"
+}
+
+_megagnn_setup() {
+  local root stamp argument extras=()
+  for argument in "$@"; do
+    case $argument in
+      test | labels | mpi) extras+=("$argument") ;;
+      *) # a script that is sourced without arguments sees those of its caller: they are not meant for it
+        [ "${BASH_SOURCE[0]}" != "$0" ] || { echo "setup: no extra named $argument; there are test, labels, mpi" >&2; return 1; }
+        ;;
+    esac
+  done
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
+  _megagnn_activate "$root" || return 1
+  stamp="$VIRTUAL_ENV/megagnn-setup-stamp"
+  if _megagnn_current "$root" "$stamp" ${extras[@]+"${extras[@]}"}; then
+    echo "setup: $VIRTUAL_ENV is up to date"
+  else
+    _megagnn_install "$root" "$stamp" ${extras[@]+"${extras[@]}"}
+  fi
+}
+
+_megagnn_setup "$@"
