@@ -11,6 +11,7 @@ from megagnn.data.formats.packed import pack_store
 
 
 def main() -> int:
+    """Pack; return the exit code."""
     parser = argparse.ArgumentParser(
         description="Pack a store into one .tar.xz archive, the same bytes every time."
     )

@@ -15,26 +15,14 @@ from megagnn.data.split import SPLITS
 from megagnn.data.store import Store
 from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
 
-COLUMNS = (
-    "source",
-    "split",
-    "structures",
-    "groups",
-    "atoms",
-    "max",
-    "energy",
-    "forces",
-    "stress",
-    "E std",
-    "F rms",
-)
+COUNTS = ("structures", "groups", "atoms", "max", "energy", "forces", "stress")
+COLUMNS = ("source", "split", *COUNTS, "E rms", "F rms")
 
 
 def describe(store: Store) -> str:
-    """A readable summary: per source and split the counts, spread of labels and the elements, then
-    provenance.
+    """A readable summary: per source and split the counts, spread of labels, then elements and provenance.
 
-    "E std" is the standard deviation of the energy per atom in meV/atom after per-element references fitted
+    "E rms" is the root mean square energy per atom in meV/atom after per-element references fitted
     on training energies; "F rms" the root mean square of force components in eV/Å. These are the errors of
     knowing nothing, which a model has to beat.
     """
@@ -80,7 +68,7 @@ def _rows(store: Store) -> list[tuple[str, ...]]:
                         f"{((labels[chosen] & bit) > 0).sum():,}"
                         for bit in (LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS)
                     ),
-                    f"{1000 * energies.std():.1f}" if len(energies) else "-",
+                    f"{1000 * np.sqrt(np.mean(energies**2)):.1f}" if len(energies) else "-",
                     f"{np.sqrt(np.mean(forces**2)):.3f}" if len(forces) else "-",
                 )
             )

@@ -110,7 +110,7 @@ class Preparation:
         is_store = (self.format or detect_format(entry.path)) == "store"
         origins = store_provenance(entry.path) if is_store else {}
         for frame, structure in enumerate(read_structures(entry.path, options, self.format)):
-            record = self._record(structure.source)
+            record = self._record(structure)
             if structure.source not in files_seen:
                 files_seen.add(structure.source)
                 record["files"].append(_file_record(entry))
@@ -129,11 +129,11 @@ class Preparation:
                 continue
             yield replace(structure, group=TEST_PREFIX + structure.group) if entry.is_test else structure
 
-    def _record(self, source: str) -> dict[str, Any]:
+    def _record(self, structure: Structure) -> dict[str, Any]:
         return self.provenance.setdefault(
-            source,
+            structure.source,
             {
-                "method": self.options.level,
+                "method": structure.level,
                 "files": [],
                 "rules": asdict(self.rules),
                 "num_read": 0,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,4 +172,4 @@ class BudgetSampler:
                 heapq.heappush(heap, entry)
         # Within a batch the drawn order is kept: it costs nothing and keeps evaluation in the order of the
         # data.
-        return [cast(Batch, chosen[np.sort(np.array(rank, dtype=np.int64))]) for rank in ranks]
+        return [chosen[np.sort(np.array(rank, dtype=np.int64))] for rank in ranks]

@@ -77,7 +77,7 @@ class StoreHeader:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             name, version = record.pop("format"), record.pop("version")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not the header of a store ({error}); prepare the data again"
             ) from error

@@ -123,13 +123,9 @@ def _check_labels(structure: Structure, atoms: ase.Atoms, options: ReadOptions, 
         f"{', '.join(k for k in atoms.arrays if k not in ('numbers', 'positions')) or 'none'}; "
         f"results: {', '.join(results) or 'none'}"
     )
-    asked = (
-        ("energy", options.energy_key, structure.energy),
-        ("forces", options.forces_key, structure.forces),
-        ("stress", options.stress_key, structure.stress),
-    )
-    for name, key, label in asked:
-        if key is not None and label is None:
+    asked = {"energy": options.energy_key, "forces": options.forces_key, "stress": options.stress_key}
+    for name, key in asked.items():
+        if key is not None and _label(atoms, key, name) is None:
             raise ValueError(f"{path}: there is no {name} key {key!r}; the first frame has {there}")
     if structure.energy is None and structure.forces is None:
         raise ValueError(

@@ -1,0 +1,141 @@
+"""The data set over stores: merged tables, labels, edge counts and their cache."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from megagnn.data import keys
+from megagnn.data.batch import collate
+from megagnn.data.dataset import StructureDataset, cached_num_edges
+from megagnn.data.ragged import ragged_indices
+from megagnn.data.sampler import BudgetSampler
+from megagnn.data.store import Store
+
+
+@pytest.fixture
+def paths(structures, make_store):
+    others = [
+        replace(s, source={"A": "C", "B": "A"}[s.source], energy=-1.0 * s.num_atoms) for s in structures
+    ]
+    return [make_store(structures, "one"), make_store(others[::-1], "two")]
+
+
+def test_tables_are_merged_by_name(structures, paths):
+    data = StructureDataset(paths, "all", 3.0)
+    assert data.sources == ("A", "B", "C")
+    assert data.levels == ("toy", "other")
+    names = [s.source for s in structures] + [{"A": "C", "B": "A"}[s.source] for s in structures[::-1]]
+    levels = [s.level for s in structures] + [s.level for s in structures[::-1]]
+    for index in range(len(data)):
+        graph = data[index]
+        assert data.sources[graph[keys.SOURCE]] == names[index]
+        assert data.levels[graph[keys.LEVEL]] == levels[index]
+        assert graph[keys.STRUCTURE] == index
+
+
+def test_splits_are_those_of_the_stores(paths):
+    stores = [Store.open(path) for path in paths]
+    for split in ("train", "valid", "test"):
+        data = StructureDataset(paths, split, 3.0)
+        assert len(data) == sum(len(store.indices(split)) for store in stores)
+        own = [store.structure(int(i))[keys.POSITIONS] for store in stores for i in store.indices(split)]
+        assert all(np.array_equal(data[k][keys.POSITIONS], own[k]) for k in range(len(data)))
+
+
+@pytest.mark.parametrize("self_edges", [False, True])
+def test_counts_are_those_of_the_graphs(paths, self_edges):
+    data = StructureDataset(paths, "train", 3.0, self_edges)
+    for index in range(len(data)):
+        graph = data[index]
+        assert data.num_atoms[index] == len(graph[keys.ATOMIC_NUMBERS])
+        assert data.num_edges[index] == graph[keys.EDGE_INDEX].shape[1]
+    assert data.num_edges.sum() > 0
+
+
+def test_missing_labels_stay_missing_in_the_batch(structures, paths):
+    data = StructureDataset(paths[:1], "all", 3.0)
+    batch = data.batch(range(len(data)), torch.float64)
+    assert batch[keys.HAS_ENERGY].tolist() == [s.energy is not None for s in structures]
+    assert batch[keys.HAS_FORCES].tolist() == [s.forces is not None for s in structures]
+    assert batch[keys.HAS_STRESS].tolist() == [s.stress is not None for s in structures]
+    assert all(torch.isfinite(t).all() for t in batch.values())
+    fixed = np.concatenate([np.zeros(s.num_atoms, bool) if s.fixed is None else s.fixed for s in structures])
+    assert batch[keys.FIXED].tolist() == fixed.tolist()
+
+
+def test_edge_counts_are_cached(structures, make_store):
+    store = Store.open(make_store(structures))
+    first = cached_num_edges(store, 3.0)
+    cache = store.path / "num_edges-3.0.npy"
+    assert np.array_equal(np.load(cache), first)
+    np.save(cache, first + 1)
+    assert np.array_equal(cached_num_edges(store, 3.0), first + 1)  # it is read
+    assert not np.array_equal(cached_num_edges(store, 2.0), first)  # each cutoff has its own
+    cache.write_bytes(cache.read_bytes()[:-5])
+    assert np.array_equal(cached_num_edges(store, 3.0), first)  # a truncated one is made again
+    np.save(cache, first[:-1])
+    assert np.array_equal(cached_num_edges(store, 3.0), first)
+    assert sorted(p.name for p in store.path.iterdir() if p.name.startswith(".")) == []
+
+
+def test_many_readers_may_count_at_once(structures, make_store):
+    path = make_store(structures)
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: cached_num_edges(Store.open(path), 3.0), range(8)))
+    assert all(np.array_equal(results[0], r) for r in results)
+    assert [p.name for p in path.iterdir() if "num_edges" in p.name] == ["num_edges-3.0.npy"]
+
+
+def test_a_store_that_cannot_be_written_is_counted_anyway(structures, make_store, monkeypatch):
+    store = Store.open(make_store(structures))
+
+    def refuse(*args, **kwargs):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    assert cached_num_edges(store, 3.0).sum() > 0
+    assert not os.path.exists(store.path / "num_edges-3.0.npy")
+
+
+def test_references_are_fitted_on_energies_of_the_split(structures, make_store):
+    known = {1: -1.0, 6: -30.0, 8: -50.0}
+    labelled = [
+        replace(s, energy=None if s.energy is None else sum(known[int(z)] for z in s.atomic_numbers))
+        for s in structures
+    ]
+    data = StructureDataset([make_store(labelled)], "train", 3.0)
+    references = data.fit_references()
+    assert references.shape == (2, 119)
+    for source in (0, 1):
+        assert references[source, [1, 6, 8]] == pytest.approx(list(known.values()), abs=1e-8)
+
+
+def test_with_loader_workers_and_sampler(paths):
+    data = StructureDataset(paths, "train", 3.0)
+    sampler = BudgetSampler(data.num_atoms, data.num_edges, max_atoms=60, max_edges=2000)
+    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1)
+    batches = list(loader)
+    assert len(batches) == len(sampler)
+    seen = torch.cat([batch[keys.STRUCTURE] for batch in batches])
+    assert sorted(seen.tolist()) == list(range(len(data)))
+    assert max(len(batch[keys.ATOMIC_NUMBERS]) for batch in batches) <= 60
+
+
+def test_refuses(paths):
+    with pytest.raises(ValueError, match="at least one store"):
+        StructureDataset([], "train", 3.0)
+    with pytest.raises(ValueError, match="unknown split 'dev'"):
+        StructureDataset(paths, "dev", 3.0)
+    with pytest.raises(IndexError):
+        StructureDataset(paths, "train", 3.0)[10**6]
+
+
+def test_ragged_indices():
+    offsets = np.array([0, 2, 2, 5, 6])
+    assert ragged_indices(offsets, np.array([2, 0, 1, 3])).tolist() == [2, 3, 4, 0, 1, 5]
+    assert ragged_indices(offsets, np.zeros(0, dtype=int)).tolist() == []
