@@ -20,9 +20,11 @@ class MegaGNNCalculator(Calculator):
     """Energy (eV), forces (eV/Å) and stress (eV/Å^3, tension positive, Voigt) of a checkpoint, for ASE.
 
     Args:
-        checkpoint: path of a checkpoint, such as `runs/quickstart/checkpoints/best.safetensors`, or one loaded.
+        checkpoint: path of a checkpoint, such as `runs/quickstart/checkpoints/best.safetensors`, or one
+            loaded.
         source: name of the training source whose reference energies to use; needed if the model has several.
-        level: name of the level of theory to predict; needed only if the training data of `source` had several.
+        level: name of the level of theory to predict; needed only if the training data of `source` had
+            several.
         dtype: "float64" (default: forces are then derivatives of the energy to rounding) or "float32".
         device: "cpu" or "cuda".
 
@@ -30,7 +32,12 @@ class MegaGNNCalculator(Calculator):
         ValueError: an unknown source, level or element, with the known ones.
     """
 
-    implemented_properties: ClassVar[list[str]] = ["energy", "free_energy", "forces", "stress"]
+    implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc] # as every ASE calculator does
+        "energy",
+        "free_energy",
+        "forces",
+        "stress",
+    ]
 
     def __init__(
         self,
@@ -62,7 +69,8 @@ class MegaGNNCalculator(Calculator):
     ) -> None:
         """Called by ASE; fills `self.results`."""
         super().calculate(atoms, properties, system_changes)
-        self._check(properties)
+        assert self.atoms is not None
+        self._check(self.atoms, properties)
         wants_stress = "stress" in properties
         self.potential.stress = wants_stress
         batch = batch_from_atoms([self.atoms], self.cutoff, self.dtype, self.self_edges)
@@ -77,17 +85,21 @@ class MegaGNNCalculator(Calculator):
             stress_33 = outputs[keys.STRESS][0].cpu().numpy().astype(np.float64)
             self.results["stress"] = full_3x3_to_voigt_6_stress(stress_33)
 
-    def _check(self, properties: Sequence[str]) -> None:
-        if len(self.atoms) == 0:
+    def _check(self, atoms: Atoms, properties: Sequence[str]) -> None:
+        if len(atoms) == 0:
             raise ValueError("the structure has no atoms; give at least one")
-        self.potential.statistics.check_elements(self.atoms.numbers, "the structure")
+        self.potential.statistics.check_elements(atoms.numbers, "the structure")
         if "forces" in properties and not self.has_forces:
-            raise PropertyNotImplementedError("this model was trained with model.forces = 'none' and gives energies only")
+            raise PropertyNotImplementedError(
+                "this model was trained with model.forces = 'none': it gives energies only"
+            )
         if "stress" in properties:
             if not self.has_stress:
-                raise PropertyNotImplementedError("stress is a derivative of the energy; this model has no such forces")
-            if not self.atoms.pbc.all() or self.atoms.cell.rank < 3:
                 raise PropertyNotImplementedError(
-                    f"stress needs a cell that is periodic in three directions, got pbc {self.atoms.pbc.tolist()} and a cell "
-                    f"of rank {self.atoms.cell.rank}"
+                    "stress is a derivative of the energy, and this model has no such forces"
+                )
+            if not atoms.pbc.all() or atoms.cell.rank < 3:
+                raise PropertyNotImplementedError(
+                    "stress needs a cell that is periodic in three directions, got pbc "
+                    f"{atoms.pbc.tolist()} and a cell of rank {atoms.cell.rank}"
                 )

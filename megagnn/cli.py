@@ -1,4 +1,6 @@
-"""The command line: `megagnn COMMAND`, or `python -m megagnn COMMAND` (under torchrun: `torchrun ... -m megagnn COMMAND`)."""
+"""The command line: `megagnn COMMAND`, or `python -m megagnn COMMAND` (under torchrun: `torchrun ... -m
+megagnn COMMAND`).
+"""
 
 import argparse
 import importlib
@@ -9,7 +11,8 @@ from collections.abc import Sequence
 import megagnn
 from megagnn.ops.allocator import configure_allocator
 
-# command -> (module with add_arguments and run, one line of help); modules load only when their command is called
+# command -> (module with add_arguments and run, one line of help); modules load only when their command is
+# called
 COMMANDS = {
     "train": ("megagnn.train.command", "train a model: CONFIG.toml [--section.field value ...]"),
     "evaluate": ("megagnn.train.evaluate", "errors of a checkpoint on a data set, beside baselines"),
@@ -23,7 +26,9 @@ TAKES_OVERRIDES = ("train",)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; a user's mistake (ValueError and its kin) is one line on stderr and exit code 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="megagnn", description="Graph neural networks for atomistic materials.")
+    parser = argparse.ArgumentParser(
+        prog="megagnn", description="Graph neural networks for atomistic materials."
+    )
     parser.add_argument("--version", action="version", version=f"megagnn {megagnn.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((a for a in argv if not a.startswith("-")), None)
@@ -54,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Take the configuration overrides, `--section.field value`, out of the arguments, wherever they stand."""
+    """Take the configuration overrides, `--section.field value`, out of the arguments."""
     flags = ("--resume", "--overwrite", "--help", "--version")
     arguments, overrides, rest = [], [], list(argv)
     while rest:

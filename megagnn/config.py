@@ -2,21 +2,35 @@
 
     config = load_config("examples/configs/quickstart.toml", ["--model.width", "128"])
 
-Every section is a frozen dataclass; every key has one line of documentation beside it. A key that does not exist, or a
-value that cannot be, is a `ValueError` that names the nearest valid one.
+Every section is a frozen dataclass; every key has one line of documentation beside it. A key that does not
+exist, or a value that cannot be, is a `ValueError` that names the nearest valid one.
 """
 
 import dataclasses
 import difflib
-import tomllib
+import sys
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.presets import PRESETS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 _STRICT = ConfigDict(use_attribute_docstrings=True, validate_default=True)
 
@@ -26,15 +40,19 @@ LossKind = Literal["mae", "mse", "huber"]
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
-    """The EGNN: size, parts of the layer, and what it predicts. `preset` names a set of defaults for the other keys."""
+    """The EGNN: size, parts of the layer, and what it predicts. `preset` names a set of defaults for the
+    other keys.
+    """
 
     preset: Literal["default", "satorras", "study"] = "default"
-    """Named set of parts: the default dialect, Satorras et al. 2021 as published, or the EGNN of the scaling study."""
-    width: int = Field(128, gt=0)
+    """Named set of parts: the default dialect, Satorras et al. 2021 as published, or the EGNN of the scaling
+    study.
+    """
+    width: PositiveInt = 128
     """Channels of a node, F."""
-    num_layers: int = Field(4, gt=0)
+    num_layers: PositiveInt = 4
     """Message-passing layers, L."""
-    cutoff: float = Field(5.0, gt=0)
+    cutoff: PositiveFloat = 5.0
     """Neighbours are the atoms within this distance, Å."""
     forces: Literal["conservative", "direct", "none"] = "conservative"
     """-dE/dx, an equivariant head of its own, or energies only."""
@@ -42,7 +60,7 @@ class ModelConfig:
     """Predict the stress from the strain derivative of the energy (needs conservative forces)."""
     distance_feature: Literal["bessel", "gaussian", "distance", "squared"] = "bessel"
     """What the message network sees of the distance: a radial basis, the distance itself, or its square."""
-    num_radial: int = Field(16, gt=0)
+    num_radial: PositiveInt = 16
     """Radial basis functions, R (used by `bessel` and `gaussian`)."""
     envelope: bool = True
     """Multiply every edge branch's output by a smooth cutoff function of the input distance."""
@@ -53,7 +71,9 @@ class ModelConfig:
     direction_sign: Literal[1, -1] = 1
     """+1 for r_ij = x_j - x_i (towards the neighbour), -1 for x_i - x_j as published."""
     message_aggregation: Aggregation = "constant"
-    """Sum of the messages over the neighbours divided by the training set's mean count (`constant`), by 1, or by the degree."""
+    """Sum of the messages over the neighbours divided by the training set's mean count (`constant`), by 1, or
+    by the degree.
+    """
     coordinate_aggregation: Aggregation = "constant"
     """The same for the coordinate update."""
     activation: Literal["silu", "relu"] = "silu"
@@ -62,13 +82,13 @@ class ModelConfig:
     """Normalisation of the node features before each layer and before the heads."""
     residual: bool = True
     """Add each layer's node update to its input (else it replaces it)."""
-    message_hidden: int | None = Field(None, gt=0)
+    message_hidden: PositiveInt | None = None
     """Hidden width of phi_e; `width` if not given."""
-    message_width: int | None = Field(None, gt=0)
+    message_width: PositiveInt | None = None
     """Width of a message m_ij; `width` if not given."""
-    coordinate_hidden: int | None = Field(None, gt=0)
+    coordinate_hidden: PositiveInt | None = None
     """Hidden width of phi_x; `width` if not given."""
-    node_hidden: int | None = Field(None, gt=0)
+    node_hidden: PositiveInt | None = None
     """Hidden width of phi_h; `width` if not given."""
     coordinate_bias: bool = False
     """Bias in the last Linear of phi_x."""
@@ -82,7 +102,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.stress and self.forces != "conservative":
             raise ValueError(
-                f"model.stress needs model.forces = 'conservative', got '{self.forces}'; set one of the two to match"
+                f"model.stress needs model.forces = 'conservative', got '{self.forces}'; set one of the two "
+                "to match"
             )
 
 
@@ -92,19 +113,21 @@ class DataConfig:
 
     paths: tuple[str, ...] = ()
     """Packed stores, as made by `megagnn prepare` or `megagnn label`."""
-    max_atoms: int = Field(2048, gt=0)
+    max_atoms: PositiveInt = 2048
     """Atoms of one batch on one rank, at most."""
-    max_edges: int = Field(65536, gt=0)
+    max_edges: PositiveInt = 65536
     """Directed edges of one batch on one rank, at most."""
-    max_structures: int | None = Field(None, gt=0)
+    max_structures: PositiveInt | None = None
     """Structures of one batch on one rank, at most; no limit if not given."""
-    num_workers: int = Field(0, ge=0)
+    num_workers: NonNegativeInt = 0
     """Processes per rank that read structures and find neighbours; 0 does it in the training process."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class LossConfig:
-    """Weights and kinds of the loss terms. Errors are in eV per atom, eV/Å and eV/Å^3; sums run over global counts."""
+    """Weights and kinds of the loss terms. Errors are in eV per atom, eV/Å and eV/Å^3; sums run over global
+    counts.
+    """
 
     energy: LossKind = "huber"
     """Kind of the energy-per-atom loss."""
@@ -112,13 +135,13 @@ class LossConfig:
     """Kind of the force loss."""
     stress: LossKind = "huber"
     """Kind of the stress loss."""
-    energy_weight: float = Field(1.0, ge=0)
+    energy_weight: NonNegativeFloat = 1.0
     """Weight of the energy-per-atom loss."""
-    force_weight: float = Field(1.0, ge=0)
+    force_weight: NonNegativeFloat = 1.0
     """Weight of the force loss."""
-    stress_weight: float = Field(0.0, ge=0)
+    stress_weight: NonNegativeFloat = 0.0
     """Weight of the stress loss (needs model.stress)."""
-    huber_delta: float = Field(0.1, gt=0)
+    huber_delta: PositiveFloat = 0.1
     """Error at which the Huber loss turns from square to linear, in the unit of each term."""
 
 
@@ -126,49 +149,50 @@ class LossConfig:
 class OptimConfig:
     """AdamW, its learning-rate schedule, clipping and weight averaging."""
 
-    learning_rate: float = Field(1e-3, gt=0)
+    learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's moments."""
-    eps: float = Field(1e-8, gt=0)
+    eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, on matrices only."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: cosine to the floor; stay, then decay linearly (warmup-stable-decay); or stay."""
-    warmup_steps: int = Field(100, ge=0)
+    warmup_steps: NonNegativeInt = 100
     """Steps of linear warm-up."""
-    decay_fraction: float = Field(0.2, gt=0, le=1)
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
     """Share of the steps that the decay of `wsd` takes, at the end."""
-    final_ratio: float = Field(0.01, ge=0, le=1)
+    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     """Learning rate at the end, as a share of the peak."""
-    clip_norm: float | None = Field(10.0, gt=0)
+    clip_norm: PositiveFloat | None = 10.0
     """Global gradient norm is clipped to this; no clipping if not given ("none" on the command line)."""
-    ema_decay: float = Field(0.99, ge=0, lt=1)
-    """Decay of the exponential moving average of the weights, which validation and use see; 0 turns it off."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """Decay of the exponential moving average of the weights, which validation and use see; 0 turns it off.
+    """
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TrainConfig:
     """Length of the run, and what is written when."""
 
-    num_steps: int = Field(10_000, gt=0)
+    num_steps: PositiveInt = 10_000
     """Optimizer steps."""
-    seed: int = Field(0, ge=0)
+    seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     dtype: Literal["float32", "float64"] = "float32"
     """Type of parameters, activations and positions (total energies are always float64)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
-    threads: int | None = Field(None, gt=0)
+    threads: PositiveInt | None = None
     """CPU threads of a rank; by default the cores divided by the ranks of this machine."""
     gradient_method: Literal["create_graph"] = "create_graph"
     """How the gradient of a loss on conservative forces is taken."""
-    log_every: int = Field(10, gt=0)
+    log_every: PositiveInt = 10
     """Steps between two points in TensorBoard."""
-    validate_every: int = Field(500, gt=0)
+    validate_every: PositiveInt = 500
     """Steps between two validations."""
-    checkpoint_every: int = Field(500, gt=0)
+    checkpoint_every: PositiveInt = 500
     """Steps between two writes of the last checkpoint."""
 
 
@@ -178,11 +202,11 @@ class RunConfig:
 
     out_dir: str = "runs/default"
     """Folder of checkpoints, TensorBoard events and metrics."""
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    data: DataConfig = Field(default_factory=DataConfig)
-    loss: LossConfig = Field(default_factory=LossConfig)
-    optim: OptimConfig = Field(default_factory=OptimConfig)
-    train: TrainConfig = Field(default_factory=TrainConfig)
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
 
     def __post_init__(self) -> None:
         if self.loss.stress_weight > 0 and not self.model.stress:
@@ -197,8 +221,8 @@ class RunConfig:
             )
         if self.optim.warmup_steps >= self.train.num_steps:
             raise ValueError(
-                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.num_steps ({self.train.num_steps}); "
-                f"use at most {self.train.num_steps - 1}"
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.num_steps "
+                f"({self.train.num_steps}); use at most {self.train.num_steps - 1}"
             )
 
 
@@ -206,7 +230,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
     """Read a TOML file and apply `--section.field value` overrides.
 
     Raises:
-        ValueError: unreadable TOML, an unknown key, or a value that cannot be; names the key and the nearest valid one.
+        ValueError: unreadable TOML, an unknown key, or a value that cannot be; names the key and the nearest
+            valid one.
         FileNotFoundError: no such file.
     """
     path = Path(path)
@@ -222,7 +247,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """Check and complete nested dictionaries (as TOML gives them) to a RunConfig; raises ValueError as `load_config`."""
+    """Check and complete nested dictionaries (as TOML gives them) to a RunConfig; raises ValueError as
+    `load_config`.
+    """
     _check_keys(RunConfig, values, "")
     model = dict(values.get("model", {}))
     if model.get("preset") in PRESETS:
@@ -255,7 +282,9 @@ def _parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _set_dotted(values: dict[str, Any], key: str, text: str) -> None:
-    """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or taken as a string where it is none."""
+    """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or taken as a string where it is
+    none.
+    """
     value: Any
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -279,7 +308,9 @@ def _check_keys(section_type: type, values: dict[str, Any], prefix: str) -> None
             raise ValueError(_unknown_key(prefix + key, prefix, list(fields)))
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):
-                raise ValueError(f"configuration key '{prefix}{key}' is a section; write [{key}] and its fields below it")
+                raise ValueError(
+                    f"configuration key '{prefix}{key}' is a section; write [{key}] and its fields below it"
+                )
             _check_keys(typing.cast(type, types[key]), value, f"{prefix}{key}.")
 
 
@@ -310,7 +341,9 @@ def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "value_error":  # one of our own cross-field rules, complete as it is
         return str(error["ctx"]["error"])
-    message = f"configuration key '{key}': {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    message = (
+        f"configuration key '{key}': {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    )
     if error["type"] == "literal_error":
         valid = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
         near = difflib.get_close_matches(str(error["input"]), valid, n=1, cutoff=0.4)

@@ -1,8 +1,9 @@
 """SiLU whose first and second derivative are single expressions.
 
-PyTorch's own backward of SiLU, when it must be differentiated again, falls apart into a chain of elementary products that
-the second backward then walks term by term: on force losses these made up half of a training step. Here the backward is a
-Function of its own, and its backward uses the closed form of the second derivative.
+PyTorch's own backward of SiLU, when it must be differentiated again, falls apart into a chain of elementary
+products that
+the second backward then walks term by term: on force losses these made up half of a training step. Here the
+    backward is a Function of its own, and its backward uses the closed form of the second derivative.
 """
 
 from typing import Any
@@ -31,7 +32,7 @@ class _SiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        first: Tensor = _SiLUBackward.apply(grad, x)  # type: ignore[no-untyped-call]
+        first: Tensor = _SiLUBackward.apply(grad, x)
         return first
 
 
@@ -45,7 +46,7 @@ class _SiLUBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor, Tensor]:
         grad, x = ctx.saved_tensors
-        first: Tensor = _SiLUBackward.apply(grad_grad, x)  # type: ignore[no-untyped-call]
+        first: Tensor = _SiLUBackward.apply(grad_grad, x)
         return first, silu_second_derivative(x) * grad * grad_grad
 
 
@@ -54,5 +55,5 @@ class SiLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """See the class."""
-        y: Tensor = _SiLU.apply(x)  # type: ignore[no-untyped-call]
+        y: Tensor = _SiLU.apply(x)
         return y

@@ -1,11 +1,14 @@
 """E(n)-equivariant graph network for atomic structures: embedding, layers, heads."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.models.layer import EGNNLayer, Edges, edge_geometry, make_activation, make_norm
+from megagnn.models.heads import EnergyHead
+from megagnn.models.layer import Edges, EGNNLayer, edge_geometry
 from megagnn.models.radial import envelope, make_distance_feature
 from megagnn.models.statistics import Statistics
 from megagnn.ops import Segments, segment_sum
@@ -16,8 +19,9 @@ NUM_ATOMIC_NUMBERS = 119  # atomic numbers 0..118; 0 stands for none
 class EGNN(nn.Module):
     """Energy and, with `forces = "direct"`, forces of every structure of a batch.
 
-    Calling it on a batch (megagnn/data/keys.py) returns a dict with `energy` (B,) float64, total energies in eV, and with
-    direct forces `forces` (N, 3) in eV/Å. Conservative forces and stress are derivatives: see `models.potential`.
+    Calling it on a batch (megagnn/data/keys.py) returns a dict with `energy` (B,) float64, total energies in
+    eV, and with direct forces `forces` (N, 3) in eV/Å. Conservative forces and stress are derivatives: see
+    `models.potential`.
 
     Args:
         config: sizes and parts.
@@ -28,25 +32,30 @@ class EGNN(nn.Module):
     element_index: Tensor
     references: Tensor
 
-    def __init__(self, config: ModelConfig, statistics: Statistics, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, config: ModelConfig, statistics: Statistics, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.config, self.statistics, self.dtype = config, statistics, dtype
-        self.distance_feature = make_distance_feature(config.distance_feature, config.num_radial, config.cutoff, dtype)
+        self.distance_feature = make_distance_feature(
+            config.distance_feature, config.num_radial, config.cutoff, dtype
+        )
         self.element_embedding = nn.Embedding(len(statistics.elements), config.width, dtype=dtype)
         has_levels = config.level_embedding and len(statistics.levels) > 1
-        self.level_embedding = nn.Embedding(len(statistics.levels), config.width, dtype=dtype) if has_levels else None
-        self.layers = nn.ModuleList(
+        self.level_embedding = (
+            nn.Embedding(len(statistics.levels), config.width, dtype=dtype) if has_levels else None
+        )
+        self.layers: Iterable[EGNNLayer] = nn.ModuleList(  # type: ignore[assignment] # a list of EGNNLayer
             EGNNLayer(
-                config, self.distance_feature.num_features, statistics.mean_neighbours, self._vector_branch(k), dtype
+                config,
+                self.distance_feature.num_features,
+                statistics.mean_neighbours,
+                self._vector_branch(k),
+                dtype,
             )
             for k in range(config.num_layers)
         )
-        self.energy_head = nn.Sequential(
-            make_norm(config, dtype),
-            nn.Linear(config.width, config.width, dtype=dtype),
-            make_activation(config),
-            nn.Linear(config.width, 1, dtype=dtype),
-        )
+        self.energy_head = EnergyHead(config, dtype)
         element_index = torch.full((NUM_ATOMIC_NUMBERS,), -1)
         element_index[list(statistics.elements)] = torch.arange(len(statistics.elements))
         self.register_buffer("element_index", element_index, persistent=False)
@@ -61,20 +70,13 @@ class EGNN(nn.Module):
         return "coordinates" if self.config.update_coordinates else "none"
 
     def reset_parameters(self) -> None:
-        """Linear layers keep PyTorch's initial values but for the last ones, which start near zero (docs/model.md)."""
-        with torch.no_grad():
-            for layer in self.layers:
-                if self.config.residual and self.config.normalisation != "none":
-                    layer.node_update.out.weight.mul_(self.config.num_layers**-0.5)
-                    layer.node_update.out.bias.zero_()
-                if layer.vector_branch == "coordinates":
-                    # as published: "last one starts near 0", Xavier with gain 0.001
-                    nn.init.xavier_uniform_(layer.vector.out.weight, gain=0.001)
-                    if layer.vector.out.bias is not None:
-                        layer.vector.out.bias.zero_()
-            last = self.energy_head[-1]
-            last.weight.mul_(0.1)
-            last.bias.zero_()
+        """Linear layers keep PyTorch's initial values but for the last ones, which start near zero
+        (docs/model.md).
+        """
+        residual_scale = self.config.num_layers**-0.5
+        for layer in self.layers:
+            layer.reset_parameters(residual_scale)
+        self.energy_head.reset_parameters()
 
     def num_parameters(self) -> int:
         """Trainable parameters."""
@@ -107,14 +109,16 @@ class EGNN(nn.Module):
                 x_NC = x_new_NC
                 geometry = edge_geometry(x_NC, edges, self.distance_feature)
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
-        energy_N = self.energy_head(h_NF).squeeze(-1).double() * self.statistics.output_scale
+        energy_N = self.energy_head(h_NF).double() * self.statistics.output_scale
         outputs = {keys.ENERGY: segment_sum(energy_N, atoms) + self.reference_energy(batch)}
         if forces_NC is not None:
             outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
         return outputs
 
     def reference_energy(self, batch: dict[str, Tensor]) -> Tensor:
-        """Sum of the elements' reference energies of each structure, eV, (B,) float64: the "per-element" baseline."""
+        """Sum of the elements' reference energies of each structure, eV, (B,) float64: the "per-element"
+        baseline.
+        """
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         reference_N = self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
         return segment_sum(reference_N, Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR]))

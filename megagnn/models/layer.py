@@ -1,11 +1,13 @@
-"""One message-passing layer of the EGNN (docs/model.md), unfused: plain PyTorch products around the segment sum.
+"""One message-passing layer of the EGNN (docs/model.md), unfused: plain PyTorch products around the segment
+sum.
 
     m_ij = phi_e(h_i, h_j, rho(d_ij))
     x_i <- x_i + 1/A sum_j f_ij r_ij/d_ij phi_x(m_ij)
     h_i <- h_i + phi_h(h_i, 1/A sum_j f_ij m_ij)
 
-after Satorras, Hoogeboom, Welling, ICML 2021, eqs. 3-6. The first Linear of phi_e acts on a concatenation, so it splits:
-its blocks for h_i and h_j are applied per atom and gathered, only the block of the distance feature is applied per edge.
+after Satorras, Hoogeboom, Welling, ICML 2021, eqs. 3-6. The first Linear of phi_e acts on a concatenation, so
+it splits: its blocks for h_i and h_j are applied per atom and gathered, only the block of the distance
+feature is applied per edge.
 """
 
 from dataclasses import dataclass
@@ -18,8 +20,8 @@ from megagnn.models.activation import SiLU
 from megagnn.models.radial import DistanceFeature
 from megagnn.ops import Segments, gather, segment_sum
 
-# Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms coincide, and
-# differs from |r| by 5e-7 Å at 1 Å.
+# Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms
+# coincide, and differs from |r| by 5e-7 Å at 1 Å.
 DISTANCE_EPSILON = 1e-3
 
 
@@ -76,7 +78,9 @@ class Aggregate(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """h / sqrt(mean(h^2) + eps) with a gain per channel (Zhang and Sennrich 2019, eq. 4); twice differentiable."""
+    """h / sqrt(mean(h^2) + eps) with a gain per channel (Zhang and Sennrich 2019, eq. 4); twice
+    differentiable.
+    """
 
     def __init__(self, width: int, dtype: torch.dtype, eps: float = 1e-6) -> None:
         super().__init__()
@@ -98,7 +102,9 @@ def make_norm(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 
 class EdgeMessage(nn.Module):
-    """phi_e: Linear, activation, Linear, activation; the first Linear split into per-atom and per-edge blocks."""
+    """phi_e: Linear, activation, Linear, activation; the first Linear split into per-atom and per-edge
+    blocks.
+    """
 
     def __init__(self, config: ModelConfig, num_features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -121,9 +127,11 @@ class EdgeMessage(nn.Module):
 
 
 class EdgeVector(nn.Module):
-    """Sum over neighbours of f_ij u_ij phi(m_ij): the coordinate update (phi_x) and the direct force head (phi_f).
+    """Sum over neighbours of f_ij u_ij phi(m_ij): the coordinate update (phi_x) and the direct force head
+    (phi_f).
 
-    phi = Linear, activation, Linear(-> 1); u_ij is the unit vector, the vector, or r/(d+1), with the configured sign.
+    phi = Linear, activation, Linear(-> 1); u_ij is the unit vector, the vector, or r/(d+1), with the
+    configured sign.
     """
 
     def __init__(self, config: ModelConfig, aggregate: Aggregate, dtype: torch.dtype) -> None:
@@ -167,12 +175,17 @@ class NodeUpdate(nn.Module):
 class EGNNLayer(nn.Module):
     """Messages, an optional coordinate update, an optional direct force head, and the node update.
 
-    `vector_branch` says what the sum over f_ij u_ij phi(m_ij) is for: "coordinates" moves x, "forces" is returned, "none"
-    leaves it out.
+    `vector_branch` says what the sum over f_ij u_ij phi(m_ij) is for: "coordinates" moves x, "forces" is
+    returned, "none" leaves it out.
     """
 
     def __init__(
-        self, config: ModelConfig, num_features: int, mean_neighbours: float, vector_branch: str, dtype: torch.dtype
+        self,
+        config: ModelConfig,
+        num_features: int,
+        mean_neighbours: float,
+        vector_branch: str,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.norm = make_norm(config, dtype)
@@ -185,6 +198,18 @@ class EGNNLayer(nn.Module):
             aggregate = Aggregate(config.coordinate_aggregation, mean_neighbours)
             self.vector = EdgeVector(config, aggregate, dtype)
 
+    @torch.no_grad()
+    def reset_parameters(self, residual_scale: float) -> None:
+        """Linears keep PyTorch's initial values, but for the last ones of the branches (docs/model.md)."""
+        if self.residual and not isinstance(self.norm, nn.Identity):
+            self.node_update.out.weight.mul_(residual_scale)
+            self.node_update.out.bias.zero_()
+        if self.vector_branch == "coordinates":
+            # "last one starts near 0": the published code's Xavier with gain 0.001
+            nn.init.xavier_uniform_(self.vector.out.weight, gain=0.001)
+            if self.vector.out.bias is not None:
+                self.vector.out.bias.zero_()
+
     def forward(
         self, h_NF: Tensor, x_NC: Tensor, geometry: Geometry, edges: Edges
     ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -194,6 +219,6 @@ class EGNNLayer(nn.Module):
         vectors_NC = self.vector(m_EM, geometry, edges) if self.vector_branch != "none" else None
         update_NF = self.node_update(normed_NF, self.aggregate(m_EM, edges))
         h_NF = h_NF + update_NF if self.residual else update_NF
-        if self.vector_branch == "coordinates":
+        if self.vector_branch == "coordinates" and vectors_NC is not None:
             return h_NF, x_NC + vectors_NC, None
         return h_NF, x_NC, vectors_NC

@@ -12,9 +12,10 @@ from megagnn.models.statistics import Statistics
 class Potential(nn.Module):
     """An energy model with forces and stress around it.
 
-    `forces = "conservative"`: F = -dE/dx, and with `stress` the stress dE/d(strain)/V, (B, 3, 3), eV/Å^3, tension
-    positive, where x -> x (1 + strain) and the cell with it, strain symmetric (Knuth et al., Comput. Phys. Commun. 190, 33
-    (2015), eq. 25). Structures without a volume get a stress of zero. `forces = "direct"`: the model's own forces.
+    `forces = "conservative"`: F = -dE/dx, and with `stress` the stress dE/d(strain)/V, (B, 3, 3), eV/Å^3,
+    tension positive, where x -> x (1 + strain) and the cell with it, strain symmetric (Knuth et al., Comput.
+    Phys. Commun. 190, 33 (2015), eq. 25). Structures without a volume get a stress of zero. `forces =
+    "direct"`: the model's own forces.
     """
 
     def __init__(self, model: EGNN) -> None:
@@ -75,7 +76,9 @@ def apply_strain(batch: dict[str, Tensor], strain_B33: Tensor) -> dict[str, Tens
 def build_potential(
     config: ModelConfig, statistics: Statistics, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Potential:
-    """A potential with initial weights that depend on the seed only; leaves the global random state as it was."""
+    """A potential with initial weights that depend on the seed only; leaves the global random state as it
+    was.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Potential(EGNN(config, statistics, dtype))

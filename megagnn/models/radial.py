@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 
 def envelope(distance_E: Tensor, cutoff: float) -> Tensor:
-    """Smooth cutoff f_c: 1 at zero distance, 0 with vanishing first and second derivative at the cutoff, shape (E,).
+    """Smooth cutoff f_c: 1 at zero distance, 0 with vanishing first and second derivative at the cutoff,
+    shape (E,).
 
     Polynomial of Gasteiger, Gross, Günnemann, "Directional message passing", ICLR 2020, eq. 8, with p = 6.
     """
@@ -35,7 +36,8 @@ class BesselBasis(nn.Module):
 
 
 class GaussianBasis(nn.Module):
-    """exp(-(d - mu_n)^2 / (2 w^2)) with R centres from 0 to the cutoff, w their spacing, shape (E,) -> (E, R).
+    """exp(-(d - mu_n)^2 / (2 w^2)) with R centres from 0 to the cutoff, w their spacing, shape (E,) -> (E,
+    R).
 
     Schütt et al., "SchNet", NeurIPS 2017, section 4.1.
     """
@@ -46,7 +48,9 @@ class GaussianBasis(nn.Module):
         super().__init__()
         self.num_features = num_radial
         self.width = cutoff / max(num_radial - 1, 1)
-        self.register_buffer("centres_R", torch.linspace(0, cutoff, num_radial, dtype=dtype), persistent=False)
+        self.register_buffer(
+            "centres_R", torch.linspace(0, cutoff, num_radial, dtype=dtype), persistent=False
+        )
 
     def forward(self, distance_E: Tensor, squared_E: Tensor) -> Tensor:
         offset_ER = (distance_E.unsqueeze(-1) - self.centres_R) / self.width
@@ -69,7 +73,9 @@ DistanceFeature = BesselBasis | GaussianBasis | PlainDistance
 
 
 def make_distance_feature(kind: str, num_radial: int, cutoff: float, dtype: torch.dtype) -> DistanceFeature:
-    """The distance feature of `ModelConfig.distance_feature`: a module (d (E,), |r|^2 (E,)) -> (E, num_features)."""
+    """The distance feature of `ModelConfig.distance_feature`: a module (d (E,), |r|^2 (E,)) -> (E,
+    num_features).
+    """
     if kind == "bessel":
         return BesselBasis(num_radial, cutoff, dtype)
     if kind == "gaussian":

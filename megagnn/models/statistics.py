@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Statistics:
-    """Constants of a model, fitted on the training split only. Plain Python values, so that JSON holds them exactly."""
+    """Constants of a model, fitted on the training split only. Plain Python values, so that JSON holds them
+    exactly.
+    """
 
     elements: tuple[int, ...]
     """Atomic numbers that the training split holds, ascending."""
@@ -26,7 +28,9 @@ class Statistics:
     mean_neighbours: float
     """Mean number of edges per atom, A of docs/model.md."""
     output_scale: float
-    """Unit of the network's outputs: root mean square of the training forces, eV/Å (taken as eV for energies)."""
+    """Unit of the network's outputs: root mean square of the training forces, eV/Å (taken as eV for
+    energies).
+    """
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -51,8 +55,8 @@ class Statistics:
         unknown = sorted(set(np.unique(numbers).tolist()) - set(self.elements))
         if unknown:
             raise ValueError(
-                f"{where} holds {_symbols(unknown)}, which the model has never seen; it knows {_symbols(self.elements)}: "
-                "leave these structures out, or train on data that hold the elements"
+                f"{where} holds {_symbols(unknown)}, which the model has never seen; it knows "
+                f"{_symbols(self.elements)}: leave these structures out, or train on data that hold the elements"
             )
 
     def source_index(self, name: str | None) -> int:

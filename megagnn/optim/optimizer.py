@@ -10,7 +10,9 @@ from megagnn.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases, gains and embeddings of one row."""
+    """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases, gains and embeddings
+    of one row.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -23,7 +25,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 class WeightAverage:
     """Exponential moving average of a model's parameters: a <- d a + (1 - d) w after every step.
 
-    The decay starts small, d_t = min(d, (1 + t) / (10 + t)), so that early averages forget the initial weights.
+    The decay starts small, d_t = min(d, (1 + t) / (10 + t)), so that early averages forget the initial
+    weights.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

@@ -8,8 +8,9 @@ from megagnn.config import OptimConfig
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:
     """Learning rate of step 0..num_steps-1: linear warm-up, then the configured schedule.
 
-    `cosine`: half a cosine from the peak to final_ratio * peak (Loshchilov and Hutter, ICLR 2017, eq. 5). `wsd`: stays at the
-    peak, then falls linearly over the last decay_fraction of the steps. `constant`: stays at the peak.
+    `cosine`: half a cosine from the peak to final_ratio * peak (Loshchilov and Hutter, ICLR 2017, eq. 5).
+    `wsd`: stays at the peak, then falls linearly over the last decay_fraction of the steps. `constant`: stays
+    at the peak.
     """
     peak = config.learning_rate
     if step < config.warmup_steps:

@@ -14,10 +14,13 @@ def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
     """Sum over the ranks, in place; returns the tensor.
 
     Raises:
-        ValueError: a tensor that is not contiguous: gloo reduces such a view wrongly and overwrites memory beside it.
+        ValueError: a tensor that is not contiguous: gloo reduces such a view wrongly and overwrites memory
+            beside it.
     """
     if not tensor.is_contiguous():
-        raise ValueError(f"all_reduce needs a contiguous tensor, got strides {tensor.stride()}; call .contiguous() first")
+        raise ValueError(
+            f"all_reduce needs a contiguous tensor, got strides {tensor.stride()}; call .contiguous() first"
+        )
     if context.dp_size > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=context.dp_group)
     return tensor
@@ -55,7 +58,8 @@ def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
     """Sum every parameter's gradient over the ranks, as one flat message; a missing gradient counts as zero.
 
-    The loss is a sum over global counts (`train.loss`), so a sum of gradients and not a mean is the global gradient.
+    The loss is a sum over global counts (`train.loss`), so a sum of gradients and not a mean is the global
+    gradient.
     """
     parameters = list(parameters)
     for parameter in parameters:

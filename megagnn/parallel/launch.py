@@ -14,7 +14,9 @@ from megagnn.parallel.context import ParallelContext
 
 
 def default_threads(num_local_ranks: int) -> int:
-    """CPU threads of a rank: the cores this process may use, divided by the ranks of this machine, at least one."""
+    """CPU threads of a rank: the cores this process may use, divided by the ranks of this machine, at least
+    one.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // num_local_ranks)
 
@@ -32,11 +34,14 @@ def pick_device(name: str, local_rank: int) -> torch.device:
 def parallel_context(device: str = "auto", threads: int | None = None) -> Iterator[ParallelContext]:
     """The context of this process: torchrun's environment decides the ranks; without it, one process.
 
-    Leaves the process group behind a barrier: destroying it while a peer still sends can abort at exit. After an error there
-    is no barrier, for the peers may never reach it.
+    Leaves the process group behind a barrier: destroying it while a peer still sends can abort at exit. After
+        an error there is no barrier, for the peers may never reach it.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_rank, num_local = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local_rank, num_local = (
+        int(os.environ.get("LOCAL_RANK", "0")),
+        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+    )
     torch.set_num_threads(threads or default_threads(num_local))
     chosen = pick_device(device, local_rank)
     if world_size == 1:

@@ -1,7 +1,8 @@
 """Checkpoints: one safetensors file each, written atomically, checksummed; loading unpickles nothing.
 
-Tensors are named `model/NAME` (weights), `average/NAME` (their moving average) and `optimizer/INDEX/NAME`. The file's metadata
-holds, as JSON, the configuration, the statistics of the training split, the progress of the run and a checksum.
+Tensors are named `model/NAME` (weights), `average/NAME` (their moving average) and `optimizer/INDEX/NAME`.
+The file's metadata holds, as JSON, the configuration, the statistics of the training split, the progress of
+the run and a checksum.
 """
 
 import hashlib
@@ -26,7 +27,9 @@ FORMAT, VERSION = "megagnn-checkpoint", 1
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: everything that, with the tensors, makes a resumed run the same bits as an undisturbed one."""
+    """Where a run stands: everything that, with the tensors, makes a resumed run the same bits as an
+    undisturbed one.
+    """
 
     step: int = 0
     """Optimizer steps done."""
@@ -59,7 +62,9 @@ class Checkpoint:
 def save_checkpoint(
     path: Path, config: RunConfig, statistics: Statistics, progress: Progress, tensors: dict[str, Tensor]
 ) -> None:
-    """Write to a temporary file beside `path`, flush it to disk, and move it into place: a reader sees the old file or the new."""
+    """Write to a temporary file beside `path`, flush it to disk, and move it into place: a reader sees the
+    old file or the new.
+    """
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     content = {
         "format": FORMAT,
@@ -103,11 +108,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f"checkpoint {path} is truncated or not a safetensors file ({error}); use another one, such as the run's "
-            "other checkpoint"
+            f"checkpoint {path} is truncated or not a safetensors file ({error}); use another "
+            "one, such as last.safetensors or best.safetensors beside it"
         ) from None
     if FORMAT not in metadata:
-        raise ValueError(f"{path} is a safetensors file but not a megagnn checkpoint: its metadata has no '{FORMAT}'")
+        raise ValueError(
+            f"{path} is a safetensors file but not a megagnn checkpoint: its metadata has no '{FORMAT}'"
+        )
     try:
         content = json.loads(metadata[FORMAT])
     except json.JSONDecodeError as error:
@@ -130,7 +137,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def load_potential(
     checkpoint: str | Path | Checkpoint, dtype: torch.dtype | None = None, average: bool = True
 ) -> Potential:
-    """The potential of a checkpoint, with averaged weights unless `average` is false, in its own dtype or the one given."""
+    """The potential of a checkpoint, with averaged weights unless `average` is false, in its own dtype or the
+    one given.
+    """
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     if dtype is None:
@@ -146,7 +155,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
     own = dict(model.named_parameters())
     if own.keys() != weights.keys():
         missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-        raise ValueError(f"checkpoint {path} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}")
+        raise ValueError(
+            f"checkpoint {path} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}"
+        )
     for name, parameter in own.items():
         if parameter.shape != weights[name].shape:
             raise ValueError(
@@ -159,7 +170,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's state as named tensors."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    return {f"optimizer/{index}/{name}": value for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"optimizer/{index}/{name}": value for index, entry in state.items() for name, value in entry.items()
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -173,7 +186,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def _checksum(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:
-    """SHA-256 of the metadata (but for the checksum itself) and of every tensor's name, type, shape and bytes."""
+    """SHA-256 of the metadata (but for the checksum itself) and of every tensor's name, type, shape and
+    bytes.
+    """
     rest = {key: value for key, value in content.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):

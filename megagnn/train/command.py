@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn train`; what argparse does not know is a configuration override."""
     parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="configuration of the run")
     parser.add_argument("--resume", action="store_true", help="continue from the last checkpoint in out_dir")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in out_dir, if there is one")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the run in out_dir, if there is one"
+    )
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -32,7 +34,9 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _prepare_out_dir(config: RunConfig, context: ParallelContext, resume: bool, overwrite: bool) -> None:
-    """Refuses to train over an earlier run; with `overwrite` removes what training wrote there, and nothing else."""
+    """Refuses to train over an earlier run; with `overwrite` removes what training wrote there, and nothing
+    else.
+    """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them")
     out_dir = Path(config.out_dir)
@@ -40,8 +44,8 @@ def _prepare_out_dir(config: RunConfig, context: ParallelContext, resume: bool, 
     barrier(context)  # every rank has looked before the first one changes anything
     if exists and not (resume or overwrite):
         raise ValueError(
-            f"{out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, or choose another "
-            "folder with --out_dir DIR"
+            f"{out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, or choose "
+            "another folder with --out_dir DIR"
         )
     if exists and overwrite and context.is_main:
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)

@@ -44,7 +44,9 @@ def evaluate(
     totals = torch.zeros(2, 3, dtype=torch.float64, device=context.device)
     batches = loader.batches()
     if progress and context.is_main:
-        batches = tqdm(batches, total=len(loader.sampler.batches(0)), desc="evaluate", unit="batch", file=sys.stderr)
+        batches = tqdm(
+            batches, total=len(loader.sampler.batches(0)), desc="evaluate", unit="batch", file=sys.stderr
+        )
     for batch in batches:
         with torch.no_grad():
             outputs = potential(batch)
@@ -67,7 +69,9 @@ def _loss_totals(
     counts = label_counts(batch, ParallelContext(device=context.device))
     _, shares = loss(outputs, batch, counts)
     num = [getattr(counts, term) for term in loss.weights]
-    sums = [float(shares[term]) * n if term in shares else 0.0 for term, n in zip(loss.weights, num, strict=True)]
+    sums = [
+        float(shares[term]) * n if term in shares else 0.0 for term, n in zip(loss.weights, num, strict=True)
+    ]
     return torch.tensor([sums, num], dtype=torch.float64, device=context.device)
 
 
@@ -77,7 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, nargs="+", help="packed store(s)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the metrics here")
-    parser.add_argument("--last-weights", action="store_true", help="use the last weights instead of their average")
+    parser.add_argument(
+        "--last-weights", action="store_true", help="use the last weights instead of their average"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

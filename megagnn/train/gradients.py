@@ -1,8 +1,9 @@
 """How the parameter gradients of a loss are taken.
 
-[Note: gradient methods] A loss on forces F = -dE/dx needs second derivatives. A gradient method takes a potential, a batch
-and the loss, and leaves the gradient of this rank's loss share in the parameters; the trainer knows no more than that, so a
-method with another structure than "forward, then one backward" can stand in its place.
+[Note: gradient methods] A loss on forces F = -dE/dx needs second derivatives. A gradient method takes a
+potential, a batch and the loss, and leaves the gradient of this rank's loss share in the parameters; the
+trainer knows no more than that, so a method with another structure than "forward, then one backward" can
+stand in its place.
 """
 
 from typing import Protocol
@@ -26,10 +27,12 @@ class GradientMethod(Protocol):
 def create_graph(
     potential: Potential, batch: dict[str, Tensor], loss: Loss, counts: LossCounts
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Differentiate through the graph of the force computation: simple, at 6 units of a forward pass and its whole memory."""
+    """Differentiate through the graph of the force computation: simple, at 6 units of a forward pass and its
+    whole memory.
+    """
     outputs = potential(batch, create_graph=True)
     total, shares = loss(outputs, batch, counts)
-    total.backward()  # type: ignore[no-untyped-call]
+    total.backward()
     return total.detach(), shares
 
 

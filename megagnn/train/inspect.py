@@ -34,7 +34,8 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
     statistics, progress = checkpoint.statistics, checkpoint.progress
     lines = [
         f"checkpoint   {checkpoint.path}",
-        f"progress     step {progress.step} (epoch {progress.epoch}), best validation loss {progress.best_loss:.6g}",
+        f"progress     step {progress.step} (epoch {progress.epoch}), "
+        f"best validation loss {progress.best_loss:.6g}",
         f"parameters   {model.num_parameters():,} in {checkpoint.config.train.dtype}: "
         + ", ".join(f"{name} {count:,}" for name, count in parts.items() if count),
         f"elements     {' '.join(chemical_symbols[z] for z in statistics.elements)}",
@@ -44,7 +45,11 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
         "reference energies, eV (fitted on the training split):",
     ]
     for source, row in zip(statistics.sources, statistics.references, strict=True):
-        shown = [f"{chemical_symbols[z]} {e:.4f}" for z, e in zip(statistics.elements, row, strict=True) if e != 0.0]
+        shown = [
+            f"{chemical_symbols[z]} {e:.4f}"
+            for z, e in zip(statistics.elements, row, strict=True)
+            if e != 0.0
+        ]
         lines.append(f"  {source}: {', '.join(shown)}")
     lines += ["configuration:", json.dumps(config_to_dict(checkpoint.config), indent=2)]
     return "\n".join(lines)

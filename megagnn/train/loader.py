@@ -34,18 +34,24 @@ def open_split(
         ValueError: no data, an empty split, or a source, level or element that the model does not know.
     """
     if not data.paths:
-        raise ValueError("data.paths is empty; name a packed store, as made by `megagnn prepare` or `megagnn label`")
+        raise ValueError(
+            "data.paths is empty; name a packed store, as made by `megagnn prepare` or `megagnn label`"
+        )
     if not context.is_main:
         barrier(context)
     sources = statistics.sources if statistics else None
     levels = statistics.levels if statistics else None
     dataset = StructureDataset(data.paths, split, model.cutoff, model.self_edges, sources, levels)
     if len(dataset) == 0:
-        raise ValueError(f"the {split} split of {', '.join(map(str, data.paths))} is empty; prepare the data with one")
+        raise ValueError(
+            f"the {split} split of {', '.join(map(str, data.paths))} is empty; prepare the data with one"
+        )
     if context.is_main:
         barrier(context)
     if statistics:
-        statistics.check_elements(dataset.elements(), f"the {split} split of {', '.join(map(str, data.paths))}")
+        statistics.check_elements(
+            dataset.elements(), f"the {split} split of {', '.join(map(str, data.paths))}"
+        )
     return dataset
 
 
@@ -71,7 +77,9 @@ class BatchLoader:
         self.collate = partial(collate, dtype=getattr(torch, config.train.dtype))
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Batches of an epoch from the `first` on; every rank yields the same number, some possibly without structures."""
+        """Batches of an epoch from the `first` on; every rank yields the same number, some possibly without
+        structures.
+        """
         loader = DataLoader(
             self.dataset,
             batch_sampler=[batch.tolist() for batch in self.sampler.batches(epoch)[first:]],

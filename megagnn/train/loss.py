@@ -1,7 +1,8 @@
 """Energy, force and stress losses as sums over global counts.
 
-The mean of rank means is not the global mean when ranks hold different numbers of atoms, so a rank's loss is its sum of
-terms divided by the *global* count, and the ranks' losses and gradients add up to those of one process.
+The mean of rank means is not the global mean when ranks hold different numbers of atoms, so a rank's loss is
+its sum of terms divided by the *global* count, and the ranks' losses and gradients add up to those of one
+process.
 """
 
 from dataclasses import dataclass
@@ -44,7 +45,8 @@ def label_counts(batch: dict[str, Tensor], context: ParallelContext) -> LossCoun
 def pointwise(kind: str, error: Tensor, delta: float) -> Tensor:
     """|e|, e^2, or Huber's e^2/2 below delta and delta (|e| - delta/2) above (Huber 1964), divided by delta.
 
-    With the division the Huber loss has the slope of the MAE in its tails, so weights mean the same for both kinds.
+    With the division the Huber loss has the slope of the MAE in its tails, so weights mean the same for both
+    kinds.
     """
     if kind == "mae":
         return error.abs()
@@ -83,7 +85,9 @@ class Loss:
 
     @staticmethod
     def _errors(term: str, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Errors where labels exist: energy per atom (eV), force components (eV/Å), stress components (eV/Å^3)."""
+        """Errors where labels exist: energy per atom (eV), force components (eV/Å), stress components
+        (eV/Å^3).
+        """
         if term == "energy":
             error_B = (outputs[keys.ENERGY] - batch[keys.ENERGY]) / batch[keys.NUM_ATOMS]
             return error_B[batch[keys.HAS_ENERGY]]

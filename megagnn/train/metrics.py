@@ -11,8 +11,8 @@ from megagnn.parallel.collectives import all_reduce_sum
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.loss import free_atoms
 
-# Quantities whose absolute and squared values are summed, per source; the baselines know per-element energies and zero
-# forces ("elements"), or the mean energy per atom ("mean").
+# Quantities whose absolute and squared values are summed, per source; the baselines know per-element energies
+# and zero forces ("elements"), or the mean energy per atom ("mean").
 QUANTITIES = ("energy", "energy_elements", "energy_mean", "forces", "forces_zero", "stress", "stress_zero")
 
 
@@ -49,7 +49,9 @@ class ErrorSums:
             self._add("forces_zero", label_NC, source_N)
         if keys.STRESS in outputs:
             has_B = batch[keys.HAS_STRESS]
-            self._add("stress", (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].flatten(1), source_B[has_B])
+            self._add(
+                "stress", (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].flatten(1), source_B[has_B]
+            )
             self._add("stress_zero", batch[keys.STRESS][has_B].flatten(1), source_B[has_B])
 
     def _add(self, name: str, error: Tensor, source: Tensor) -> None:
@@ -65,7 +67,9 @@ class ErrorSums:
         all_reduce_sum(self.structures, self.context)
 
     def per_source(self) -> dict[str, dict[str, float]]:
-        """{source: metrics}: MAE and RMSE in meV/atom, meV/Å and meV/Å^3 beside the baselines'; sources without data left out."""
+        """{source: metrics}: MAE and RMSE in meV/atom, meV/Å and meV/Å^3 beside the baselines'; sources
+        without data left out.
+        """
         result: dict[str, dict[str, float]] = {}
         for index, source in enumerate(self.potential.statistics.sources):
             if self.structures[index] == 0:
@@ -91,22 +95,26 @@ _NAMES = {
 }
 
 
+_COLUMNS = (
+    ("energy MAE", "meV/atom", "energy_mae_mev_per_atom"),
+    ("per-element", "meV/atom", "baseline_energy_mae_mev_per_atom"),
+    ("mean", "meV/atom", "mean_baseline_energy_mae_mev_per_atom"),
+    ("force MAE", "meV/Å", "force_mae_mev_per_angstrom"),
+    ("zero force", "meV/Å", "baseline_force_mae_mev_per_angstrom"),
+    ("stress MAE", "meV/Å^3", "stress_mae_mev_per_cubic_angstrom"),
+    ("zero stress", "meV/Å^3", "baseline_stress_mae_mev_per_cubic_angstrom"),
+)
+
+
 def format_table(per_source: dict[str, dict[str, Any]]) -> str:
-    """A plain-text table of the mean absolute errors beside their baselines."""
-    header = f"{'source':<20}{'structures':>11}{'energy MAE':>13}{'per-element':>13}{'mean':>10}{'force MAE':>13}{'zero force':>12}"
-    units = f"{'':<31}{'meV/atom':>13}{'meV/atom':>13}{'meV/atom':>10}{'meV/Å':>13}{'meV/Å':>12}"
-    rows = [header, units, "-" * len(header)]
-    for source, m in per_source.items():
-
-        def show(key: str, width: int, m: dict[str, Any] = m) -> str:
-            return f"{m[key]:>{width}.1f}" if key in m else f"{'-':>{width}}"
-
-        rows.append(
-            f"{source:<20}{m['num_test']:>11d}"
-            + show("energy_mae_mev_per_atom", 13)
-            + show("baseline_energy_mae_mev_per_atom", 13)
-            + show("mean_baseline_energy_mae_mev_per_atom", 10)
-            + show("force_mae_mev_per_angstrom", 13)
-            + show("baseline_force_mae_mev_per_angstrom", 12)
-        )
+    """A plain-text table of the mean absolute errors beside their baselines; columns without any value left
+    out.
+    """
+    columns = [c for c in _COLUMNS if any(c[2] in metrics for metrics in per_source.values())]
+    width = max([len("source"), *map(len, per_source)]) + 2
+    header = f"{'source':<{width}}{'structures':>11}" + "".join(f"{title:>13}" for title, _, _ in columns)
+    rows = [header, " " * (width + 11) + "".join(f"{unit:>13}" for _, unit, _ in columns), "-" * len(header)]
+    for source, metrics in per_source.items():
+        values = [f"{metrics[key]:>13.1f}" if key in metrics else f"{'-':>13}" for _, _, key in columns]
+        rows.append(f"{source:<{width}}{metrics['num_test']:>11d}" + "".join(values))
     return "\n".join(rows)

@@ -15,7 +15,8 @@ from megagnn.parallel.context import ParallelContext
 
 
 class Monitor:
-    """Progress bar with rate and time left, and TensorBoard scalars in `out_dir/tensorboard`. Use as a context manager.
+    """Progress bar with rate and time left, and TensorBoard scalars in `out_dir/tensorboard`. Use as a
+    context manager.
 
     Args:
         out_dir: folder of the run.

@@ -10,15 +10,21 @@ from megagnn.models.statistics import Statistics
 def compute_statistics(dataset: StructureDataset) -> Statistics:
     """Elements, per-element references, mean number of neighbours and output scale of a training split.
 
-    The output scale is the root mean square of the force components (Batatia et al., MACE, NeurIPS 2022), or, without
-    forces, of the energies per atom that the references leave over.
+    The output scale is the root mean square of the force components (Batatia et al., MACE, NeurIPS 2022), or,
+    without forces, of the energies per atom that the references leave over.
 
     Raises:
         ValueError: no structure has an energy.
     """
     elements, references = dataset.elements(), dataset.fit_references()
     num_sources = len(dataset.sources)
-    count, total, squares, num_components, force_squares = np.zeros(num_sources), np.zeros(num_sources), 0.0, 0, 0.0
+    count, total, squares, num_components, force_squares = (
+        np.zeros(num_sources),
+        np.zeros(num_sources),
+        0.0,
+        0,
+        0.0,
+    )
     source_levels: list[set[int]] = [set() for _ in range(num_sources)]
     for index in range(len(dataset)):
         record = dataset.record(index)
@@ -32,7 +38,9 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
             num_components += record[keys.FORCES].size
             force_squares += float(np.square(record[keys.FORCES], dtype=np.float64).sum())
     if count.sum() == 0:
-        raise ValueError("no training structure has an energy; prepare the data with --energy-key naming its energies")
+        raise ValueError(
+            "no training structure has an energy; prepare the data with --energy-key naming its energies"
+        )
     scale = float(np.sqrt(force_squares / num_components if num_components else squares / count.sum()))
     return Statistics(
         elements=tuple(elements.tolist()),

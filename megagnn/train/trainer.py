@@ -33,10 +33,12 @@ from megagnn.train.statistics import compute_statistics
 
 
 class Trainer:
-    """A run: data, potential, optimizer, and where it stands. `run` trains to the end and leaves checkpoints in `out_dir`.
+    """A run: data, potential, optimizer, and where it stands. `run` trains to the end and leaves checkpoints
+    in `out_dir`.
 
     Raises:
-        ValueError: bad data or configuration, or a run in `out_dir` that neither `resume` nor `overwrite` allows to touch.
+        ValueError: bad data or configuration, or a run in `out_dir` that neither `resume` nor `overwrite`
+            allows to touch.
     """
 
     def __init__(self, config: RunConfig, context: ParallelContext, resume: bool = False) -> None:
@@ -74,7 +76,9 @@ class Trainer:
         train = self.config.train
         if self.context.is_main:
             self.out_dir.mkdir(parents=True, exist_ok=True)
-            (self.out_dir / "config.json").write_text(json.dumps(config_to_dict(self.config), indent=2) + "\n")
+            (self.out_dir / "config.json").write_text(
+                json.dumps(config_to_dict(self.config), indent=2) + "\n"
+            )
         with Monitor(self.out_dir, train.num_steps, self.progress.step, self.context) as monitor:
             monitor.say(self._summary())
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
@@ -119,18 +123,26 @@ class Trainer:
         if (step + 1) % self.config.train.log_every == 0:
             self._log(loss, shares, norm, rate, monitor)
 
-    def _log(self, loss: Tensor, shares: dict[str, Tensor], norm: Tensor, rate: float, monitor: Monitor) -> None:
+    def _log(
+        self, loss: Tensor, shares: dict[str, Tensor], norm: Tensor, rate: float, monitor: Monitor
+    ) -> None:
         names = ["loss", *shares]
-        values = torch.stack([loss, *shares.values()])
-        values = dict(zip(names, all_reduce_sum(values, self.context).tolist(), strict=True))
+        reduced = all_reduce_sum(torch.stack([loss, *shares.values()]), self.context)
+        values: dict[str, float] = dict(zip(names, reduced.tolist(), strict=True))
         if not torch.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient norm is {norm.item()} at step {self.progress.step} (loss {values['loss']}); "
                 f"{self.last_path} is from before. Lower optim.learning_rate or optim.clip_norm"
             )
         scalars = {f"train/{name}": value for name, value in values.items()}
-        scalars |= {"optim/learning_rate": rate, "optim/gradient_norm": norm.item(), "train/epoch": self.progress.epoch}
-        monitor.log(self.progress.step, scalars, {"loss": f"{values['loss']:.4f}", "epoch": str(self.progress.epoch)})
+        scalars |= {
+            "optim/learning_rate": rate,
+            "optim/gradient_norm": norm.item(),
+            "train/epoch": self.progress.epoch,
+        }
+        monitor.log(
+            self.progress.step, scalars, {"loss": f"{values['loss']:.4f}", "epoch": str(self.progress.epoch)}
+        )
         monitor.log_throughput(self.progress.step)
 
     def _validate(self, monitor: Monitor) -> None:
@@ -151,7 +163,8 @@ class Trainer:
         )
         seconds = time.perf_counter() - start
         monitor.say(
-            f"step {self.progress.step}: validation loss {result.loss:.4f} in {seconds:.1f} s, mean absolute errors {errors}"
+            f"step {self.progress.step}: validation loss {result.loss:.4f} in {seconds:.1f} s, "
+            f"mean absolute errors {errors}"
         )
         if result.loss < self.progress.best_loss:
             self.progress = dataclasses.replace(self.progress, best_loss=result.loss)
@@ -160,7 +173,7 @@ class Trainer:
 
     def _save(self, path: Path) -> None:
         if self.context.is_main:
-            tensors = {f"model/{n}": p for n, p in self.potential.model.named_parameters()}
+            tensors = {f"model/{n}": p.detach() for n, p in self.potential.model.named_parameters()}
             tensors |= {f"average/{n}": a for n, a in self.average.average.items()}
             tensors |= optimizer_tensors(self.optimizer)
             progress = dataclasses.replace(self.progress, average_updates=self.average.num_updates)
@@ -171,8 +184,8 @@ class Trainer:
         checkpoint = load_checkpoint(self.last_path)
         if checkpoint.config.model != self.config.model or checkpoint.statistics != self.statistics:
             raise ValueError(
-                f"cannot resume from {self.last_path}: it was trained with another model configuration or other data; "
-                "give the run the same [model] and data.paths, or another out_dir"
+                f"cannot resume from {self.last_path}: it was trained with another model configuration or other "
+                "data; give the run the same [model] and data.paths, or another out_dir"
             )
         load_weights(self.potential.model, checkpoint.weights("model"), checkpoint.path)
         average = checkpoint.weights("average")
@@ -182,11 +195,12 @@ class Trainer:
         self.progress = checkpoint.progress
 
     def _summary(self) -> str:
-        num = self.potential.model.num_parameters()
+        num, threads = self.potential.model.num_parameters(), torch.get_num_threads()
         return (
-            f"{num:,} parameters on {self.context.dp_size} rank(s), {torch.get_num_threads()} thread(s) each; "
+            f"{num:,} parameters on {self.context.dp_size} rank(s), {threads} thread(s) each; "
             f"{len(self.train.dataset):,} training and {len(self.valid.dataset):,} validation structures of "
-            f"{', '.join(self.statistics.sources)}; steps {self.progress.step} to {self.config.train.num_steps}"
+            f"{', '.join(self.statistics.sources)}; "
+            f"steps {self.progress.step} to {self.config.train.num_steps}"
         )
 
 

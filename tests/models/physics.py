@@ -1,7 +1,7 @@
 """Physics that any potential must obey, as a mixin: inherit `PhysicsTests`, give it `make_potential`.
 
-All in float64, at 1e-10 of the largest value unless said otherwise. The weights of the potentials under test are random and of
-order one, for freshly initialised branches are near zero and would pass anything.
+All in float64, at 1e-10 of the largest value unless said otherwise. The weights of the potentials under test
+are random and of order one, for freshly initialised branches are near zero and would pass anything.
 """
 
 import numpy as np
@@ -116,7 +116,11 @@ class PhysicsTests:
         moved = atoms.copy()
         moved.set_cell(atoms.cell.array @ matrix)
         moved.positions = atoms.positions @ matrix
-        before, after, q = self.compute(potential, atoms), self.compute(potential, moved), torch.from_numpy(matrix)
+        before, after, q = (
+            self.compute(potential, atoms),
+            self.compute(potential, moved),
+            torch.from_numpy(matrix),
+        )
         close(after[keys.ENERGY], before[keys.ENERGY])
         if keys.FORCES in before:
             close(after[keys.FORCES], before[keys.FORCES] @ q)
@@ -145,7 +149,9 @@ class PhysicsTests:
 
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_forces_are_the_numerical_gradient(self, potential: Potential, name: str) -> None:
-        """Central difference of fourth order: error O(h^4) + rounding/h, both near 1e-9 of the largest force at h = 3e-4 Å."""
+        """Central difference of fourth order: error O(h^4) + rounding/h, both near 1e-9 of the largest force
+        at h = 3e-4 Å.
+        """
         if potential.forces != "conservative":
             pytest.skip("direct forces are no derivative")
         atoms = STRUCTURES[name]()
@@ -181,7 +187,9 @@ class PhysicsTests:
             assert numerical == pytest.approx(stress[i, j].item(), abs=1e-6 * stress.abs().max().item())
 
     def largest_jump(self, potential: Potential) -> tuple[float, float]:
-        """Largest change of energy and of forces over 1e-5 Å as an atom crosses another's cutoff, per its size."""
+        """Largest change of energy and of forces over 1e-5 Å as an atom crosses another's cutoff, per its
+        size.
+        """
         cutoff = potential.model.config.cutoff
         images = []
         for offset in (-5e-6, 5e-6):
@@ -197,9 +205,13 @@ class PhysicsTests:
         return energy_jump.item(), ((forces[1] - forces[0]).abs().max() / forces[0].abs().max()).item()
 
     def test_smooth_at_the_cutoff(self, potential: Potential) -> None:
-        """Over 1e-5 Å a continuous derivative changes by at most 1e-5 of order-one curvatures; a jump would not shrink."""
+        """Over 1e-5 Å a continuous derivative changes by at most 1e-5 of order-one curvatures; a jump would
+        not shrink.
+        """
         if not potential.model.config.envelope:
-            pytest.skip("configurations without an envelope are not smooth, see test_without_envelope_it_jumps")
+            pytest.skip(
+                "configurations without an envelope are not smooth, see test_without_envelope_it_jumps"
+            )
         energy_jump, force_jump = self.largest_jump(potential)
         assert energy_jump < 1e-9
         assert force_jump < 1e-8

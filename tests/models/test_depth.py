@@ -10,8 +10,8 @@ from megagnn.models.potential import build_potential
 from tests.models.physics import STATISTICS, model_config, rattled
 
 NUM_STEPS = 200
-# Root mean square of the node features after any layer. Each of the 64 residual branches starts at 1/sqrt(64) of a unit, so
-# they begin near 1.5; measured 4.5 at most.
+# Root mean square of the node features after any layer. Each of the 64 residual branches starts at 1/sqrt(64)
+# of a unit, so they begin near 1.5; measured 4.5 at most.
 ACTIVATION_BOUND = 10.0
 # Of the loss below, which is of order one; measured 3.1 at most.
 GRADIENT_BOUND = 10.0
@@ -39,7 +39,9 @@ def run(num_steps: int, **values: object) -> tuple[list[float], list[float], lis
         optimizer.zero_grad()
         outputs = potential(batch, create_graph=True)
         bonding_B = outputs[keys.ENERGY] - potential.model.reference_energy(batch)
-        loss = (outputs[keys.FORCES] - target_NC).square().mean() + (bonding_B / batch[keys.NUM_ATOMS]).square().mean()
+        loss = (outputs[keys.FORCES] - target_NC).square().mean() + (
+            bonding_B / batch[keys.NUM_ATOMS]
+        ).square().mean()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(potential.parameters(), 10.0)))
         losses.append(loss.item())

@@ -1,7 +1,9 @@
 """Parity with an EGNN written by others: the layers of the PyPI package `egnn-pytorch`, in float64.
 
-Its layer concatenates [h_i, h_j, |r|^2], has its own branch widths, x_i - x_j, sums for messages and coordinates, a bias in
-the last Linear of the coordinate branch, and messages of every atom to itself: all of it is configuration here.
+Its layer concatenates [h_i, h_j, |r|^2], has its own branch widths, x_i - x_j, sums for messages and
+coordinates, a bias in
+the last Linear of the coordinate branch, and messages of every atom to itself: all of it is configuration
+    here.
 """
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from megagnn.config import ModelConfig, config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
-from megagnn.models.layer import EGNNLayer, Edges, edge_geometry
+from megagnn.models.layer import Edges, EGNNLayer, edge_geometry
 from megagnn.models.radial import PlainDistance
 from megagnn.ops import Segments
 
@@ -59,7 +61,9 @@ def our_layers(config: ModelConfig) -> nn.ModuleList:
 
 
 def named_pairs(ours: EGNNLayer, theirs: nn.Module) -> list[tuple[nn.Parameter, str, slice]]:
-    """(our parameter, name of theirs, columns of it): the split Linears are column blocks of their concatenating ones."""
+    """(our parameter, name of theirs, columns of it): the split Linears are column blocks of their
+    concatenating ones.
+    """
     everything = slice(None)
     return [
         (ours.message.from_destination.weight, "edge_mlp.0.weight", slice(0, WIDTH)),
@@ -80,9 +84,7 @@ def named_pairs(ours: EGNNLayer, theirs: nn.Module) -> list[tuple[nn.Parameter, 
     ]
 
 
-def run_ours(
-    layers: nn.ModuleList, config: ModelConfig, h_NF: Tensor, x_NC: Tensor
-) -> tuple[Tensor, Tensor]:
+def run_ours(layers: nn.ModuleList, config: ModelConfig, h_NF: Tensor, x_NC: Tensor) -> tuple[Tensor, Tensor]:
     atoms = Atoms("C" * NUM_ATOMS, x_NC.detach().numpy())
     batch = batch_from_atoms([atoms], config.cutoff, torch.float64, config.self_edges)
     edges = Edges(
@@ -129,7 +131,9 @@ def largest_error(**values: object) -> float:
         compared.append((parameter.grad, peer.get_parameter(name).grad[..., columns]))
     errors = []
     for mine, other in compared:
-        assert mine is not None and other is not None and other.abs().max() > 1e-12
+        assert mine is not None
+        assert other is not None
+        assert other.abs().max() > 1e-12
         errors.append(((mine - other).abs().max() / other.abs().max()).item())
     return max(errors)
 
