@@ -1,7 +1,7 @@
 """Builds the extension megagnn._C from csrc/ against the installed torch; metadata are in pyproject.toml.
 
 Environment: MEGAGNN_BUILD_OPS=0 leaves the extension out. MEGAGNN_CUDA=1 or 0 builds the CUDA kernels or not,
-whatever torch was built for, and with 1 failure is an error (default: where torch has CUDA and nvcc is there).
+whatever torch was built for; with 1 a failure is an error (default: where torch has CUDA and nvcc is found).
 MEGAGNN_CUDA_ARCHS="80;90" gives the GPU architectures. CXX, NVCC and CUDA_HOME name the compilers.
 
 Where the extension cannot be built, the install goes through, says so in one sentence, and leaves it in
@@ -75,11 +75,12 @@ def find_compiler() -> list[str]:
 
 
 def find_nvcc() -> str | None:
-    """nvcc from NVCC, CUDA_HOME, PATH or its usual place."""
-    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
-    candidates = [os.environ.get("NVCC"), *(f"{home}/bin/nvcc" for home in homes[:2] if home), "nvcc"]
-    found = (shutil.which(c) for c in [*candidates, f"{homes[2]}/bin/nvcc"] if c)
-    return next((path for path in found if path), None)
+    """nvcc: NVCC alone where that is set, else from CUDA_HOME, CUDA_PATH, PATH or its usual place."""
+    if os.environ.get("NVCC"):
+        return shutil.which(os.environ["NVCC"])
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    candidates = [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((path for path in map(shutil.which, candidates) if path), None)
 
 
 def cuda_archs(nvcc: str) -> list[str]:
