@@ -60,7 +60,7 @@ def edge_geometry(x_NC: Tensor, edges: Edges, feature: DistanceFeature) -> Geome
 
 
 class Aggregate(nn.Module):
-    """Sum over the neighbours of every atom, enveloped and divided as `ModelConfig.message_aggregation` says."""
+    """Sum over each atom's neighbours, enveloped and divided as `ModelConfig.message_aggregation` says."""
 
     def __init__(self, kind: str, mean_neighbours: float) -> None:
         super().__init__()
@@ -213,7 +213,7 @@ class EGNNLayer(nn.Module):
     def forward(
         self, h_NF: Tensor, x_NC: Tensor, geometry: Geometry, edges: Edges
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(h, x) -> (h, x, forces or None), shapes (N, F), (N, 3), (N, 3); `geometry` is that of the x given."""
+        """(h, x) -> (h, x, forces or None), shapes (N, F), (N, 3), (N, 3); `geometry` is that of x."""
         normed_NF = self.norm(h_NF)
         m_EM = self.message(normed_NF, geometry.feature_ER, edges)
         vectors_NC = self.vector(m_EM, geometry, edges) if self.vector_branch != "none" else None

@@ -56,11 +56,11 @@ class Statistics:
         if unknown:
             raise ValueError(
                 f"{where} holds {_symbols(unknown)}, which the model has never seen; it knows "
-                f"{_symbols(self.elements)}: leave these structures out, or train on data that hold the elements"
+                f"{_symbols(self.elements)}: leave these structures out, or train on data with these elements"
             )
 
     def source_index(self, name: str | None) -> int:
-        """Index of a source by name; None where there is only one. Raises ValueError that lists the sources."""
+        """Index of a source by name; None where there is only one. Raises ValueError listing them."""
         if name is None and len(self.sources) == 1:
             return 0
         if name not in self.sources:
@@ -72,7 +72,7 @@ class Statistics:
         return self.sources.index(name)
 
     def level_index(self, name: str | None, source: str | None = None) -> int:
-        """Index of a level of theory by name; None where there is one level, or where `source` has only one."""
+        """Index of a level of theory by name; None where `source` has only one."""
         if name is None:
             source_levels = self.source_levels[self.source_index(source)]
             if len(source_levels) == 1:

@@ -44,8 +44,8 @@ def _prepare_out_dir(config: RunConfig, context: ParallelContext, resume: bool, 
     barrier(context)  # every rank has looked before the first one changes anything
     if exists and not (resume or overwrite):
         raise ValueError(
-            f"{out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, or choose "
-            "another folder with --out_dir DIR"
+            f"{out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, or "
+            "choose another folder with --out_dir DIR"
         )
     if exists and overwrite and context.is_main:
         shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)

@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`megagnn evaluate CHECKPOINT DATA... [--json OUT]`: a table of errors per source beside the baselines."""
+    """`megagnn evaluate CHECKPOINT DATA... [--json OUT]`: a table of errors beside the baselines."""
     checkpoint = load_checkpoint(arguments.checkpoint)
     config = dataclasses.replace(
         checkpoint.config,

@@ -20,7 +20,7 @@ TERMS = ("energy", "forces", "stress")
 
 @dataclass(frozen=True)
 class LossCounts:
-    """Global numbers in a batch: structures with energies, force components, stress components, atoms, edges."""
+    """Global numbers in a batch: labelled energies, force and stress components, atoms, edges."""
 
     energy: float
     forces: float

@@ -184,8 +184,8 @@ class Trainer:
         checkpoint = load_checkpoint(self.last_path)
         if checkpoint.config.model != self.config.model or checkpoint.statistics != self.statistics:
             raise ValueError(
-                f"cannot resume from {self.last_path}: it was trained with another model configuration or other "
-                "data; give the run the same [model] and data.paths, or another out_dir"
+                f"cannot resume from {self.last_path}: it was trained with another model configuration or "
+                "other data; give the run the same [model] and data.paths, or another out_dir"
             )
         load_weights(self.potential.model, checkpoint.weights("model"), checkpoint.path)
         average = checkpoint.weights("average")
