@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from megagnn.data.labels.engines import LabelError
-from megagnn.data.labels.sources import Source
+from megagnn.data.labels.sources import SOURCES, Source
 from megagnn.data.record import Structure
 
 GROUPS_PER_CHUNK = 25
@@ -60,7 +60,7 @@ def make_chunk(source: Source, seed: int, index: int, per_group: int) -> Chunk:
     chunk = Chunk()
     seen: set[str] = set()
     for _ in range(GROUPS_PER_CHUNK):
-        structures = list(source.generate(per_group, rng))
+        structures = list(source.recipe.generate(per_group, rng))
         group = structures[0].group
         if group in seen and not source.repeats:
             chunk.num_duplicates += len(structures)
@@ -151,3 +151,13 @@ def _unpack(arrays: dict[str, np.ndarray], source: Source) -> Iterator[Structure
 def _required(forces: np.ndarray | None) -> np.ndarray:
     assert forces is not None
     return forces
+
+
+def chunk_path(parts: Path, index: int) -> Path:
+    """File of chunk `index` in a source's directory of parts."""
+    return parts / f"chunk-{index:06d}.npz"
+
+
+def produce_chunk(name: str, seed: int, index: int, per_group: int, parts: Path) -> None:
+    """What a worker does: make chunk `index` of the source called `name` and write it."""
+    save_chunk(chunk_path(parts, index), make_chunk(SOURCES[name], seed, index, per_group))

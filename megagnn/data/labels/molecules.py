@@ -7,12 +7,13 @@ Sci. Data 8, 43, 2021; CHNOSCl): many small molecules, few geometries of each, a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
+from megagnn.data.labels.recipes import MoleculeRecipe
 from megagnn.data.record import Structure
 
 VALENCE = {6: 4, 7: 3, 8: 2, 16: 2, 17: 1}
@@ -27,28 +28,6 @@ BOLTZMANN = 8.617333262e-5  # eV/K
 KCAL_PER_MOL = 0.0433641153087705  # eV
 HESSIAN_STEP = 5e-3  # Å
 SOFT_MODE = 0.05  # eV/Å^2: translations, rotations and torsions too soft for the harmonic picture
-MODE_CAP = 0.15  # Å: without it a soft mode at 1200 K stretches bonds until |F| reaches 10^4 eV/Å
-ATOM_CAP = 0.5  # Å: largest displacement of one atom
-
-
-@dataclass(frozen=True)
-class MoleculeRecipe:
-    """What molecules to make.
-
-    Attributes:
-        elements: atomic numbers of the heavy atoms, drawn with `probabilities`.
-        num_heavy: fewest and most heavy atoms.
-        max_temperature: K; the temperature of a geometry is uniform between 0 and this.
-        ring_fraction: share of molecules that start from a ring, where the ring is not too large.
-        conformers: how many conformers of a molecule its geometries are spread over.
-    """
-
-    elements: tuple[int, ...]
-    probabilities: tuple[float, ...]
-    num_heavy: tuple[int, int]
-    max_temperature: float = 1200.0
-    ring_fraction: float = 0.5
-    conformers: int = 2
 
 
 def random_molecules(
@@ -65,7 +44,7 @@ def random_molecules(
     for i in range(num_geometries):
         minimum, stiffness, vectors = modes[i % len(modes)]
         temperature = rng.uniform(0.0, recipe.max_temperature)
-        positions = displace(minimum, stiffness, vectors, temperature, rng)
+        positions = displace(recipe, minimum, stiffness, vectors, temperature, rng)
         yield Structure(
             numbers, positions, np.zeros((3, 3)), np.zeros(3, dtype=bool), group=f"molecule/{smiles}"
         )
@@ -185,25 +164,34 @@ def normal_modes(mol: Chem.Mol, conformer: int) -> tuple[np.ndarray, np.ndarray,
     for k in range(len(start)):
         step = np.zeros_like(start)
         step[k] = HESSIAN_STEP
-        upper = np.array(field.CalcGrad((start + step).tolist()))
-        lower = np.array(field.CalcGrad((start - step).tolist()))
-        hessian[k] = (upper - lower) * (KCAL_PER_MOL / (2 * HESSIAN_STEP))
+        hessian[k] = (_gradient(field, start + step) - _gradient(field, start - step)) / (2 * HESSIAN_STEP)
     stiffness, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
     return start.reshape(-1, 3), stiffness, vectors
 
 
+def _gradient(field: Any, positions: np.ndarray) -> np.ndarray:
+    """Gradient (3N,) of an RDKit force field in eV/Å, at positions (3N,)."""
+    coordinates = positions.tolist()
+    # CalcGrad takes distances between atoms from a table that only CalcEnergy brings up to date (seen with
+    # RDKit 2026.9.1): without this call it mixes two geometries.
+    field.CalcEnergy(coordinates)
+    return np.array(field.CalcGrad(coordinates)) * KCAL_PER_MOL
+
+
 def displace(
+    recipe: MoleculeRecipe,
     minimum: np.ndarray,
     stiffness: np.ndarray,
     vectors: np.ndarray,
     temperature: float,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Sample the harmonic distribution at `temperature` (K): amplitude sqrt(kT / stiffness) per mode, capped.
-    (N, 3) in Å.
+    """Sample the harmonic distribution at `temperature` (K), with the recipe's caps; positions (N, 3) in Å.
+
+    The amplitude of a mode is sqrt(kT / stiffness). Masses do not enter the distribution of positions.
     """
     hard = stiffness > SOFT_MODE
     amplitude = np.zeros_like(stiffness)
-    amplitude[hard] = np.minimum(np.sqrt(BOLTZMANN * temperature / stiffness[hard]), MODE_CAP)
+    amplitude[hard] = np.minimum(np.sqrt(BOLTZMANN * temperature / stiffness[hard]), recipe.mode_cap)
     shift = (vectors @ (amplitude * rng.normal(size=len(stiffness)))).reshape(-1, 3)
-    return minimum + shift * min(1.0, ATOM_CAP / max(float(np.abs(shift).max()), 1e-12))
+    return minimum + shift * min(1.0, recipe.atom_cap / max(float(np.abs(shift).max()), 1e-12))

@@ -7,16 +7,17 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from megagnn.data.labels.chunks import DECIMALS, GROUPS_PER_CHUNK, load_chunk, make_chunk, save_chunk
+from megagnn import __version__
+from megagnn.data.labels.chunks import DECIMALS, GROUPS_PER_CHUNK, chunk_path, load_chunk, produce_chunk
 from megagnn.data.labels.engines import require
 from megagnn.data.labels.pool import worker_pool
-from megagnn.data.labels.sources import SOURCES, Source
+from megagnn.data.labels.sources import Source
 from megagnn.data.labels.splits import FRACTIONS, RULE, hash_splits
 from megagnn.data.labels.tally import Tally
 from megagnn.data.record import Structure
@@ -85,11 +86,6 @@ def label(job: LabelJob) -> dict[str, Any]:
     return provenance
 
 
-def chunk_path(parts: Path, index: int) -> Path:
-    """File of chunk `index` in a source's directory of parts."""
-    return parts / f"chunk-{index:06d}.npz"
-
-
 def _plan(job: LabelJob, source: Source) -> dict[str, Any]:
     """Everything the numbers depend on, except how many of them are asked for."""
     versions = {package: require(package) for package in source.packages}
@@ -98,6 +94,8 @@ def _plan(job: LabelJob, source: Source) -> dict[str, Any]:
         "version": versions[source.engine.package],
         "method": source.engine.method,
         "settings": source.engine.settings,
+        "recipe": asdict(source.recipe),  # type: ignore[call-overload]
+        "megagnn": __version__,
         "seed": job.seed,
         "per_group": job.per_group,
         "groups_per_chunk": GROUPS_PER_CHUNK,
@@ -118,11 +116,11 @@ def _open_parts(parts: Path, plan: dict[str, Any]) -> None:
         temporary.write_text(json.dumps(plan, indent=2))
         os.replace(temporary, file)
         return
-    found = json.loads(file.read_text())
-    for key in plan:
-        if found.get(key) != plan[key]:
+    found, wanted = json.loads(file.read_text()), json.loads(json.dumps(plan))
+    for key in wanted:
+        if found.get(key) != wanted[key]:
             raise ValueError(
-                f"{parts} holds parts of another job: {key} is {found.get(key)!r} there and {plan[key]!r} "
+                f"{parts} holds parts of another job: {key} is {found.get(key)!r} there and {wanted[key]!r} "
                 f"here; choose another --out, or remove {parts} to start anew"
             )
 
@@ -131,12 +129,21 @@ def _run_source(job: LabelJob, source: Source, pool: ProcessPoolExecutor) -> Tal
     """Make chunks until the first ones hold `num` structures; those on disk are taken as they are."""
     parts, tally = job.parts / source.name, Tally(source, job.num)
     pending: dict[int, Future[None]] = {}
+
+    def submit(index: int) -> Future[None]:
+        return pool.submit(produce_chunk, source.name, job.seed, index, job.per_group, parts)
+
     with tqdm(total=job.num, desc=source.name, unit="structure", smoothing=0.1) as bar:
         while not tally.done:
+            # Keep every worker busy with the next chunks that are missing and likely to be needed.
+            index = tally.num_chunks
+            while sum(not f.done() for f in pending.values()) < job.workers and tally.wants(index):
+                if index not in pending and not chunk_path(parts, index).exists():
+                    pending[index] = submit(index)
+                index += 1
             chunk = load_chunk(chunk_path(parts, tally.num_chunks), source)
-            if chunk is None:
-                _submit(job, source, pool, pending, tally)
-                pending.pop(tally.num_chunks).result()
+            if chunk is None:  # under way, or on disk but damaged
+                (pending.get(tally.num_chunks) or submit(tally.num_chunks)).result()
                 chunk = load_chunk(chunk_path(parts, tally.num_chunks), source)
                 assert chunk is not None
             pending.pop(tally.num_chunks, None)
@@ -145,22 +152,6 @@ def _run_source(job: LabelJob, source: Source, pool: ProcessPoolExecutor) -> Tal
     for future in pending.values():
         future.cancel()
     return tally
-
-
-def _submit(
-    job: LabelJob, source: Source, pool: ProcessPoolExecutor, pending: dict[int, Future[None]], tally: Tally
-) -> None:
-    """Keep as many chunks in flight as there are workers (and the one wanted next in any case)."""
-    parts, index = job.parts / source.name, tally.num_chunks
-    while index == tally.num_chunks or (len(pending) < job.workers and tally.expects(len(pending))):
-        path = chunk_path(parts, index)
-        if index not in pending and (index == tally.num_chunks or not path.exists()):
-            pending[index] = pool.submit(_work, source.name, job.seed, index, job.per_group, path)
-        index += 1
-
-
-def _work(name: str, seed: int, index: int, per_group: int, path: Path) -> None:
-    save_chunk(path, make_chunk(SOURCES[name], seed, index, per_group))
 
 
 def _structures(job: LabelJob, tally: Tally) -> Iterator[Structure]:

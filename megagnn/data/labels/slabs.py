@@ -8,7 +8,6 @@ adsorbates on each, off equilibrium.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
@@ -16,6 +15,7 @@ from ase import Atoms
 from ase.build import fcc100, fcc110, fcc111, fcc211, molecule
 from ase.data import covalent_radii
 
+from megagnn.data.labels.recipes import SlabRecipe
 from megagnn.data.record import Structure
 
 # Conventional cubic lattice constants, Å (room temperature). An alloy takes the mean over its atoms (Vegard's
@@ -48,26 +48,6 @@ MOLECULES = (
 LARGER = ("C2H2", "C2H4", "CH3O", "CH3OH")
 ADSORBATES = (*ATOMS, *MOLECULES, *LARGER)  # names of ase.build.molecule
 VACUUM = 7.5  # Å on either side; more than the reach of EMT
-MAX_ATOMS = 40
-
-
-@dataclass(frozen=True)
-class SlabRecipe:
-    """What slabs to make.
-
-    Attributes:
-        bare_fraction: share of poses without an adsorbate.
-        noise: Å, standard deviations of thermal noise; one is drawn for each pose.
-        contact: range of the shortest distance of an adsorbate, in sums of covalent radii.
-        max_minority: largest share of the second metal's atoms.
-        pure_fraction: share of slabs of one metal.
-    """
-
-    bare_fraction: float = 0.1
-    noise: tuple[float, ...] = (0.02, 0.06, 0.12)
-    contact: tuple[float, float] = (0.9, 1.6)
-    max_minority: float = 0.5
-    pure_fraction: float = 0.1
 
 
 def random_slabs(recipe: SlabRecipe, num_poses: int, rng: np.random.Generator) -> Iterator[Structure]:
@@ -82,7 +62,7 @@ def random_slabs(recipe: SlabRecipe, num_poses: int, rng: np.random.Generator) -
     for _ in range(num_poses):
         pose = slab.copy()
         if rng.random() >= recipe.bare_fraction:
-            adsorbate = molecule(_fitting_adsorbate(len(slab), rng))
+            adsorbate = molecule(_fitting_adsorbate(recipe.max_atoms - len(slab), rng))
             pose += placed(adsorbate, slab, float(rng.uniform(*recipe.contact)), rng)
         noise = float(rng.choice(recipe.noise))
         positions = pose.positions + rng.normal(0.0, noise, pose.positions.shape)
@@ -113,10 +93,10 @@ def random_slab(recipe: SlabRecipe, rng: np.random.Generator) -> tuple[Atoms, st
     return slab, f"slab/{facet}/{'x'.join(map(str, size))}/{composition}"
 
 
-def _fitting_adsorbate(num_slab_atoms: int, rng: np.random.Generator) -> str:
+def _fitting_adsorbate(max_atoms: int, rng: np.random.Generator) -> str:
     while True:
         name = str(rng.choice(ADSORBATES))
-        if num_slab_atoms + len(molecule(name)) <= MAX_ATOMS:
+        if len(molecule(name)) <= max_atoms:
             return name
 
 

@@ -55,7 +55,7 @@ class Tally:
             )
         return added
 
-    def expects(self, num_pending: int) -> bool:
-        """Whether chunks beyond the pending ones are likely to be needed."""
+    def wants(self, index: int) -> bool:
+        """Whether chunk `index` is likely needed, if those before it hold as much as the accepted ones."""
         per_chunk = self.num_structures / self.num_chunks if self.num_chunks else 1.0
-        return self.num_structures + num_pending * per_chunk < self.num
+        return self.num_structures + (index - self.num_chunks) * per_chunk < self.num
