@@ -127,13 +127,12 @@ def _sort_order(
     edge_index: NDArray[np.int64], shifts: NDArray[np.int64], num_atoms: int
 ) -> NDArray[np.int64]:
     """Order by (i, j, S) through one packed integer key: several times faster than a five-column lexsort."""
-    reach = int(np.abs(shifts).max(initial=0))
-    width = 2 * reach + 1
+    width = 2 * int(np.abs(shifts).max(initial=0)) + 1
     if float(num_atoms) ** 2 * float(width) ** 3 >= 2.0**62:
         return np.lexsort((*shifts.T[::-1], edge_index[1], edge_index[0]))
     key = edge_index[0] * num_atoms + edge_index[1]
     for column in shifts.T:
-        key = key * width + (column + reach)
+        key = key * width + column  # columns differ by less than width, so negative ones keep the order too
     return np.argsort(key)
 
 

@@ -101,6 +101,14 @@ def test_resume_is_exact(dp_size):
     assert all(np.array_equal(a, b) for a, b in zip(whole[4:], got, strict=True))
 
 
+@pytest.mark.parametrize("limited", ["num_atoms", "num_edges"])
+def test_budget_holds_on_each_rank_and_not_only_on_average(limited):
+    # Three structures of 6 fit two ranks of 10 together, but no rank has room for two of them.
+    counts = {"num_atoms": np.ones(3, int), "num_edges": np.ones(3, int), limited: np.full(3, 6)}
+    samplers = [BudgetSampler(**counts, max_atoms=10, max_edges=10, dp_size=2, dp_rank=r) for r in (0, 1)]
+    assert sorted(len(batch) for s in samplers for batch in s.batches(0)) == [0, 1, 1, 1]
+
+
 def test_evaluation_order_is_that_of_the_data():
     atoms, edges = sizes(100)
     (plan,) = ranks(atoms, edges, 1, shuffle=False)
