@@ -84,7 +84,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(
-            f"{target} exists already; remove it, choose another place, or ask for it to be overwritten"
+            f"{target} exists already; remove it, choose another place, or overwrite it (--overwrite)"
         )
     if any(target.iterdir() if target.is_dir() else [target]):
         StoreHeader.read(target)  # refuses to replace anything that is not a store
