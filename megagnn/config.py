@@ -82,6 +82,8 @@ class ModelConfig:
     """Normalisation of the node features before each layer and before the heads."""
     residual: bool = True
     """Add each layer's node update to its input (else it replaces it)."""
+    initialisation: Literal["lecun", "torch"] = "lecun"
+    """Initial Linear weights: normal with variance 1/inputs and no bias, or PyTorch's default."""
     message_hidden: PositiveInt | None = None
     """Hidden width of phi_e; `width` if not given."""
     message_width: PositiveInt | None = None

@@ -70,9 +70,13 @@ class EGNN(nn.Module):
         return "coordinates" if self.config.update_coordinates else "none"
 
     def reset_parameters(self) -> None:
-        """Linear layers keep PyTorch's initial values but for the last ones, which start near zero
-        (docs/model.md).
-        """
+        """Initial weights that pass on variances of order one, last Linears small (docs/model.md)."""
+        if self.config.initialisation == "lecun":
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                    if module.bias is not None:
+                        nn.init.zeros_(module.bias)
         residual_scale = self.config.num_layers**-0.5
         for layer in self.layers:
             layer.reset_parameters(residual_scale)

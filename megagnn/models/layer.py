@@ -192,7 +192,7 @@ class EGNNLayer(nn.Module):
         self.message = EdgeMessage(config, num_features, dtype)
         self.aggregate = Aggregate(config.message_aggregation, mean_neighbours)
         self.node_update = NodeUpdate(config, dtype)
-        self.residual = config.residual
+        self.residual, self.published = config.residual, config.initialisation == "torch"
         self.vector_branch = vector_branch
         if vector_branch != "none":
             aggregate = Aggregate(config.coordinate_aggregation, mean_neighbours)
@@ -200,13 +200,18 @@ class EGNNLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, residual_scale: float) -> None:
-        """Linears keep PyTorch's initial values, but for the last ones of the branches (docs/model.md)."""
+        """Scale the last Linears of the branches: the node update by `residual_scale`, the coordinates near
+        zero.
+        """
         if self.residual and not isinstance(self.norm, nn.Identity):
             self.node_update.out.weight.mul_(residual_scale)
             self.node_update.out.bias.zero_()
         if self.vector_branch == "coordinates":
-            # "last one starts near 0": the published code's Xavier with gain 0.001
-            nn.init.xavier_uniform_(self.vector.out.weight, gain=0.001)
+            if self.published:
+                # the published code's own choice
+                nn.init.xavier_uniform_(self.vector.out.weight, gain=0.001)
+            else:
+                self.vector.out.weight.mul_(0.1)
             if self.vector.out.bias is not None:
                 self.vector.out.bias.zero_()
 

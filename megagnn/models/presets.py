@@ -23,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalisation": "none",
         "residual": True,
         "update_coordinates": True,
+        "initialisation": "torch",
     },
     "study": {
         "distance_feature": "distance",
@@ -36,5 +37,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalisation": "none",
         "residual": False,
         "update_coordinates": True,
+        "initialisation": "torch",
     },
 }

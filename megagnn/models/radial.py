@@ -19,20 +19,26 @@ def envelope(distance_E: Tensor, cutoff: float) -> Tensor:
 
 
 class BesselBasis(nn.Module):
-    """sqrt(2/c) sin(n pi d / c) / d for n = 1..R, shape (E,) -> (E, R); Gasteiger et al. 2020, eq. 7."""
+    """sin(n pi s) / s with s = d/c, for n = 1..R, shape (E,) -> (E, R); Gasteiger et al. 2020, eq. 7, times
+    c^(3/2)/sqrt(2).
+
+    Without that factor the values are near 0.2, and at the start of training the network hardly sees the
+    distance beside the
+    node features: after 150 steps the loss was 0.9 with it and 1.4 without (docs/model.md).
+    """
 
     frequencies_R: Tensor
 
     def __init__(self, num_radial: int, cutoff: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.num_features = num_radial
-        self.scale = math.sqrt(2.0 / cutoff)
+        self.cutoff = cutoff
         frequencies = torch.arange(1, num_radial + 1, dtype=torch.float64) * (math.pi / cutoff)
         self.register_buffer("frequencies_R", frequencies.to(dtype), persistent=False)
 
     def forward(self, distance_E: Tensor, squared_E: Tensor) -> Tensor:
         d_E1 = distance_E.unsqueeze(-1)
-        return self.scale * torch.sin(d_E1 * self.frequencies_R) / d_E1
+        return torch.sin(d_E1 * self.frequencies_R) * (self.cutoff / d_E1)
 
 
 class GaussianBasis(nn.Module):

@@ -1,0 +1,84 @@
+"""Configuration: what passes, and that errors name the key, what was got and the nearest valid one."""
+
+from pathlib import Path
+
+import pytest
+
+from megagnn.config import config_from_dict, config_to_dict, load_config
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.toml"
+    path.write_text('out_dir = "runs/x"\n[model]\nwidth = 32\n[optim]\nbetas = [0.9, 0.95]\n')
+    return path
+
+
+def test_file_and_overrides(file: Path) -> None:
+    config = load_config(
+        file,
+        ["--model.width", "48", "--data.paths", "a,b", "--optim.clip_norm=none", "--loss.energy", "mae"],
+    )
+    assert (config.out_dir, config.model.width, config.data.paths) == ("runs/x", 48, ("a", "b"))
+    assert config.optim.clip_norm is None
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.loss.energy == "mae"
+
+
+def test_round_trip(file: Path) -> None:
+    config = load_config(file, ["--model.preset", "study", "--model.stress", "true"])
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+def test_preset_sets_defaults_that_the_file_can_change() -> None:
+    plain = config_from_dict({"model": {"preset": "satorras"}}).model
+    assert (plain.distance_feature, plain.direction_sign, plain.envelope) == ("squared", -1, False)
+    changed = config_from_dict({"model": {"preset": "satorras", "coordinate_aggregation": "sum"}}).model
+    assert changed.coordinate_aggregation == "sum"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--model.widht", "8"], "unknown configuration key 'model.widht'; nearest valid key: 'model.width'"),
+        (["--widht", "8"], "unknown configuration key 'widht'; nearest valid key: 'model.width'"),
+        (["--optimizer.learning_rate", "1"], "unknown configuration key 'optimizer'; nearest valid key"),
+        (["--model.width", "-3"], "'model.width': input should be greater than 0, got -3"),
+        (["--model.width", "wide"], "'model.width': input should be a valid integer.* got 'wide'"),
+        (["--model.forces", "conservativ"], "got 'conservativ'; nearest: 'conservative'"),
+        (["--optim.ema_decay", "1.0"], "'optim.ema_decay': input should be less than 1, got 1.0"),
+        (["--model", "big"], "'model' is a section"),
+        (["--model.width"], "override --model.width has no value"),
+        (["--optim.warmup_steps", "10000"], "must be below train.num_steps .*use at most 9999"),
+        (["--loss.stress_weight", "1"], "set model.stress = true or loss.stress_weight = 0"),
+        (["--model.forces", "none"], "set loss.force_weight = 0 or model.forces = 'conservative'"),
+        (["--model.stress", "true", "--model.forces", "direct"], "model.stress needs model.forces"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_impossible_values(file: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(file, overrides)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no configuration file at"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[model\nwidth = 3")
+    with pytest.raises(ValueError, match="is not valid TOML"):
+        load_config(tmp_path / "bad.toml")
+
+
+def test_every_key_is_documented() -> None:
+    """One line per key: `megagnn` users read config.py as its reference."""
+    import ast
+    import inspect
+
+    import megagnn.config as module
+
+    for node in ast.parse(inspect.getsource(module)).body:
+        if not isinstance(node, ast.ClassDef) or node.name == "RunConfig":
+            continue
+        for field, following in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign):
+                assert isinstance(following, ast.Expr), f"{node.name}.{field.target.id} lacks its line"

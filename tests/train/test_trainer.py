@@ -1,0 +1,122 @@
+"""The training loop: it learns, resumes to the same bits, shows what it does, and does not overwrite by accident."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megagnn.train.checkpoint import load_checkpoint
+from tests import runs
+
+
+def scalars(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_the_loss_falls(run_dir: Path) -> None:
+    losses = [event.value for event in scalars(run_dir).Scalars("train/loss")]
+    assert len(losses) == 8
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_tensorboard_has_what_people_look_for(run_dir: Path) -> None:
+    tags = set(scalars(run_dir).Tags()["scalars"])
+    expected = {"train/loss", "train/energy", "train/forces", "train/stress", "valid/loss"}
+    expected |= {"optim/learning_rate", "optim/gradient_norm"}
+    expected |= {"speed/atoms_per_second", "speed/edges_per_second", "memory/peak_resident_gib"}
+    for source in ("clusters", "crystals"):
+        expected |= {f"valid_energy_mae_mev_per_atom/{source}", f"valid_force_mae_mev_per_angstrom/{source}"}
+    assert expected <= tags
+
+
+def test_the_run_keeps_its_configuration(run_dir: Path) -> None:
+    config = json.loads((run_dir / "config.json").read_text())
+    assert config["model"]["width"] == 16
+    assert config["optim"]["betas"] == [0.9, 0.99]
+
+
+def test_resume_gives_the_same_bits(store: Path, run_dir: Path, tmp_path: Path) -> None:
+    """A run stopped at step 20, in the middle of an epoch, ends as the undisturbed one: every tensor, every metric."""
+    out_dir = tmp_path / "resumed"
+    trainer = _interrupted(store, out_dir, at_step=20)
+    assert trainer.progress.step_in_epoch not in (0, len(trainer.train.sampler.batches(trainer.progress.epoch)))
+    assert runs.train(store, out_dir, "--resume") == 0
+    for name in ("last", "best"):
+        resumed = load_checkpoint(out_dir / "checkpoints" / f"{name}.safetensors")
+        undisturbed = load_checkpoint(run_dir / "checkpoints" / f"{name}.safetensors")
+        assert resumed.progress == undisturbed.progress
+        assert resumed.tensors.keys() == undisturbed.tensors.keys()
+        for key, tensor in undisturbed.tensors.items():
+            assert torch.equal(resumed.tensors[key], tensor), key
+    before = [(e.step, e.value) for e in scalars(run_dir).Scalars("train/loss")]
+    assert [(e.step, e.value) for e in scalars(out_dir).Scalars("train/loss")] == before
+
+
+def _interrupted(store: Path, out_dir: Path, at_step: int) -> "runs.Trainer":
+    """Trains until a step and stops as a kill would: nothing is saved beyond the regular checkpoints."""
+
+    class StoppingError(Exception):
+        pass
+
+    trainer = runs.make_trainer(store, out_dir)
+    original = trainer._save
+
+    def save_and_stop(path: Path) -> None:
+        original(path)
+        if path == trainer.last_path and trainer.progress.step == at_step:
+            raise StoppingError
+
+    trainer._save = save_and_stop  # type: ignore[method-assign]
+    with pytest.raises(StoppingError):
+        trainer.run()
+    return trainer
+
+
+def test_an_earlier_run_is_not_overwritten(
+    store: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_dir / "checkpoints" / "last.safetensors").read_bytes()
+    assert runs.train(store, run_dir) == 2
+    assert "holds an earlier run; add --resume" in capsys.readouterr().err
+    assert (run_dir / "checkpoints" / "last.safetensors").read_bytes() == before
+
+
+def test_overwrite_removes_only_what_training_wrote(store: Path, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    short = ("--train.num_steps", "6")
+    assert runs.train(store, out_dir, *short) == 0
+    (out_dir / "notes.txt").write_text("mine")
+    assert runs.train(store, out_dir, *short, "--overwrite") == 0
+    assert (out_dir / "notes.txt").read_text() == "mine"
+    assert len(list((out_dir / "tensorboard").iterdir())) == 1
+
+
+def test_resume_with_another_model_is_refused(
+    store: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs.train(store, run_dir, "--resume", "--model.width", "24") == 2
+    assert "trained with another model configuration" in capsys.readouterr().err
+
+
+def test_a_structure_over_the_budget_is_refused_before_training(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert runs.train(store, tmp_path / "run", "--data.max_edges", "20") == 2
+    assert "exceed the batch budget of 64 atoms and 20 edges" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_exploding_run_stops_and_keeps_its_checkpoint(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = runs.make_trainer(store, tmp_path / "run")
+    with torch.no_grad():
+        trainer.potential.model.energy_head.out.weight.fill_(np.nan)
+    with pytest.raises(FloatingPointError, match=r"gradient norm is nan at step 5 .* lower|Lower optim"):
+        trainer.run()
+    assert not trainer.last_path.exists()
