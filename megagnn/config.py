@@ -287,11 +287,12 @@ def _set_dotted(values: dict[str, Any], key: str, text: str) -> None:
     """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or taken as a string where it is
     none.
     """
-    value: Any
+    value: Any = text
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        value = None if text.lower() == "none" else text
+        if text == "none" and _may_be_none(key):
+            value = None
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
@@ -300,6 +301,16 @@ def _set_dotted(values: dict[str, Any], key: str, text: str) -> None:
     if name == "paths" and isinstance(value, str):
         value = value.split(",")
     values[name] = value
+
+
+def _may_be_none(key: str) -> bool:
+    """Whether the field of a dotted key is optional, so that "none" leaves it out."""
+    section: Any = RunConfig
+    for part in key.split("."):
+        section = typing.get_type_hints(section, include_extras=True).get(part)
+        if not dataclasses.is_dataclass(section):
+            break
+    return type(None) in typing.get_args(section)
 
 
 def _check_keys(section_type: type, values: dict[str, Any], prefix: str) -> None:

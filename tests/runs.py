@@ -31,9 +31,9 @@ stress_weight = 0.1
 learning_rate = 5e-3
 warmup_steps = 5
 [train]
-num_steps = 40
+num_steps = 60
 validate_every = 20
-checkpoint_every = 20
+checkpoint_every = 10
 log_every = 5
 """
 
@@ -92,4 +92,6 @@ def make_trainer(store: Path, out_dir: Path) -> Trainer:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     config = out_dir.parent / "config.toml"
     config.write_text(CONFIG)
-    return Trainer(load_config(config, ["--data.paths", str(store), "--out_dir", str(out_dir)]), ParallelContext())
+    return Trainer(
+        load_config(config, ["--data.paths", str(store), "--out_dir", str(out_dir)]), ParallelContext()
+    )

@@ -14,7 +14,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_dir(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of 40 steps."""
+    """A finished run of 60 steps."""
     out_dir = tmp_path_factory.mktemp("runs") / "small"
     assert runs.train(store, out_dir) == 0
     return out_dir

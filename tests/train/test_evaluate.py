@@ -61,7 +61,10 @@ def test_other_split_and_weights(checkpoint: Path, store: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"atomic_numbers": np.array([79, 47], dtype=np.uint8)}, "Au, which the model has never seen.*Cu, Ag"),
+        (
+            {"atomic_numbers": np.array([79, 47], dtype=np.uint8)},
+            "Au, which the model has never seen.*Cu, Ag",
+        ),
         ({"source": "rings"}, r"source\(s\) \['rings'\], the model knows \['clusters', 'crystals'\]"),
         ({"level": "PBE"}, r"level\(s\) \['PBE'\], the model knows \['EMT'\]"),
     ],
