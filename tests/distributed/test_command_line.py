@@ -1,0 +1,92 @@
+"""The command line under torchrun: train on two ranks, be killed, resume to the same bits, evaluate."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagnn.train.checkpoint import load_checkpoint
+from tests import runs
+
+RANKS = 2
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [*LAUNCH, "-m", "megagnn", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+
+
+def kill_after_a_checkpoint(arguments: list[str], checkpoint: Path) -> None:
+    """Starts a run and kills all its ranks, without warning, once a checkpoint is there.
+
+    The ranks are children of this process, where torchrun would leave its own behind.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(RANKS)}
+    command = [sys.executable, "-m", "megagnn", *arguments]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**ENVIRONMENT, **rendezvous, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        while not checkpoint.exists():
+            assert all(rank.poll() is None for rank in ranks), "the run ended before its first checkpoint"
+            time.sleep(0.01)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("torchrun")
+    (folder / "config.toml").write_text(runs.CONFIG)
+    return folder / "config.toml", runs.write_data(folder / "store")
+
+
+def test_two_ranks_from_training_to_metrics(files: tuple[Path, Path], tmp_path: Path) -> None:
+    config, store = files
+    common = ["train", str(config), "--data.paths", str(store), "--data.max_atoms", "40"]
+    whole, parts, metrics = tmp_path / "whole", tmp_path / "parts", tmp_path / "metrics.json"
+    done = torchrun(*common, "--out_dir", str(whole))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("training and 12 validation structures") == 1, "only the main rank speaks"
+
+    kill_after_a_checkpoint([*common, "--out_dir", str(parts)], parts / "checkpoints/last.safetensors")
+    assert 0 < load_checkpoint(parts / "checkpoints/last.safetensors").progress.step < 60
+    resumed = torchrun(*common, "--out_dir", str(parts), "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    expected = load_checkpoint(whole / "checkpoints/last.safetensors")
+    got = load_checkpoint(parts / "checkpoints/last.safetensors")
+    assert got.progress == expected.progress
+    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
+
+    best = str(whole / "checkpoints/best.safetensors")
+    evaluated = torchrun("evaluate", best, str(store), "--json", str(metrics))
+    assert evaluated.returncode == 0, evaluated.stderr
+    sources = json.loads(metrics.read_text())["sources"]
+    assert {name: m["num_test"] for name, m in sources.items()} == {"clusters": 6, "crystals": 6}
+
+
+def test_an_error_on_all_ranks_is_told_and_ends_the_job(files: tuple[Path, Path], tmp_path: Path) -> None:
+    config, store = files
+    failed = torchrun("train", str(config), "--data.paths", str(store), "--data.max_edges", "20")
+    assert failed.returncode != 0
+    assert "exceed the batch budget" in " ".join(failed.stderr.split())

@@ -1,0 +1,41 @@
+"""One process: collectives do nothing, and bad requests are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from megagnn.parallel.collectives import all_reduce_gradients, all_reduce_sum, broadcast_object
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.launch import default_threads, pick_device
+
+
+def test_one_rank_leaves_values_alone() -> None:
+    context = ParallelContext()
+    assert torch.equal(all_reduce_sum(torch.arange(3.0), context), torch.arange(3.0))
+    assert broadcast_object({"a": 1}, context) == {"a": 1}
+    model = nn.Linear(2, 1)
+    model.weight.grad = torch.ones_like(model.weight)
+    all_reduce_gradients(model.parameters(), context)
+    assert model.weight.grad.sum() == 2
+    assert model.bias.grad is not None
+    assert model.bias.grad.sum() == 0
+
+
+def test_strided_tensors_are_refused() -> None:
+    """gloo would reduce such a view wrongly and overwrite what lies beside it."""
+    with pytest.raises(ValueError, match=r"needs a contiguous tensor, got strides \(4,\)"):
+        all_reduce_sum(torch.zeros(4, 4)[:, 0], ParallelContext())
+
+
+def test_context_prints_itself() -> None:
+    assert str(ParallelContext(dp_size=4, dp_rank=3)) == "dp3"
+    assert ParallelContext(dp_size=4).is_main
+    assert not ParallelContext(dp_size=4, dp_rank=3).is_main
+
+
+def test_device_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto", 0).type == "cpu"
+    with pytest.raises(ValueError, match="train.device is 'cuda' but PyTorch sees no GPU"):
+        pick_device("cuda", 0)
+    assert default_threads(10_000) == 1
