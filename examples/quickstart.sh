@@ -17,7 +17,7 @@ if ! [ -f "$data/header.json" ]; then
   megagnn prepare examples/data/three-sources.tar.xz --out "$data" >/dev/null
 fi
 
-# Waiting ranks spin on their core by default; with as many ranks as cores, or more, they should yield.
+# one thread per rank: there are as many ranks as cores on a small machine
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 on_ranks() { python -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m megagnn "$@"; }
 

@@ -21,6 +21,7 @@ NUM_STEPS, TIMESTEP_FS, TEMPERATURE_K = 2000, 0.5, 300
 
 
 def main() -> None:
+    """Relax, then run at constant energy."""
     atoms = molecule("CH3CH2OH")
     atoms.rattle(0.05, seed=0)
     atoms.calc = MegaGNNCalculator(sys.argv[1] if len(sys.argv) > 1 else DEFAULT, source="molecules-gfn2")
@@ -45,8 +46,8 @@ def main() -> None:
         temperatures.append(atoms.get_temperature())
     drift = 1e3 * np.polyfit(np.linspace(0, 1, NUM_STEPS), energies, 1)[0]
     print(
-        f"dynamics: {NUM_STEPS} steps of {TIMESTEP_FS} fs at {np.mean(temperatures):.0f} K: total energy drifts by "
-        f"{drift:+.4f} meV/atom and stays within {1e3 * np.ptp(energies):.4f} meV/atom"
+        f"dynamics: {NUM_STEPS} steps of {TIMESTEP_FS} fs at {np.mean(temperatures):.0f} K: total energy "
+        f"drifts by {drift:+.4f} meV/atom and stays within {1e3 * np.ptp(energies):.4f} meV/atom"
     )
 
 

@@ -3,7 +3,7 @@
 # Arguments go to pytest: bash tests/run.sh tests/ops -k gather
 set -uo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/tools/setup_env.sh" test || exit 1
+. "$root/tools/setup_env.sh" test labels || exit 1
 cd "$root" || exit 1
 # One thread: the tests are small, and ranks outnumber cores. Tests of threading set their own number.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

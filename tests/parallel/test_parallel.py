@@ -36,6 +36,6 @@ def test_context_prints_itself() -> None:
 def test_device_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto", 0).type == "cpu"
-    with pytest.raises(ValueError, match="train.device is 'cuda' but PyTorch sees no GPU"):
+    with pytest.raises(ValueError, match=r"train\.device is 'cuda' but PyTorch sees no GPU"):
         pick_device("cuda", 0)
     assert default_threads(10_000) == 1
