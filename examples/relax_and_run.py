@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from ase import units
 from ase.build import molecule
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary
+from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 from tqdm import tqdm
@@ -36,7 +36,8 @@ def main() -> None:
     )
 
     # in a relaxed molecule half of the kinetic energy goes into the bonds
-    MaxwellBoltzmannDistribution(atoms, temperature_K=2 * TEMPERATURE_K, rng=np.random.default_rng(0))
+    spread = np.sqrt(atoms.get_masses() * units.kB * 2 * TEMPERATURE_K)[:, None]
+    atoms.set_momenta(spread * np.random.default_rng(0).normal(size=(len(atoms), 3)))
     Stationary(atoms)
     dynamics = VelocityVerlet(atoms, timestep=TIMESTEP_FS * units.fs)
     energies, temperatures = [], []

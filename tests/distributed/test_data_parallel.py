@@ -71,7 +71,7 @@ def on_rank(context: ParallelContext) -> list[tuple[float, dict[str, Tensor]]]:
 
 
 def worst(got: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest max|g - g_ref| / max|g_ref| over the parameters; gradients that vanish in theory have a floor."""
+    """Largest max|g - g_ref| / max|g_ref| over the parameters, with a floor for vanishing gradients."""
     norm = torch.cat([g.flatten() for g in expected.values()]).norm().item()
     assert got.keys() == expected.keys()
     errors = []
