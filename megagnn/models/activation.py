@@ -47,7 +47,10 @@ class _SiLUBackward(torch.autograd.Function):
     def backward(ctx: Any, grad_grad: Tensor) -> tuple[Tensor, Tensor]:
         grad, x = ctx.saved_tensors
         first: Tensor = _SiLUBackward.apply(grad_grad, x)
-        return first, silu_second_derivative(x) * grad * grad_grad
+        second = silu_second_derivative(x)
+        if torch.is_grad_enabled():
+            return first, second * grad * grad_grad
+        return first, second.mul_(grad).mul_(grad_grad)
 
 
 class SiLU(nn.Module):
