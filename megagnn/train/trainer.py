@@ -134,11 +134,11 @@ class Trainer:
                 f"the gradient norm is {norm.item()} at step {self.progress.step} (loss {values['loss']}); "
                 f"{self.last_path} is from before. Lower optim.learning_rate or optim.clip_norm"
             )
-        scalars = {f"train/{name}": value for name, value in values.items()}
+        scalars = {f"loss/train_{name}" if name != "loss" else "loss/train": v for name, v in values.items()}
         scalars |= {
             "optim/learning_rate": rate,
             "optim/gradient_norm": norm.item(),
-            "train/epoch": self.progress.epoch,
+            "optim/epoch": self.progress.epoch,
         }
         monitor.log(
             self.progress.step, scalars, {"loss": f"{values['loss']:.4f}", "epoch": str(self.progress.epoch)}
@@ -149,10 +149,10 @@ class Trainer:
         start = time.perf_counter()
         with self.average.applied():
             result = evaluate(self.potential, self.valid, self.context, self.loss)
-        scalars = {"valid/loss": result.loss}
+        scalars = {"loss/valid": result.loss}
         for source, metrics in result.per_source.items():
             scalars |= {
-                f"valid_{name}/{source}": value
+                f"error/{name}/{source}": value
                 for name, value in metrics.items()
                 if name != "num_test" and "baseline" not in name
             }

@@ -21,18 +21,18 @@ def scalars(run_dir: Path) -> EventAccumulator:
 
 
 def test_the_loss_falls(run_dir: Path) -> None:
-    losses = [event.value for event in scalars(run_dir).Scalars("train/loss")]
+    losses = [event.value for event in scalars(run_dir).Scalars("loss/train")]
     assert len(losses) == 12
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_tensorboard_has_what_people_look_for(run_dir: Path) -> None:
     tags = set(scalars(run_dir).Tags()["scalars"])
-    expected = {"train/loss", "train/energy", "train/forces", "train/stress", "valid/loss"}
+    expected = {"loss/train", "loss/train_energy", "loss/train_forces", "loss/train_stress", "loss/valid"}
     expected |= {"optim/learning_rate", "optim/gradient_norm"}
     expected |= {"speed/atoms_per_second", "speed/edges_per_second", "memory/peak_resident_gib"}
     for source in ("clusters", "crystals"):
-        expected |= {f"valid_energy_mae_mev_per_atom/{source}", f"valid_force_mae_mev_per_angstrom/{source}"}
+        expected |= {f"error/energy_mae_mev_per_atom/{source}", f"error/force_mae_mev_per_angstrom/{source}"}
     assert expected <= tags
 
 
@@ -60,8 +60,8 @@ def test_resume_gives_the_same_bits(store: Path, run_dir: Path, tmp_path: Path) 
         assert resumed.tensors.keys() == undisturbed.tensors.keys()
         for key, tensor in undisturbed.tensors.items():
             assert torch.equal(resumed.tensors[key], tensor), key
-    before = [(e.step, e.value) for e in scalars(run_dir).Scalars("train/loss")]
-    assert [(e.step, e.value) for e in scalars(out_dir).Scalars("train/loss")] == before
+    before = [(e.step, e.value) for e in scalars(run_dir).Scalars("loss/train")]
+    assert [(e.step, e.value) for e in scalars(out_dir).Scalars("loss/train")] == before
 
 
 def _interrupted(store: Path, out_dir: Path, at_step: int) -> "runs.Trainer":
