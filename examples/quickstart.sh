@@ -25,13 +25,14 @@ echo "quickstart: training on $ranks ranks, a few minutes"
 on_ranks train examples/configs/quickstart.toml --out_dir "$run" --overwrite "$@"
 
 echo "quickstart: errors on the test split, molecules and slabs that training has not seen"
-on_ranks evaluate "$run/checkpoints/best.safetensors" "$data" --json "$run/metrics.json"
+on_ranks evaluate "$run/checkpoints/best.safetensors" "$data" --json "$run/metrics.json" --plot "$run/parity.png"
 
 cat <<TEXT
 
 quickstart: done in $((SECONDS - start)) s. Next:
   source ${VIRTUAL_ENV#"$root/"}/bin/activate
   tensorboard --logdir $run                                        curves, at http://localhost:6006
+  $run/parity.png                                       predictions against labels
   megagnn inspect $run/checkpoints/best.safetensors
   python examples/relax_and_run.py                                 the model in ASE: relaxation, dynamics
 TEXT

@@ -42,6 +42,15 @@ def broadcast_object(value: Any, context: ParallelContext) -> Any:
     return holder[0]
 
 
+def gather_objects(value: Any, context: ParallelContext) -> list[Any] | None:
+    """Every rank's value, in the order of the ranks, on the main rank; None on the others."""
+    if context.dp_size == 1:
+        return [value]
+    values = [None] * context.dp_size if context.is_main else None
+    dist.gather_object(value, values, dst=0, group=context.dp_group)
+    return values
+
+
 def barrier(context: ParallelContext) -> None:
     """Wait for every rank."""
     if context.dp_size > 1:

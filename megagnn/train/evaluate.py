@@ -19,6 +19,7 @@ from megagnn.train.checkpoint import load_checkpoint, load_potential
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.loss import Loss, label_counts
 from megagnn.train.metrics import ErrorSums, format_table
+from megagnn.train.parity import ParityPoints
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,15 @@ def evaluate(
     context: ParallelContext,
     loss: Loss | None = None,
     progress: bool = False,
+    parity: ParityPoints | None = None,
 ) -> Evaluation:
-    """Errors over all structures of a loader, summed over ranks; the same on every rank."""
+    """Errors over all structures of a loader, summed over ranks; the same on every rank.
+
+    Args:
+        loss: also evaluate this loss.
+        progress: show a progress bar.
+        parity: also collect points for a parity plot.
+    """
     sums = ErrorSums(potential, context)
     # loss terms times their counts, and the counts, so that batches of unequal size add up exactly
     totals = torch.zeros(2, 3, dtype=torch.float64, device=context.device)
@@ -51,6 +59,8 @@ def evaluate(
         with torch.no_grad():
             outputs = potential(batch)
             sums.add(outputs, batch)
+            if parity is not None:
+                parity.add(outputs, batch)
             if loss is not None:
                 totals += _loss_totals(loss, outputs, batch, context)
     sums.reduce()
@@ -81,6 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, nargs="+", help="packed store(s)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the metrics here")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw predictions against labels")
     parser.add_argument(
         "--last-weights", action="store_true", help="use the last weights instead of their average"
     )
@@ -97,7 +108,10 @@ def run(arguments: argparse.Namespace) -> int:
         potential = load_potential(checkpoint, average=not arguments.last_weights).to(context.device)
         dataset = open_split(config.data, config.model, arguments.split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)
-        result = evaluate(potential, loader, context, progress=True)
+        parity = ParityPoints(potential, context) if arguments.plot is not None else None
+        result = evaluate(potential, loader, context, progress=True, parity=parity)
+        if parity is not None:
+            parity.save(arguments.plot)
         if context.is_main:
             print(format_table(result.per_source))
             if arguments.json is not None:

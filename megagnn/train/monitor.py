@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -98,6 +99,11 @@ class Monitor:
         """Print a line above the bar, on the main rank."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
+
+    def figure(self, name: str, step: int, figure: Any) -> None:
+        """A matplotlib figure in TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_figure(name, figure, step)
 
     def text(self, name: str, text: str) -> None:
         """A text page in TensorBoard."""

@@ -29,6 +29,7 @@ from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.loss import Loss, label_counts
 from megagnn.train.monitor import Monitor
+from megagnn.train.parity import ParityPoints
 from megagnn.train.statistics import compute_statistics
 
 
@@ -147,8 +148,12 @@ class Trainer:
 
     def _validate(self, monitor: Monitor) -> None:
         start = time.perf_counter()
+        done = self.progress.step == self.config.train.num_steps
+        parity = ParityPoints(self.potential, self.context) if done else None
         with self.average.applied():
-            result = evaluate(self.potential, self.valid, self.context, self.loss)
+            result = evaluate(self.potential, self.valid, self.context, self.loss, parity=parity)
+        if parity is not None:
+            monitor.figure("validation", self.progress.step, parity.figure())
         scalars = {"loss/valid": result.loss}
         for source, metrics in result.per_source.items():
             scalars |= {

@@ -51,6 +51,12 @@ def test_metrics_equal_a_loop_over_structures(checkpoint: Path, store: Path, tmp
         assert got[key.format("rmse")] == pytest.approx(1e3 * np.sqrt((values**2).mean()), rel=1e-4)
 
 
+def test_parity_plot(checkpoint: Path, store: Path, tmp_path: Path) -> None:
+    plot = tmp_path / "plots" / "parity.png"
+    evaluate(checkpoint, store, tmp_path / "metrics.json", "--plot", str(plot))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_other_split_and_weights(checkpoint: Path, store: Path, tmp_path: Path) -> None:
     average = evaluate(checkpoint, store, tmp_path / "a.json", "--split", "valid")
     last = evaluate(checkpoint, store, tmp_path / "b.json", "--split", "valid", "--last-weights")
