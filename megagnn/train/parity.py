@@ -14,11 +14,11 @@ from megagnn.parallel.collectives import gather_objects
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.loss import free_atoms
 
-MAX_POINTS = 4000  # of each kind and rank: more only darken the plot
+MAX_POINTS = 3000  # of each kind, source and rank: more only darken the plot
 
 
 class ParityPoints:
-    """Labels and predictions of the first structures of an evaluation; `add` batches, then `figure` on the
+    """Labels and predictions of the first structures of each source; `add` batches, then `figure` on the
     main rank.
 
     Energies are per atom and after subtraction of the references, eV; forces are components, eV/Å.
@@ -26,7 +26,7 @@ class ParityPoints:
 
     def __init__(self, potential: Potential, context: ParallelContext) -> None:
         self.potential, self.context = potential, context
-        # rows of (source, label, prediction)
+        # parts of one source each, with rows of (source, label, prediction)
         self.rows: dict[str, list[NDArray[np.float64]]] = {"energy": [], "forces": []}
 
     @torch.no_grad()
@@ -48,17 +48,17 @@ class ParityPoints:
             )
 
     def _add(self, kind: str, source: Tensor, label: Tensor, predicted: Tensor) -> None:
-        if sum(map(len, self.rows[kind])) < MAX_POINTS:
-            rows = torch.stack([source.double(), label.double(), predicted.double()], 1)
-            self.rows[kind].append(rows[:MAX_POINTS].cpu().numpy())
+        rows = torch.stack([source.double(), label.double(), predicted.double()], 1).cpu().numpy()
+        for index in range(len(self.potential.statistics.sources)):
+            have = sum(int((part[0, 0] == index) * len(part)) for part in self.rows[kind])
+            chosen = rows[rows[:, 0] == index][: MAX_POINTS - have]
+            if len(chosen):
+                self.rows[kind].append(chosen)
 
     def figure(self) -> Any:
-        """A matplotlib figure of all ranks' points on the main rank, None on the others. Every rank must call
-        it.
-        """
-        gathered = gather_objects(
-            {k: np.concatenate([np.zeros((0, 3)), *r]) for k, r in self.rows.items()}, self.context
-        )
+        """A matplotlib figure of all ranks' points on the main rank, None on the others; all must call it."""
+        own = {kind: np.concatenate([np.zeros((0, 3)), *parts]) for kind, parts in self.rows.items()}
+        gathered = gather_objects(own, self.context)
         if gathered is None:
             return None
         from matplotlib.figure import Figure  # needs a moment to import
