@@ -49,7 +49,9 @@ class MegaGNNCalculator(Calculator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.dtype = {"float32": torch.float32, "float64": torch.float64}[dtype]
+        if dtype not in ("float32", "float64"):
+            raise ValueError(f"dtype must be 'float32' or 'float64', got '{dtype}'")
+        self.dtype: torch.dtype = getattr(torch, dtype)
         self.potential: Potential = load_potential(checkpoint, self.dtype).to(device)
         self.potential.requires_grad_(False)
         self.device = torch.device(device)
@@ -71,7 +73,8 @@ class MegaGNNCalculator(Calculator):
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         self._check(self.atoms, properties)
-        wants_stress = "stress" in properties
+        # always, where there is one: cell filters ask for it at every step, after the forces
+        wants_stress = self.has_stress and _has_volume(self.atoms)
         self.potential.stress = wants_stress
         batch = batch_from_atoms([self.atoms], self.cutoff, self.dtype, self.self_edges)
         batch[keys.SOURCE].fill_(self.source_index)
@@ -88,7 +91,7 @@ class MegaGNNCalculator(Calculator):
     def _check(self, atoms: Atoms, properties: Sequence[str]) -> None:
         if len(atoms) == 0:
             raise ValueError("the structure has no atoms; give at least one")
-        self.potential.statistics.check_elements(atoms.numbers, "the structure")
+        self.potential.statistics.check_elements(atoms.numbers, self.source_index, "the structure")
         if "forces" in properties and not self.has_forces:
             raise PropertyNotImplementedError(
                 "this model was trained with model.forces = 'none': it gives energies only"
@@ -98,8 +101,12 @@ class MegaGNNCalculator(Calculator):
                 raise PropertyNotImplementedError(
                     "stress is a derivative of the energy, and this model has no such forces"
                 )
-            if not atoms.pbc.all() or atoms.cell.rank < 3:
+            if not _has_volume(atoms):
                 raise PropertyNotImplementedError(
                     "stress needs a cell that is periodic in three directions, got pbc "
                     f"{atoms.pbc.tolist()} and a cell of rank {atoms.cell.rank}"
                 )
+
+
+def _has_volume(atoms: Atoms) -> bool:
+    return bool(atoms.pbc.all()) and atoms.cell.rank == 3

@@ -3,13 +3,13 @@ megagnn COMMAND`).
 """
 
 import argparse
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
 import megagnn
-from megagnn.ops.allocator import configure_allocator
 
 # command -> (module with add_arguments and run, one line of help); modules load only when their command is
 # called
@@ -21,6 +21,7 @@ COMMANDS = {
     "label": ("megagnn.data.labels.command", "make structures and label them with a simulation engine"),
 }
 TAKES_OVERRIDES = ("train",)
+FLAGS = ("--resume", "--overwrite", "--help", "--version")  # of those commands; the rest are overrides
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,18 +42,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     overrides: list[str] = []
     if chosen in TAKES_OVERRIDES:
         argv, overrides = _split_overrides(argv)
+        for name in overrides:
+            near = difflib.get_close_matches(name, FLAGS, n=1, cutoff=0.7)
+            if near and "." not in name:
+                parser.error(f"unknown option {name}; did you mean {near[0]}?")
     arguments = parser.parse_args(argv)
+    from megagnn.ops.allocator import configure_allocator  # imports torch, which --version need not wait for
+
     configure_allocator()
     try:
         if arguments.command in TAKES_OVERRIDES:
             return int(modules[arguments.command].run(arguments, overrides))
         return int(modules[arguments.command].run(arguments))
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ModuleNotFoundError) as error:
-        print(f"megagnn {arguments.command}: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
+        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"megagnn {arguments.command}{rank}: error: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"megagnn {arguments.command}: interrupted", file=sys.stderr)
         return 130
@@ -60,11 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     """Take the configuration overrides, `--section.field value`, out of the arguments."""
-    flags = ("--resume", "--overwrite", "--help", "--version")
     arguments, overrides, rest = [], [], list(argv)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--") or argument in flags:
+        if not argument.startswith("--") or argument in FLAGS:
             arguments.append(argument)
             continue
         overrides.append(argument)

@@ -6,8 +6,6 @@ Every section is a frozen dataclass; every key has one line of documentation bes
 exist, or a value that cannot be, is a `ValueError` that names the nearest valid one.
 """
 
-import dataclasses
-import difflib
 import sys
 import typing
 from pathlib import Path
@@ -26,6 +24,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.presets import PRESETS
+from megagnn.overrides import check_keys, explain, parse_overrides, set_dotted
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -243,8 +242,8 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    for key, text in _parse_overrides(overrides):
-        _set_dotted(values, key, text)
+    for key, text in parse_overrides(overrides):
+        set_dotted(RunConfig, values, key, text)
     return config_from_dict(values)
 
 
@@ -252,113 +251,17 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     """Check and complete nested dictionaries (as TOML gives them) to a RunConfig; raises ValueError as
     `load_config`.
     """
-    _check_keys(RunConfig, values, "")
+    check_keys(RunConfig, values)
     model = dict(values.get("model", {}))
     if model.get("preset") in PRESETS:
         values = {**values, "model": {**PRESETS[model["preset"]], **model}}
     try:
         return TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(e) for e in error.errors())) from None
+        raise ValueError("\n".join(explain(e) for e in error.errors())) from None
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain dictionaries, ready for JSON; `config_from_dict` gives the same configuration back."""
     values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
     return values
-
-
-def _parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], list(arguments)
-    while rest:
-        key = rest.pop(0)
-        if not key.startswith("--"):
-            raise ValueError(f"expected an override of the form --section.field value, got '{key}'")
-        key, equals, text = key[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"override --{key} has no value; write --{key} VALUE")
-            text = rest.pop(0)
-        pairs.append((key, text))
-    return pairs
-
-
-def _set_dotted(values: dict[str, Any], key: str, text: str) -> None:
-    """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or taken as a string where it is
-    none.
-    """
-    value: Any = text
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if text == "none" and _may_be_none(key):
-            value = None
-    *sections, name = key.split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"unknown configuration key '{key}': '{section}' is not a section")
-    if name == "paths" and isinstance(value, str):
-        value = value.split(",")
-    values[name] = value
-
-
-def _may_be_none(key: str) -> bool:
-    """Whether the field of a dotted key is optional, so that "none" leaves it out."""
-    section: Any = RunConfig
-    for part in key.split("."):
-        section = typing.get_type_hints(section, include_extras=True).get(part)
-        if not dataclasses.is_dataclass(section):
-            break
-    return type(None) in typing.get_args(section)
-
-
-def _check_keys(section_type: type, values: dict[str, Any], prefix: str) -> None:
-    fields = {f.name: f for f in dataclasses.fields(section_type)}
-    types = typing.get_type_hints(section_type)
-    for key, value in values.items():
-        if key not in fields:
-            raise ValueError(_unknown_key(prefix + key, prefix, list(fields)))
-        if dataclasses.is_dataclass(types[key]):
-            if not isinstance(value, dict):
-                raise ValueError(
-                    f"configuration key '{prefix}{key}' is a section; write [{key}] and its fields below it"
-                )
-            _check_keys(typing.cast(type, types[key]), value, f"{prefix}{key}.")
-
-
-def _unknown_key(key: str, prefix: str, names: list[str]) -> str:
-    """Looks for the nearest key in the same section first, then by its last name in every section."""
-    siblings = [prefix + name for name in names]
-    near = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
-    if not near:
-        last = key.rsplit(".", 1)[-1]
-        by_name = {k.rsplit(".", 1)[-1]: k for k in _all_keys()}
-        near = [by_name[m] for m in difflib.get_close_matches(last, list(by_name), n=1, cutoff=0.6)]
-    hint = f"nearest valid key: '{near[0]}'" if near else f"valid keys: {', '.join(siblings)}"
-    return f"unknown configuration key '{key}'; {hint}"
-
-
-def _all_keys(section_type: type = RunConfig, prefix: str = "") -> list[str]:
-    keys: list[str] = []
-    types = typing.get_type_hints(section_type)
-    for field in dataclasses.fields(section_type):
-        if dataclasses.is_dataclass(types[field.name]):
-            keys += _all_keys(typing.cast(type, types[field.name]), f"{prefix}{field.name}.")
-        else:
-            keys.append(prefix + field.name)
-    return keys
-
-
-def _explain(error: Any) -> str:
-    key = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "value_error":  # one of our own cross-field rules, complete as it is
-        return str(error["ctx"]["error"])
-    message = (
-        f"configuration key '{key}': {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-    )
-    if error["type"] == "literal_error":
-        valid = [part.strip(" '") for part in error["ctx"]["expected"].replace(" or ", ", ").split(",")]
-        near = difflib.get_close_matches(str(error["input"]), valid, n=1, cutoff=0.4)
-        message += f"; nearest: '{near[0]}'" if near else ""
-    return message

@@ -71,11 +71,12 @@ def structures() -> list[Structure]:
     return result
 
 
-def write_data(path: Path) -> Path:
+def write_data(path: Path, records: list[Structure] | None = None) -> Path:
     """The store: of each source, 8 groups to train, 2 to validate, 2 to test."""
+    records = records or structures()
     by_group = np.array([0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 1, 2], dtype=np.uint8)
-    splits = np.array([by_group[int(s.group) // 2] for s in structures()], dtype=np.uint8)
-    write_store(path, structures(), splits=splits)
+    splits = np.array([by_group[int(s.group) // 2] for s in records], dtype=np.uint8)
+    write_store(path, records, splits=splits)
     return path
 
 
@@ -87,11 +88,10 @@ def train(store: Path, out_dir: Path, *arguments: str) -> int:
     return main(["train", str(config), *overrides, *arguments])
 
 
-def make_trainer(store: Path, out_dir: Path) -> Trainer:
+def make_trainer(store: Path, out_dir: Path, *overrides: str) -> Trainer:
     """A trainer of the small configuration, not yet run."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     config = out_dir.parent / "config.toml"
     config.write_text(CONFIG)
-    return Trainer(
-        load_config(config, ["--data.paths", str(store), "--out_dir", str(out_dir)]), ParallelContext()
-    )
+    arguments = ["--data.paths", str(store), "--out_dir", str(out_dir), *overrides]
+    return Trainer(load_config(config, arguments), ParallelContext())

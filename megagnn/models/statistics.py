@@ -1,10 +1,8 @@
 """What a model takes from its training split before the first step: elements, references, scales."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -19,6 +17,8 @@ class Statistics:
     """Names of the data sources, in the order of the index `source` of a batch."""
     levels: tuple[str, ...]
     """Names of the levels of theory, in the order of the index `level` of a batch."""
+    source_elements: tuple[tuple[int, ...], ...]
+    """Atomic numbers that each source holds: the others have no reference energy there."""
     source_levels: tuple[tuple[int, ...], ...]
     """Indices of the levels of theory that each source holds."""
     references: tuple[tuple[float, ...], ...]
@@ -43,6 +43,7 @@ class Statistics:
             elements=tuple(values["elements"]),
             sources=tuple(values["sources"]),
             levels=tuple(values["levels"]),
+            source_elements=tuple(tuple(row) for row in values["source_elements"]),
             source_levels=tuple(tuple(row) for row in values["source_levels"]),
             references=tuple(tuple(row) for row in values["references"]),
             mean_energy=tuple(values["mean_energy"]),
@@ -50,13 +51,15 @@ class Statistics:
             output_scale=values["output_scale"],
         )
 
-    def check_elements(self, numbers: NDArray[np.integer[Any]], where: str) -> None:
-        """Raises ValueError if an atomic number is not among the model's elements."""
-        unknown = sorted(set(np.unique(numbers).tolist()) - set(self.elements))
+    def check_elements(self, numbers: Iterable[int], source_index: int, where: str) -> None:
+        """Raises ValueError if an atomic number is not among the elements of a source."""
+        known = self.source_elements[source_index]
+        unknown = sorted({int(z) for z in numbers} - set(known))
         if unknown:
             raise ValueError(
-                f"{where} holds {_symbols(unknown)}, which the model has never seen; it knows "
-                f"{_symbols(self.elements)}: leave these structures out, or train on data with these elements"
+                f"{where} holds {_symbols(unknown)}, which the model has never seen in the source "
+                f"'{self.sources[source_index]}'; there it knows {_symbols(known)}: leave these structures "
+                "out, or train on data with these elements"
             )
 
     def source_index(self, name: str | None) -> int:
@@ -73,13 +76,13 @@ class Statistics:
 
     def level_index(self, name: str | None, source: str | None = None) -> int:
         """Index of a level of theory by name; None where `source` has only one."""
-        if name is None:
-            source_levels = self.source_levels[self.source_index(source)]
-            if len(source_levels) == 1:
-                return source_levels[0]
-        if name not in self.levels:
+        indices = self.source_levels[self.source_index(source)]
+        known = [self.levels[index] for index in indices]
+        if name is None and len(known) == 1:
+            return indices[0]
+        if name not in known:
             got = "none was given" if name is None else f"got '{name}'"
-            raise ValueError(f"level must be one of the model's levels of theory {list(self.levels)}, {got}")
+            raise ValueError(f"level must be one of the source's levels of theory {known}, {got}")
         return self.levels.index(name)
 
 

@@ -21,13 +21,22 @@ def default_threads(num_local_ranks: int) -> int:
     return max(1, cores // num_local_ranks)
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
-    """`auto`, `cpu` or `cuda` to a device. Raises ValueError if CUDA is asked for and absent."""
+def pick_device(name: str, local_rank: int, num_local_ranks: int = 1) -> torch.device:
+    """`auto`, `cpu` or `cuda` to a device.
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or there are more ranks on this machine than GPUs.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("train.device is 'cuda' but PyTorch sees no GPU here; use 'cpu' or 'auto'")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", local_rank % torch.cuda.device_count())
+    if num_local_ranks > torch.cuda.device_count():
+        raise ValueError(
+            f"{num_local_ranks} ranks on this machine but {torch.cuda.device_count()} GPU(s): each rank "
+            "needs its own; start fewer ranks, or set train.device = 'cpu'"
+        )
+    return torch.device("cuda", local_rank)
 
 
 @contextlib.contextmanager
@@ -42,8 +51,10 @@ def parallel_context(device: str = "auto", threads: int | None = None) -> Iterat
         int(os.environ.get("LOCAL_RANK", "0")),
         int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
     )
-    torch.set_num_threads(threads or default_threads(num_local))
-    chosen = pick_device(device, local_rank)
+    torch.set_num_threads(
+        threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or default_threads(num_local)
+    )
+    chosen = pick_device(device, local_rank, num_local)
     if world_size == 1:
         yield ParallelContext(device=chosen)
         return

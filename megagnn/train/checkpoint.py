@@ -41,6 +41,8 @@ class Progress:
     """Lowest validation loss so far."""
     average_updates: int = 0
     """Updates of the moving average so far."""
+    dp_size: int = 1
+    """Data-parallel ranks of the run: with another number, batches would be others."""
 
 
 @dataclass(frozen=True)

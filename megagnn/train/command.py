@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from megagnn.config import RunConfig, load_config
@@ -24,31 +25,47 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`megagnn train CONFIG.toml [--resume | --overwrite] [--section.field value ...]`."""
     config = load_config(arguments.config, overrides)
     with parallel_context(config.train.device, config.train.threads) as context:
-        _prepare_out_dir(config, context, arguments.resume, arguments.overwrite)
-        Trainer(config, context, resume=arguments.resume).run()
+        resume = _may_train(config, context, arguments.resume, arguments.overwrite)
+        # checks data and settings before anything is removed
+        trainer = Trainer(config, context, resume=resume)
+        if arguments.overwrite:
+            _remove_earlier_run(Path(config.out_dir), context)
+        trainer.run()
         if context.is_main:
-            out_dir = Path(config.out_dir)
-            print(f"best checkpoint: {out_dir / 'checkpoints' / 'best.safetensors'}")
-            print(f"curves:          tensorboard --logdir {out_dir}")
+            print(f"best checkpoint: {trainer.best_path}")
+            print(f"curves:          tensorboard --logdir {config.out_dir}")
     return 0
 
 
-def _prepare_out_dir(config: RunConfig, context: ParallelContext, resume: bool, overwrite: bool) -> None:
-    """Refuses to train over an earlier run; with `overwrite` removes what training wrote there, and nothing
-    else.
+def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwrite: bool) -> bool:
+    """Whether to resume. With --resume a run without a checkpoint yet starts from the beginning: jobs can be
+    chained.
+
+    Raises:
+        ValueError: there is an earlier run, and neither --resume nor --overwrite says what to do with it.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them")
-    out_dir = Path(config.out_dir)
-    exists = (out_dir / "checkpoints").exists() or (out_dir / "tensorboard").exists()
+    checkpoints = Path(config.out_dir) / "checkpoints"
+    has_last = (checkpoints / "last.safetensors").exists()
+    exists = has_last or (checkpoints / "best.safetensors").exists()
     barrier(context)  # every rank has looked before the first one changes anything
     if exists and not (resume or overwrite):
         raise ValueError(
-            f"{out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, or "
-            "choose another folder with --out_dir DIR"
+            f"{config.out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, "
+            "or choose another folder with --out_dir DIR"
         )
-    if exists and overwrite and context.is_main:
-        shutil.rmtree(out_dir / "checkpoints", ignore_errors=True)
-        shutil.rmtree(out_dir / "tensorboard", ignore_errors=True)
+    if resume and not has_last and context.is_main:
+        print(f"{config.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+    return resume and has_last
+
+
+def _remove_earlier_run(out_dir: Path, context: ParallelContext) -> None:
+    """Remove what an earlier run wrote, and nothing else."""
+    if context.is_main:
+        for folder in (out_dir / "checkpoints", out_dir / "tensorboard"):
+            if folder.exists():
+                shutil.rmtree(folder)
         (out_dir / "metrics.json").unlink(missing_ok=True)
+        (out_dir / "parity.png").unlink(missing_ok=True)
     barrier(context)

@@ -91,6 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, nargs="+", help="packed store(s)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the metrics here")
+    parser.add_argument("--max-atoms", type=int, metavar="N", help="of a batch (default: as in training)")
+    parser.add_argument("--max-edges", type=int, metavar="N", help="of a batch (default: as in training)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw predictions against labels")
     parser.add_argument(
         "--last-weights", action="store_true", help="use the last weights instead of their average"
@@ -100,11 +104,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """`megagnn evaluate CHECKPOINT DATA... [--json OUT]`: a table of errors beside the baselines."""
     checkpoint = load_checkpoint(arguments.checkpoint)
-    config = dataclasses.replace(
-        checkpoint.config,
-        data=dataclasses.replace(checkpoint.config.data, paths=tuple(map(str, arguments.data))),
+    trained = checkpoint.config.data
+    data = dataclasses.replace(
+        trained,
+        paths=tuple(map(str, arguments.data)),
+        max_atoms=arguments.max_atoms or trained.max_atoms,
+        max_edges=arguments.max_edges or trained.max_edges,
     )
-    with parallel_context(config.train.device, config.train.threads) as context:
+    config = dataclasses.replace(checkpoint.config, data=data)
+    with parallel_context(arguments.device, arguments.threads) as context:
         potential = load_potential(checkpoint, average=not arguments.last_weights).to(context.device)
         dataset = open_split(config.data, config.model, arguments.split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)

@@ -49,9 +49,10 @@ def open_split(
     if context.is_main:
         barrier(context)
     if statistics:
-        statistics.check_elements(
-            dataset.elements(), f"the {split} split of {', '.join(map(str, data.paths))}"
-        )
+        for index, elements in enumerate(dataset.source_elements()):
+            statistics.check_elements(
+                elements, index, f"the {split} split of {', '.join(map(str, data.paths))}"
+            )
     return dataset
 
 
@@ -80,6 +81,7 @@ class BatchLoader:
         """Batches of an epoch from the `first` on; every rank yields the same number, some possibly without
         structures.
         """
+        self.sampler.check_position(epoch, first)
         loader = DataLoader(
             self.dataset,
             batch_sampler=[batch.tolist() for batch in self.sampler.batches(epoch)[first:]],

@@ -56,6 +56,8 @@ class ErrorSums:
 
     def _add(self, name: str, error: Tensor, source: Tensor) -> None:
         """`error` is (K,) or (K, components); `source` is (K,)."""
+        if len(source) == 0:  # no label of this kind in the batch, or no structure at all
+            return
         error = error.double().reshape(len(source), -1)
         count = torch.full_like(source, error.shape[1], dtype=torch.float64)
         terms_K3 = torch.stack([count, error.abs().sum(1), error.square().sum(1)], 1)

@@ -11,12 +11,21 @@ import torch
 from torch import Tensor
 
 from megagnn.config import RunConfig, config_to_dict
+from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import build_potential
+from megagnn.models.statistics import Statistics
 from megagnn.optim.optimizer import WeightAverage, make_optimizer
 from megagnn.optim.schedule import learning_rate
-from megagnn.parallel.collectives import all_reduce_gradients, all_reduce_sum, barrier, broadcast_parameters
+from megagnn.parallel.collectives import (
+    all_reduce_gradients,
+    all_reduce_sum,
+    barrier,
+    broadcast_object,
+    broadcast_parameters,
+)
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.checkpoint import (
+    Checkpoint,
     Progress,
     load_checkpoint,
     load_optimizer,
@@ -25,12 +34,13 @@ from megagnn.train.checkpoint import (
     save_checkpoint,
 )
 from megagnn.train.evaluate import evaluate
+from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.loss import Loss, label_counts
 from megagnn.train.monitor import Monitor
 from megagnn.train.parity import ParityPoints
-from megagnn.train.statistics import compute_statistics
+from megagnn.train.resume import check_same_run
 
 
 class Trainer:
@@ -38,8 +48,7 @@ class Trainer:
     in `out_dir`.
 
     Raises:
-        ValueError: bad data or configuration, or a run in `out_dir` that neither `resume` nor `overwrite`
-            allows to touch.
+        ValueError: bad data or configuration, or a checkpoint that this run may not continue.
     """
 
     def __init__(self, config: RunConfig, context: ParallelContext, resume: bool = False) -> None:
@@ -47,7 +56,8 @@ class Trainer:
         self.out_dir = Path(config.out_dir)
         self.dtype = getattr(torch, config.train.dtype)
         train_set = open_split(config.data, config.model, "train", context)
-        self.statistics = compute_statistics(train_set)
+        checkpoint = load_checkpoint(self.last_path) if resume else None
+        self.statistics = self._fit_statistics(train_set, checkpoint)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
         self.train = BatchLoader(train_set, config, context, shuffle=True)
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
@@ -58,9 +68,10 @@ class Trainer:
         self.average = WeightAverage(self.potential.model, config.optim.ema_decay)
         self.loss = Loss(config.loss)
         self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
-        self.progress = Progress()
-        if resume:
-            self._resume()
+        self.progress = Progress(dp_size=context.dp_size)
+        self.parity: ParityPoints | None = None  # of the last validation, for the plot at the end
+        if checkpoint is not None:
+            self._take_over(checkpoint)
 
     @property
     def last_path(self) -> Path:
@@ -71,6 +82,15 @@ class Trainer:
     def best_path(self) -> Path:
         """The checkpoint with the lowest validation loss."""
         return self.out_dir / "checkpoints" / "best.safetensors"
+
+    def _fit_statistics(self, train_set: StructureDataset, checkpoint: Checkpoint | None) -> Statistics:
+        """The main rank's, so that machines that round differently agree; a resumed run keeps its own."""
+        fitted = compute_statistics(train_set) if self.context.is_main else None
+        statistics: Statistics = broadcast_object(fitted, self.context)
+        if checkpoint is None:
+            return statistics
+        check_same_run(checkpoint, self.config, statistics, self.context)
+        return checkpoint.statistics
 
     def run(self) -> None:
         """Train up to `train.num_steps`."""
@@ -93,6 +113,7 @@ class Trainer:
                     self._save(self.last_path)
                     monitor.restart_clock()
                 if done:
+                    self._draw(monitor)
                     return
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
@@ -115,6 +136,7 @@ class Trainer:
         parameters = list(self.potential.parameters())
         all_reduce_gradients(parameters, self.context)
         norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm or float("inf"))
+        self._check_finite(norm)
         self.optimizer.step()
         self.average.update()
         self.progress = dataclasses.replace(
@@ -124,17 +146,21 @@ class Trainer:
         if (step + 1) % self.config.train.log_every == 0:
             self._log(loss, shares, norm, rate, monitor)
 
+    def _check_finite(self, norm: Tensor) -> None:
+        """Before the step, so that no checkpoint ever holds a NaN; the same on every rank."""
+        if not torch.isfinite(norm):
+            kept = f"{self.last_path} is from before" if self.last_path.exists() else "nothing was saved yet"
+            raise FloatingPointError(
+                f"the gradient norm is {norm.item()} at step {self.progress.step}; {kept}. Lower "
+                "optim.learning_rate or optim.clip_norm, or look for bad labels"
+            )
+
     def _log(
         self, loss: Tensor, shares: dict[str, Tensor], norm: Tensor, rate: float, monitor: Monitor
     ) -> None:
         names = ["loss", *shares]
         reduced = all_reduce_sum(torch.stack([loss, *shares.values()]), self.context)
         values: dict[str, float] = dict(zip(names, reduced.tolist(), strict=True))
-        if not torch.isfinite(norm):
-            raise FloatingPointError(
-                f"the gradient norm is {norm.item()} at step {self.progress.step} (loss {values['loss']}); "
-                f"{self.last_path} is from before. Lower optim.learning_rate or optim.clip_norm"
-            )
         scalars = {f"loss/train_{name}" if name != "loss" else "loss/train": v for name, v in values.items()}
         scalars |= {
             "optim/learning_rate": rate,
@@ -149,11 +175,9 @@ class Trainer:
     def _validate(self, monitor: Monitor) -> None:
         start = time.perf_counter()
         done = self.progress.step == self.config.train.num_steps
-        parity = ParityPoints(self.potential, self.context) if done else None
+        self.parity = ParityPoints(self.potential, self.context) if done else None
         with self.average.applied():
-            result = evaluate(self.potential, self.valid, self.context, self.loss, parity=parity)
-        if parity is not None:
-            monitor.figure("validation", self.progress.step, parity.figure())
+            result = evaluate(self.potential, self.valid, self.context, self.loss, parity=self.parity)
         scalars = {"loss/valid": result.loss}
         for source, metrics in result.per_source.items():
             scalars |= {
@@ -176,6 +200,11 @@ class Trainer:
             self._save(self.best_path)
         monitor.restart_clock()
 
+    def _draw(self, monitor: Monitor) -> None:
+        """The parity plot of the last validation, when everything is saved."""
+        if self.parity is not None:
+            monitor.figure("validation", self.progress.step, self.parity.figure())
+
     def _save(self, path: Path) -> None:
         if self.context.is_main:
             tensors = {f"model/{n}": p.detach() for n, p in self.potential.model.named_parameters()}
@@ -185,13 +214,7 @@ class Trainer:
             save_checkpoint(path, self.config, self.statistics, progress, tensors)
         barrier(self.context)
 
-    def _resume(self) -> None:
-        checkpoint = load_checkpoint(self.last_path)
-        if checkpoint.config.model != self.config.model or checkpoint.statistics != self.statistics:
-            raise ValueError(
-                f"cannot resume from {self.last_path}: it was trained with another model configuration or "
-                "other data; give the run the same [model] and data.paths, or another out_dir"
-            )
+    def _take_over(self, checkpoint: Checkpoint) -> None:
         load_weights(self.potential.model, checkpoint.weights("model"), checkpoint.path)
         average = checkpoint.weights("average")
         self.average.average = {n: average[n].to(self.context.device) for n in self.average.average}

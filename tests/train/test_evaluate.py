@@ -1,6 +1,7 @@
 """Errors per source against labels computed by hand, and what `megagnn evaluate` refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_other_split_and_weights(checkpoint: Path, store: Path, tmp_path: Path) 
     [
         (
             {"atomic_numbers": np.array([79, 47], dtype=np.uint8)},
-            "Au, which the model has never seen.*Cu, Ag",
+            "Au, which the model has never seen in the source .clusters.; there it knows Cu, Ag",
         ),
         ({"source": "rings"}, r"source\(s\) \['rings'\], the model knows \['clusters', 'crystals'\]"),
         ({"level": "PBE"}, r"level\(s\) \['PBE'\], the model knows \['EMT'\]"),
@@ -95,12 +96,16 @@ def test_what_the_model_does_not_know(
     write_store(tmp_path / "store", [Structure(**{**fields, **changes})], splits=np.array([2]))
     out = tmp_path / "metrics.json"
     assert main(["evaluate", str(checkpoint), str(tmp_path / "store"), "--json", str(out)]) == 2
-    assert pytest.importorskip("re").search(message, capsys.readouterr().err.replace("\n", " "))
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
     assert not out.exists()
 
 
 def test_an_empty_split_and_an_unreadable_store(
-    checkpoint: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    records = runs.structures()
+    write_store(tmp_path / "train-only", records, splits=np.zeros(len(records), dtype=np.uint8))
+    assert main(["evaluate", str(checkpoint), str(tmp_path / "train-only")]) == 2
+    assert "the test split of" in capsys.readouterr().err
     assert main(["evaluate", str(checkpoint), str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

@@ -2,14 +2,18 @@
 accident.
 """
 
+import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megagnn.cli import main
 from megagnn.train.checkpoint import load_checkpoint
 from tests import runs
 
@@ -103,27 +107,93 @@ def test_overwrite_removes_only_what_training_wrote(store: Path, tmp_path: Path)
     assert len(list((out_dir / "tensorboard").iterdir())) == 1
 
 
-def test_resume_with_another_model_is_refused(
-    store: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "change",
+    ["model.width 24", "data.max_atoms 70", "train.seed 3", "train.dtype float64", "data.max_structures 2"],
+)
+def test_resume_of_another_run_is_refused(
+    store: Path, run_dir: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
-    assert runs.train(store, run_dir, "--resume", "--model.width", "24") == 2
-    assert "trained with another model configuration" in capsys.readouterr().err
+    key, value = change.split()
+    assert runs.train(store, run_dir, "--resume", f"--{key}", value) == 2
+    assert f"{key} was" in capsys.readouterr().err
+
+
+def test_resume_with_other_settings_warns(
+    store: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(run_dir, tmp_path / "copy")
+    assert runs.train(store, tmp_path / "copy", "--resume", "--optim.learning_rate", "1e-4") == 0
+    assert "resumed with other settings than before: optim.learning_rate\n" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint_starts(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Chained jobs all say --resume; a run killed before its first checkpoint has left only TensorBoard's
+    folder.
+    """
+    (tmp_path / "run" / "tensorboard").mkdir(parents=True)
+    assert runs.train(store, tmp_path / "run", "--resume", "--train.num_steps", "6") == 0
+    assert "starting from the beginning" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
+
+
+def test_overwrite_with_bad_settings_keeps_the_old_run(store: Path, run_dir: Path) -> None:
+    before = (run_dir / "checkpoints" / "last.safetensors").read_bytes()
+    assert runs.train(store, run_dir, "--overwrite", "--data.max_edges", "20") == 2
+    assert (run_dir / "checkpoints" / "last.safetensors").read_bytes() == before
 
 
 def test_a_structure_over_the_budget_is_refused_before_training(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert runs.train(store, tmp_path / "run", "--data.max_edges", "20") == 2
-    assert "exceed the batch budget of 64 atoms and 20 edges" in " ".join(capsys.readouterr().err.split())
+    assert "64 atoms and 20 edges; raise the budget to at least" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "run").exists()
 
 
-def test_an_exploding_run_stops_and_keeps_its_checkpoint(
-    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    trainer = runs.make_trainer(store, tmp_path / "run")
-    with torch.no_grad():
-        trainer.potential.model.energy_head.out.weight.fill_(np.nan)
-    with pytest.raises(FloatingPointError, match=r"gradient norm is nan at step 5 .* lower|Lower optim"):
+def test_an_exploding_run_stops_and_keeps_its_checkpoint(store: Path, tmp_path: Path) -> None:
+    """Though checkpoints are written more often than anything is logged."""
+    often = ("--train.checkpoint_every", "2", "--train.log_every", "50")
+    trainer = runs.make_trainer(store, tmp_path / "run", *often)
+    original = trainer.gradient_method
+
+    def explode(*arguments: Any) -> Any:
+        result = original(*arguments)
+        if trainer.progress.step == 5:
+            next(trainer.potential.parameters()).grad.fill_(np.nan)
+        return result
+
+    trainer.gradient_method = explode
+    with pytest.raises(
+        FloatingPointError, match=r"gradient norm is nan at step 5; .*last\.safetensors is from before"
+    ):
         trainer.run()
-    assert not trainer.last_path.exists()
+    kept = load_checkpoint(trainer.last_path)
+    assert kept.progress.step == 4
+    assert all(torch.isfinite(tensor).all() for tensor in kept.tensors.values())
+
+
+@pytest.mark.parametrize("missing", ["forces", "energy", "stress"])
+def test_data_without_labels_of_a_kind(tmp_path: Path, missing: str) -> None:
+    """Half of the structures lack them, so that whole batches do."""
+    structures = [
+        dataclasses.replace(s, **{missing: None}) if s.source == "clusters" else s for s in runs.structures()
+    ]
+    store = runs.write_data(tmp_path / "store", structures)
+    short = ("--train.num_steps", "6", "--data.max_structures", "1")
+    assert runs.train(store, tmp_path / "run", *short) == 0
+
+
+def test_a_misspelt_flag(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runs.train(store, tmp_path / "run", "--resum")
+    assert "unknown option --resum; did you mean --resume?" in capsys.readouterr().err
+
+
+def test_inspect_a_run(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(checkpoint)]) == 0
+    text = capsys.readouterr().out
+    for expected in ("step 60", "Cu Ag", "clusters: Cu", '"width": 16', "parameters   "):
+        assert expected in text

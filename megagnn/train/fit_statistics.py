@@ -1,4 +1,4 @@
-"""Statistics of a training split: what `models.statistics.Statistics` holds."""
+"""Fitting the statistics of a training split: what `models.statistics.Statistics` holds."""
 
 import numpy as np
 
@@ -16,7 +16,8 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
     Raises:
         ValueError: no structure has an energy.
     """
-    elements, references = dataset.elements(), dataset.fit_references()
+    source_elements, references = dataset.source_elements(), dataset.fit_references()
+    elements = np.unique(np.concatenate(source_elements))
     num_sources = len(dataset.sources)
     count, total, squares, num_components, force_squares = (
         np.zeros(num_sources),
@@ -46,6 +47,7 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
         elements=tuple(elements.tolist()),
         sources=dataset.sources,
         levels=dataset.levels,
+        source_elements=tuple(tuple(found.tolist()) for found in source_elements),
         source_levels=tuple(tuple(sorted(found)) for found in source_levels),
         references=tuple(tuple(row[elements].tolist()) for row in references),
         mean_energy=tuple((total / np.maximum(count, 1)).tolist()),

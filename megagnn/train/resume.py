@@ -1,0 +1,74 @@
+"""Whether a run may continue from a checkpoint, and what it takes from it."""
+
+import dataclasses
+import sys
+from typing import Any
+
+import numpy as np
+
+from megagnn.config import RunConfig, config_to_dict
+from megagnn.models.statistics import Statistics
+from megagnn.parallel.context import ParallelContext
+from megagnn.train.checkpoint import Checkpoint
+
+# With another value of these the continued run would see other batches, or hold another model.
+MUST_BE_EQUAL = (
+    "model",
+    "data.paths",
+    "data.max_atoms",
+    "data.max_edges",
+    "data.max_structures",
+    "train.seed",
+    "train.dtype",
+)
+# Of these, where a run lies and what it runs on, a change needs no mention.
+MAY_DIFFER = ("out_dir", "data.num_workers", "train.device", "train.threads")
+
+
+def check_same_run(
+    checkpoint: Checkpoint, config: RunConfig, statistics: Statistics, context: ParallelContext
+) -> None:
+    """Refuse to continue another run; warn, on the main rank, of settings that make the result another one.
+
+    Raises:
+        ValueError: another number of ranks, a setting of MUST_BE_EQUAL that differs, or other training data.
+    """
+    where = f"cannot resume from {checkpoint.path}"
+    if checkpoint.progress.dp_size != context.dp_size:
+        raise ValueError(
+            f"{where}: it was trained on {checkpoint.progress.dp_size} rank(s), this is {context.dp_size}: "
+            "the batches would be others. Start as many ranks"
+        )
+    then, now = _flat(config_to_dict(checkpoint.config)), _flat(config_to_dict(config))
+    changed = [key for key in now if now[key] != then.get(key)]
+    for key in changed:
+        if key.startswith(tuple(f"{name}." for name in MUST_BE_EQUAL)) or key in MUST_BE_EQUAL:
+            raise ValueError(
+                f"{where}: {key} was {then.get(key)!r} and is now {now[key]!r}; give it the old value, or "
+                "start another run in another out_dir"
+            )
+    if not _same_data(checkpoint.statistics, statistics):
+        raise ValueError(f"{where}: the training data are not those of the run; give it the same data.paths")
+    told = [key for key in changed if key not in MAY_DIFFER]
+    if told and context.is_main:
+        print(f"warning: resumed with other settings than before: {', '.join(told)}", file=sys.stderr)
+
+
+def _same_data(then: Statistics, now: Statistics) -> bool:
+    """Equal but for the rounding of a fit on another machine."""
+    a, b = dataclasses.asdict(then), dataclasses.asdict(now)
+    fitted = ("references", "mean_energy", "output_scale", "mean_neighbours")
+    if any(a[key] != b[key] for key in a if key not in fitted):
+        return False
+    return all(np.allclose(a[key], b[key], rtol=1e-6, atol=1e-6) for key in fitted)
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"model": {"width": 8}} to {"model.width": 8}."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
