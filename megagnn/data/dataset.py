@@ -18,7 +18,7 @@ from megagnn.data import keys
 from megagnn.data.batch import Graph, build_graph, collate
 from megagnn.data.neighbours import neighbour_list
 from megagnn.data.ragged import ragged_indices
-from megagnn.data.references import fit_references
+from megagnn.data.references import NUM_ELEMENTS, fit_references
 from megagnn.data.store import Store
 from megagnn.data.store_format import LABEL_ENERGY
 
@@ -100,12 +100,15 @@ class StructureDataset(Dataset[Graph]):
         record[keys.STRUCTURE] = index
         return record
 
-    def elements(self) -> NDArray[np.int64]:
-        """Atomic numbers that occur, ascending."""
-        seen = np.zeros(119, dtype=np.bool_)
-        for i in range(len(self)):
-            seen[self.record(i)[keys.ATOMIC_NUMBERS]] = True
-        return np.flatnonzero(seen)
+    def source_elements(self) -> tuple[NDArray[np.int64], ...]:
+        """Atomic numbers that occur in each source in this split, ascending; one array for each of `sources`."""
+        seen = np.zeros((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)
+        for k, store in enumerate(self.stores):
+            mine = self._index_in_store[self._store_of == k]
+            atoms = ragged_indices(store.arrays["offsets"], mine)
+            source = np.repeat(self._source_maps[k][store.arrays["source"][mine]], store.num_atoms[mine])
+            seen[source, store.arrays["atomic_numbers"][atoms]] = True
+        return tuple(np.flatnonzero(row) for row in seen)
 
     def batch(
         self, indices: Sequence[int] | NDArray[np.integer], dtype: torch.dtype = torch.float32
