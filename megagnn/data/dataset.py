@@ -20,7 +20,7 @@ from megagnn.data.neighbours import neighbour_list
 from megagnn.data.ragged import ragged_indices
 from megagnn.data.references import NUM_ELEMENTS, fit_references
 from megagnn.data.store import Store
-from megagnn.data.store_format import LABEL_ENERGY
+from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
 
 
 class StructureDataset(Dataset[Graph]):
@@ -109,6 +109,16 @@ class StructureDataset(Dataset[Graph]):
             source = np.repeat(self._source_maps[k][store.arrays["source"][mine]], store.num_atoms[mine])
             seen[source, store.arrays["atomic_numbers"][atoms]] = True
         return tuple(np.flatnonzero(row) for row in seen)
+
+    def num_labelled(self) -> dict[str, int]:
+        """Structures of this split that have an energy, forces, a stress."""
+        counts = {keys.ENERGY: 0, keys.FORCES: 0, keys.STRESS: 0}
+        bits = (LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS)
+        for k, store in enumerate(self.stores):
+            labels = store.arrays["labels"][self._index_in_store[self._store_of == k]]
+            for name, bit in zip(counts, bits, strict=True):
+                counts[name] += int(np.count_nonzero(labels & bit))
+        return counts
 
     def batch(
         self, indices: Sequence[int] | NDArray[np.integer], dtype: torch.dtype = torch.float32

@@ -26,13 +26,6 @@ def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
     return tensor
 
 
-def all_reduce_max(tensor: Tensor, context: ParallelContext) -> Tensor:
-    """Maximum over the ranks, in place; returns the tensor. The tensor must be contiguous."""
-    if context.dp_size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=context.dp_group)
-    return tensor
-
-
 def broadcast_object(value: Any, context: ParallelContext) -> Any:
     """Rank 0's value on every rank."""
     if context.dp_size == 1:

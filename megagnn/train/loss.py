@@ -5,6 +5,7 @@ its sum of terms divided by the *global* count, and the ranks' losses and gradie
 process.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,18 @@ def pointwise(kind: str, error: Tensor, delta: float) -> Tensor:
         return error * error
     size = error.abs()
     return torch.where(size < delta, 0.5 * error * error / delta, size - 0.5 * delta)
+
+
+def check_labels(num_labelled: Mapping[str, int], config: LossConfig) -> None:
+    """Raises ValueError if a term has a weight and the training data no label of its kind."""
+    settings = {"energy": "energy_weight", "forces": "force_weight", "stress": "stress_weight"}
+    for term, setting in settings.items():
+        weight = getattr(config, setting)
+        if weight > 0 and num_labelled[term] == 0:
+            raise ValueError(
+                f"loss.{setting} is {weight:g} but no training structure has a label '{term}'; set "
+                f"loss.{setting} = 0, or prepare the data with --{term}-key naming it"
+            )
 
 
 class Loss:

@@ -37,7 +37,7 @@ from megagnn.train.evaluate import evaluate
 from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loader import BatchLoader, open_split
-from megagnn.train.loss import Loss, label_counts
+from megagnn.train.loss import Loss, check_labels, label_counts
 from megagnn.train.monitor import Monitor
 from megagnn.train.parity import ParityPoints
 from megagnn.train.resume import check_same_run
@@ -56,6 +56,7 @@ class Trainer:
         self.out_dir = Path(config.out_dir)
         self.dtype = getattr(torch, config.train.dtype)
         train_set = open_split(config.data, config.model, "train", context)
+        check_labels(train_set.num_labelled(), config.loss)
         checkpoint = load_checkpoint(self.last_path) if resume else None
         self.statistics = self._fit_statistics(train_set, checkpoint)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)

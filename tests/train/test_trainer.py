@@ -186,6 +186,14 @@ def test_data_without_labels_of_a_kind(tmp_path: Path, missing: str) -> None:
     assert runs.train(store, tmp_path / "run", *short) == 0
 
 
+def test_a_loss_without_any_label_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    structures = [dataclasses.replace(s, forces=None) for s in runs.structures()]
+    store = runs.write_data(tmp_path / "store", structures)
+    assert runs.train(store, tmp_path / "run") == 2
+    assert "loss.force_weight is 1 but no training structure has a label 'forces'" in capsys.readouterr().err
+    assert runs.train(store, tmp_path / "run", "--loss.force_weight", "0", "--train.num_steps", "6") == 0
+
+
 def test_a_misspelt_flag(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         runs.train(store, tmp_path / "run", "--resum")
