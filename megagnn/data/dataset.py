@@ -101,7 +101,7 @@ class StructureDataset(Dataset[Graph]):
         return record
 
     def source_elements(self) -> tuple[NDArray[np.int64], ...]:
-        """Atomic numbers that occur in each source in this split, ascending; one array for each of `sources`."""
+        """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
         seen = np.zeros((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)
         for k, store in enumerate(self.stores):
             mine = self._index_in_store[self._store_of == k]
