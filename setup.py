@@ -5,7 +5,8 @@ whatever torch was built for; with 1 a failure is an error (default: where torch
 MEGAGNN_CUDA_ARCHS="80;90" gives the GPU architectures. CXX, NVCC and CUDA_HOME name the compilers.
 
 Where the extension cannot be built, the install goes through, says so in one sentence, and leaves it in
-megagnn/ops/build_note.txt, which the warning at run time repeats: pip hides what a build prints.
+megagnn/ops/build_note.txt, which the warning at run time repeats: pip hides what a build prints. An isolated
+build, which sees no torch, keeps the library of an earlier editable install if it is newer than its sources.
 """
 
 import os
@@ -38,6 +39,10 @@ CUDA_ARCHS = ("80", "90", "100")
 
 class CannotBuildError(Exception):
     """Why the extension is left out, as the end of a sentence."""
+
+
+class TorchNotSeenError(CannotBuildError):
+    """torch is not installed where the build runs, which says nothing about where the package will run."""
 
 
 def version() -> str:
@@ -120,7 +125,8 @@ class Build:
             import pybind11
             import torch
         except ImportError as error:
-            raise CannotBuildError(
+            kind = TorchNotSeenError if error.name == "torch" else CannotBuildError
+            raise kind(
                 f"{error.name} is not installed where the build runs (use --no-build-isolation)"
             ) from error
         if tuple(int(x) for x in torch.__version__.split(".")[:2]) < TORCH_TARGET:
@@ -227,11 +233,30 @@ class BuildOps(build_ext):
         except CannotBuildError as reason:
             if cuda_asked() == "1":
                 raise SystemExit(f"MEGAGNN_CUDA=1 asks for the CUDA kernels, but {reason}") from reason
+            earlier = self.earlier_library()
+            if isinstance(reason, TorchNotSeenError) and earlier:
+                shutil.copy2(earlier, target)
+                print(f"megagnn keeps the compiled kernels it has: {reason}.", flush=True)
+                return
             sentence = (
                 f"megagnn is installed without compiled kernels and will run on PyTorch alone: {reason}."
             )
             note.write_text(sentence + "\n")
             print(sentence, flush=True)
+
+    def source_library(self) -> Path:
+        """Where an editable install has the library: in the package."""
+        package = Path(self.get_finalized_command("build_py").get_package_dir("megagnn"))
+        return package / Path(self.get_ext_filename("megagnn._C")).name
+
+    def earlier_library(self) -> Path | None:
+        """The library of an earlier editable install, where this is one, too, and no source is newer."""
+        library = self.source_library()
+        if not self.editable_mode or not library.exists():
+            return None
+        sources = [ROOT / "setup.py", *(path for path in CSRC.rglob("*") if path.is_file())]
+        newest = max(path.stat().st_mtime for path in sources)
+        return library if library.stat().st_mtime >= newest else None
 
     def make(self, target: Path) -> None:
         """Builds with CUDA where that is wanted, and where it fails, without."""
@@ -250,13 +275,13 @@ class BuildOps(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         """Editable installs: takes over the library, or the note; what was there before goes."""
-        package = Path(self.get_finalized_command("build_py").get_package_dir("megagnn"))
-        for old in (package / NOTE, package / Path(self.get_ext_filename("megagnn._C")).name):
+        library = self.source_library()
+        for old in (library.parent / NOTE, library):
             old.unlink(missing_ok=True)
         super().copy_extensions_to_source()
         note = Path(self.build_lib) / "megagnn" / NOTE
         if note.exists():
-            shutil.copy(note, package / NOTE)
+            shutil.copy(note, library.parent / NOTE)
 
 
 setup(ext_modules=[Extension("megagnn._C", sources=[], optional=True)], cmdclass={"build_ext": BuildOps})

@@ -4,9 +4,15 @@
 #   source tools/setup_env.sh [test] [labels] [mpi]   then `python`, `torchrun`, `megagnn` are those of the environment
 #   bash tools/setup_env.sh [test] [labels] [mpi]     only makes it
 #
-# Uses the active virtual environment, else .venv in the repository, made with $PYTHON or the first Python >= 3.10
-# found. A torch that is already there is kept; otherwise the one of tools/constraints-cpu.txt is installed. Installs
-# again when the sources of the extension, the package's metadata, torch or the build's environment variables change.
+# Uses the active virtual or conda environment (conda's base is left alone), else .venv in the repository, made with
+# $PYTHON or the first Python >= 3.10 found. A torch that is already there is kept; otherwise the one of
+# tools/constraints-cpu.txt is installed. Installs again when the sources of the extension, the package's metadata,
+# torch or the build's environment variables change.
+
+if [ -z "${BASH_VERSION:-}" ]; then
+  echo "setup: this is for bash; in another shell run 'bash tools/setup_env.sh', then activate .venv" >&2
+  return 1 2>/dev/null || exit 1
+fi
 
 _megagnn_find_python() {
   local candidate
@@ -22,6 +28,10 @@ _megagnn_find_python() {
 
 _megagnn_activate() { # repository
   local python
+  if [ -z "${VIRTUAL_ENV:-}" ] && [ -n "${CONDA_PREFIX:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" != base ] &&
+    [ -x "$CONDA_PREFIX/bin/python" ]; then
+    VIRTUAL_ENV=$CONDA_PREFIX # for the scripts that source this one; not exported: conda does not set it
+  fi
   if [ -z "${VIRTUAL_ENV:-}" ]; then
     if ! [ -x "$1/.venv/bin/python" ]; then
       python=$(_megagnn_find_python) || return 1
@@ -44,6 +54,8 @@ from pathlib import Path
 root = Path(sys.argv[1])
 files = [root / name for name in ("setup.py", "pyproject.toml", "tools/constraints-cpu.txt", "megagnn/__init__.py")]
 files += sorted(path for path in (root / "csrc").rglob("*") if path.is_file())
+note = root / "megagnn/ops/build_note.txt"  # of another install since, whose build failed or saw no torch
+files += [note] if note.exists() else []
 digest = hashlib.sha256()
 for path in files:
     digest.update(str(path).encode() + path.read_bytes())
@@ -57,11 +69,19 @@ print(digest.hexdigest())
 PY
 }
 
+_megagnn_has_library() { # repository; its path may hold characters that a pattern would take for its own
+  local file
+  for file in "$1"/megagnn/_C.*; do
+    [ -e "$file" ] && return 0
+  done
+  return 1
+}
+
 _megagnn_current() { # repository stamp extras...: installed, built, and with all the extras?
   local root=$1 stamp=$2 extra
   shift 2
   [ -f "$stamp" ] || return 1
-  compgen -G "$root/megagnn/_C.*" >/dev/null || [ -f "$root/megagnn/ops/build_note.txt" ] || return 1
+  _megagnn_has_library "$root" || [ -f "$root/megagnn/ops/build_note.txt" ] || return 1
   [ "$(head -n 1 "$stamp")" = "$(_megagnn_fingerprint "$root")" ] || return 1
   for extra in "$@"; do
     grep -qx "$extra" "$stamp" || return 1
@@ -83,6 +103,9 @@ _megagnn_install() { # repository stamp extras...
     echo "torch==$kept" >"$constraints"
   else
     echo "setup: installing torch ($(grep '^torch' "$constraints"))"
+    if ! command -v nvidia-smi >/dev/null && [ -z "${PIP_INDEX_URL:-}${PIP_EXTRA_INDEX_URL:-}" ]; then
+      echo "setup: no GPU was found; the CPU build of torch saves gigabytes where pip would fetch another, see README, Install"
+    fi
   fi
   "${pip[@]}" -c "$constraints" torch numpy 'setuptools>=77' wheel 'pybind11>=2.12' || return 1
   echo "setup: building and installing megagnn${extras:+ with the extras $extras}"

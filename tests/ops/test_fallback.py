@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -33,8 +34,10 @@ except ValueError as error:
 """
 
 
-def run_python(code: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def run_python(code: str, **environment: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | environment
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -50,6 +53,21 @@ def test_reference_runs_and_warns_once() -> None:
     assert (
         lines[4] == "segment_sum (reference): values must have one row per entry of index, 3, got shape (2,)"
     )
+
+
+WHERE = """
+import sys, warnings
+sys.modules["megagnn._C"] = None
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import megagnn.models.layer
+print([(w.filename, w.lineno) for w in caught if "megagnn.ops" in str(w.message)])
+"""
+
+
+def test_the_first_rank_alone_warns_and_names_the_line_of_the_user() -> None:
+    assert run_python(WHERE, RANK="0") == ["[('<string>', 6)]"]
+    assert run_python(WHERE, RANK="1") == ["[]"]
 
 
 def test_back_end_is_described() -> None:

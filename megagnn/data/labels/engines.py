@@ -131,5 +131,6 @@ def require(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         raise ValueError(
-            f"labelling needs the package {package}, which is not installed; pip install 'megagnn[labels]'"
+            f"labelling needs the package {package}, which is not installed; "
+            "`source tools/setup_env.sh labels` or `pip install rdkit tblite` brings the engines"
         ) from None
