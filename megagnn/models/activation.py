@@ -2,7 +2,7 @@
 
 PyTorch's own backward of SiLU, when it must be differentiated again, falls apart into a chain of elementary
 products that
-the second backward then walks term by term: on force losses these made up half of a training step. Here the
+the second backward then walks term by term: Here the
     backward is a Function of its own, and its backward uses the closed form of the second derivative.
 """
 
