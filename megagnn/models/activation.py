@@ -1,9 +1,8 @@
 """SiLU whose first and second derivative are single expressions.
 
 PyTorch's own backward of SiLU, when it must be differentiated again, falls apart into a chain of elementary
-products that
-the second backward then walks term by term: Here the
-    backward is a Function of its own, and its backward uses the closed form of the second derivative.
+products that the second backward then walks term by term. Here the backward is a Function of its own, and its
+backward uses the closed form of the second derivative.
 """
 
 from typing import Any
