@@ -1,6 +1,4 @@
-"""The command line: `megagnn COMMAND`, or `python -m megagnn COMMAND` (under torchrun: `torchrun ... -m
-megagnn COMMAND`).
-"""
+"""The command line: `megagnn COMMAND`, or `torchrun ... -m megagnn COMMAND` for several ranks."""
 
 import argparse
 import difflib

@@ -1,5 +1,4 @@
-"""One message-passing layer of the EGNN (docs/model.md), unfused: plain PyTorch products around the segment
-sum.
+"""One message-passing layer of the EGNN (docs/model.md), unfused: PyTorch around the segment sum.
 
     m_ij = phi_e(h_i, h_j, rho(d_ij))
     x_i <- x_i + 1/A sum_j f_ij r_ij/d_ij phi_x(m_ij)

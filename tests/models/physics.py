@@ -23,6 +23,7 @@ STATISTICS = Statistics(
     elements=(1, 6, 8, 13, 29),
     sources=("molecules", "metals"),
     levels=("xtb", "emt"),
+    source_elements=((1, 6, 8, 13, 29),) * 2,
     source_levels=((0,), (1,)),
     references=((-13.0, -56.0, -110.0, -20.0, -50.0), (0.1, 0.2, 0.3, 0.4, 0.5)),
     mean_energy=(-40.0, 0.3),

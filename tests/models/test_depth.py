@@ -10,8 +10,8 @@ from megagnn.models.potential import build_potential
 from tests.models.physics import STATISTICS, model_config, rattled
 
 NUM_STEPS = 200
-# Root mean square of the node features after any layer, which begin near one: each of the 64 residual branches
-# starts at 1/sqrt(64) of a unit. Ten would mean that depth amplifies.
+# Root mean square of the node features after any layer, which begin near one: each of the 64 residual
+# branches starts at 1/sqrt(64) of a unit. Ten would mean that depth amplifies.
 ACTIVATION_BOUND = 10.0
 # Of the loss below, which is of order one.
 GRADIENT_BOUND = 10.0

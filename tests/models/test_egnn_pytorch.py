@@ -1,9 +1,8 @@
 """Parity with an EGNN written by others: the layers of the PyPI package `egnn-pytorch`, in float64.
 
 Its layer concatenates [h_i, h_j, |r|^2], has its own branch widths, x_i - x_j, sums for messages and
-coordinates, a bias in
-the last Linear of the coordinate branch, and messages of every atom to itself: all of it is configuration
-    here.
+coordinates, a bias in the last Linear of the coordinate branch, and self-edges: all of it
+is configuration here.
 """
 
 import pytest
