@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from megagnn.data import keys
 from megagnn.data.batch import Graph, build_graph, collate
@@ -21,6 +22,13 @@ from megagnn.data.ragged import ragged_indices
 from megagnn.data.references import NUM_ELEMENTS, fit_references
 from megagnn.data.store import Store
 from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
+from megagnn.data.together import check_together
+
+# Bounds the memory of statistics over all atoms of a split.
+ROWS_AT_ONCE = 65536
+
+# Counting the edges of more structures than this takes several seconds, and shows a progress bar.
+SILENT_STRUCTURES = 20_000
 
 
 class StructureDataset(Dataset[Graph]):
@@ -41,8 +49,8 @@ class StructureDataset(Dataset[Graph]):
         num_atoms, num_edges: (S,) int64 of each structure, for the sampler; edges include self edges.
 
     Raises:
-        ValueError: no path, an unknown split, a source or level outside the given numbering, or see
-        `Store.open`.
+        ValueError: no path, an unknown split, a source or level outside the given numbering, stores that must
+            not be used together (see `check_together`), or see `Store.open`.
     """
 
     def __init__(
@@ -57,6 +65,7 @@ class StructureDataset(Dataset[Graph]):
         if not paths:
             raise ValueError("a data set needs at least one store")
         self.stores = [Store.open(path) for path in paths]
+        check_together(self.stores)
         self.split, self.cutoff, self.self_edges = split, float(cutoff), self_edges
         self.sources = _merge([store.header.sources for store in self.stores], sources, "source")
         self.levels = _merge([store.header.levels for store in self.stores], levels, "level")
@@ -88,9 +97,7 @@ class StructureDataset(Dataset[Graph]):
         return {**record, **graph}
 
     def record(self, index: int) -> dict[str, Any]:
-        """One structure with its labels and no neighbour list (see `Store.structure`), numbered as this data
-        set.
-        """
+        """One structure with its labels (see `Store.structure`), numbered as this data set; no neighbours."""
         if not 0 <= index < len(self):
             raise IndexError(f"structure {index} of a data set of {len(self)}")
         k = int(self._store_of[index])
@@ -103,12 +110,28 @@ class StructureDataset(Dataset[Graph]):
     def source_elements(self) -> tuple[NDArray[np.int64], ...]:
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
         seen = np.zeros((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)
+        for k, store, rows in self._row_blocks():
+            atoms = ragged_indices(store.arrays["offsets"], rows)
+            source = self._source_maps[k][store.source[rows]]
+            seen[np.repeat(source, store.num_atoms[rows]), store.arrays["atomic_numbers"][atoms]] = True
+        return tuple(np.flatnonzero(row) for row in seen)
+
+    def force_squares(self) -> tuple[int, float]:
+        """Number of labelled force components of this split and the sum of their squares, (eV/Å)^2."""
+        count, total = 0, 0.0
+        for _, store, rows in self._row_blocks():
+            rows = rows[(store.arrays["labels"][rows] & LABEL_FORCES) > 0]
+            forces = store.arrays["forces"][ragged_indices(store.arrays["offsets"], rows)]
+            count += forces.size
+            total += float(np.square(forces, dtype=np.float64).sum())
+        return count, total
+
+    def _row_blocks(self) -> Iterator[tuple[int, Store, NDArray[np.int64]]]:
+        """Structures of this split as (number of the store, store, rows in it), ROWS_AT_ONCE at a time."""
         for k, store in enumerate(self.stores):
             mine = self._index_in_store[self._store_of == k]
-            atoms = ragged_indices(store.arrays["offsets"], mine)
-            source = np.repeat(self._source_maps[k][store.arrays["source"][mine]], store.num_atoms[mine])
-            seen[source, store.arrays["atomic_numbers"][atoms]] = True
-        return tuple(np.flatnonzero(row) for row in seen)
+            for start in range(0, len(mine), ROWS_AT_ONCE):
+                yield k, store, mine[start : start + ROWS_AT_ONCE]
 
     def num_labelled(self) -> dict[str, int]:
         """Structures of this split that have an energy, forces, a stress."""
@@ -152,7 +175,8 @@ def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:
     """(S,) edges of every structure of a store, without self edges.
 
     Counted once and kept in the store's directory where that is writable. Ranks may do this at once: each
-    writes a file of its own and renames it, and they all write the same numbers.
+    writes a file of its own and renames it, and they all write the same numbers. Many structures show a
+    progress bar.
     """
     cache = store.path / f"num_edges-{cutoff!r}.npy"
     try:
@@ -162,7 +186,10 @@ def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:
     except (OSError, ValueError, EOFError):
         pass  # not there, or cut short by a full disk: count again
     counts = np.empty(len(store), dtype=np.int64)
-    for i in range(len(store)):
+    few = len(store) <= SILENT_STRUCTURES
+    for i in tqdm(
+        range(len(store)), desc=f"counting edges of {store.path.name}", unit=" structures", disable=few
+    ):
         s = store.structure(i)
         counts[i] = neighbour_list(s[keys.POSITIONS], s[keys.CELL], s[keys.PBC], cutoff)[0].shape[1]
     _save_atomically(cache, counts)

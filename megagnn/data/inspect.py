@@ -76,9 +76,7 @@ def _rows(store: Store) -> list[tuple[str, ...]]:
 
 
 def _energy_residuals(store: Store) -> NDArray[np.float64]:
-    """(S,) energy per atom after references fitted on the training split, eV; NaN without energy or
-    references.
-    """
+    """(S,) energy per atom after references fitted on training structures, eV; NaN where there are none."""
     arrays = store.arrays
     has_energy = (arrays["labels"] & LABEL_ENERGY) > 0
     train = np.flatnonzero(has_energy & (store.split == SPLITS.index("train")))

@@ -22,11 +22,13 @@ class Structure:
         energy: total energy in eV (never per atom), or None.
         forces: (N, 3) float64, eV/Å, or None. Forces of fixed atoms are kept as the engine gave them.
         stress: (3, 3) float64, eV/Å^3, tension positive, or None.
-        group: split key. Structures of one (source, group) never land on two sides of a split: molecule,
-            slab or trajectory id.
+        group: split key: molecule, slab or trajectory id. Structures of one group never land on two sides of
+            a split, whatever their source.
         source: name of the data set the structure comes from.
         level: name of the level of theory of its labels.
         fixed: (N,) bool, atoms held fixed by the labeller, or None if none is.
+        split: index into SPLITS of the side it was on in the store it comes from, or None.
+        notes: what the reader left out or changed, in words; counted in the provenance.
     """
 
     atomic_numbers: NDArray[np.uint8]
@@ -40,6 +42,8 @@ class Structure:
     source: str = "default"
     level: str = "unknown"
     fixed: NDArray[np.bool_] | None = None
+    split: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_atoms(self) -> int:

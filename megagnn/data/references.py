@@ -37,15 +37,13 @@ def fit_references(
         (num_sources, 119) float64, eV; zero for elements a source does not hold.
 
     Raises:
-        ValueError: lengths that differ, energies that are not finite, an empty structure, or a source out of
-        range.
+        ValueError: lengths that differ, energies not finite, an empty structure, or a source out of range.
     """
     num_structures = len(offsets) - 1
     if not num_structures == len(energies) == len(sources) or offsets[-1] != len(atomic_numbers):
         raise ValueError(
             f"offsets are of {num_structures} structures and {offsets[-1]} atoms, but there are "
-            f"{len(energies)} "
-            f"energies, {len(sources)} sources and {len(atomic_numbers)} atoms"
+            f"{len(energies)} energies, {len(sources)} sources and {len(atomic_numbers)} atoms"
         )
     if not np.isfinite(energies).all():
         raise ValueError("energies must be finite to fit references; leave structures without energy out")

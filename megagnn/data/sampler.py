@@ -1,5 +1,4 @@
-"""Batches within a budget of atoms and edges, balanced over data-parallel ranks, in an order that can be
-resumed.
+"""Batches within a budget of atoms and edges, balanced over ranks, in an order that can be resumed.
 
 The plan of an epoch is a pure function of the counts, the seed and the epoch. Every rank computes the whole
 plan and takes its share, so ranks agree without talking, and a run resumes at (epoch, step) without any saved
@@ -9,7 +8,6 @@ state.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +16,7 @@ Batch = NDArray[np.int64]
 
 
 class BudgetSampler:
-    """Yields index arrays, one for each step of this rank.
+    """Plans index arrays, one for each step and rank.
 
     A step takes structures in (shuffled) order until the budget of one of its ranks would burst, gives them
     to the ranks so that their costs (edges + atoms) are even, and starts the next step. Every structure comes
@@ -57,7 +55,6 @@ class BudgetSampler:
         self.seed, self.shuffle = seed, shuffle
         self.max_structures = max_structures
         self._check()
-        self.epoch, self.start_step = 0, 0
         self._plan: tuple[int, list[list[Batch]]] | None = None
 
     def _check(self) -> None:
@@ -75,33 +72,24 @@ class BudgetSampler:
             more = f" and {len(over) - 1} more" if len(over) > 1 else ""
             raise ValueError(
                 f"structure {k}{more}: {self.num_atoms[k]} atoms and {self.num_edges[k]} edges exceed the "
-                "batch budget "
-                f"of {self.max_atoms} atoms and {self.max_edges} edges; raise the budget to at least "
-                f"{self.num_atoms.max()} atoms and {self.num_edges.max()} edges, or lower the cutoff"
+                f"batch budget of {self.max_atoms} atoms and {self.max_edges} edges; raise the budget to at "
+                f"least {self.num_atoms.max()} atoms and {self.num_edges.max()} edges, or lower the cutoff"
             )
 
-    def set_position(self, epoch: int, step: int = 0) -> None:
-        """Where the next iteration starts: exact resume.
+    def check_position(self, epoch: int, step: int) -> None:
+        """Refuse a position to resume from that this plan does not have.
 
         Raises:
-            ValueError: a step beyond the epoch's end.
+            ValueError: a negative epoch, or a step outside 0..number of steps (the end of the epoch).
         """
+        if epoch < 0:
+            raise ValueError(f"cannot start at epoch {epoch}; epochs count from 0")
         num_steps = len(self.plan(epoch))
-        if epoch < 0 or not 0 <= step <= num_steps:
+        if not 0 <= step <= num_steps:
             raise ValueError(
-                f"cannot start at epoch {epoch}, step {step}: an epoch has {num_steps} steps; was the run "
-                "started "
-                "with another data set, budget or number of ranks?"
+                f"cannot start at epoch {epoch}, step {step}: the epoch has {num_steps} steps; was the run "
+                "started with other data, another budget or another number of ranks?"
             )
-        self.epoch, self.start_step = epoch, step
-
-    def __len__(self) -> int:
-        """Steps left in the current epoch."""
-        return len(self.plan(self.epoch)) - self.start_step
-
-    def __iter__(self) -> Iterator[Batch]:
-        """This rank's batches of the current epoch, from the step set by `set_position`."""
-        yield from self.batches(self.epoch)[self.start_step :]
 
     def batches(self, epoch: int) -> list[Batch]:
         """This rank's batches of a whole epoch; the same number on every rank."""
@@ -170,6 +158,5 @@ class BudgetSampler:
             heapq.heappush(heap, (load + int(cost[k]), rank))
             for entry in full:
                 heapq.heappush(heap, entry)
-        # Within a batch the drawn order is kept: it costs nothing and keeps evaluation in the order of the
-        # data.
+        # Within a batch the drawn order is kept: it costs nothing and keeps evaluation in the data's order.
         return [chosen[np.sort(np.array(rank, dtype=np.int64))] for rank in ranks]

@@ -7,6 +7,7 @@ None in Python.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megagnn.data import keys
 from megagnn.data.split import SPLITS
 from megagnn.data.store_format import (
     ARRAYS,
+    GROUPS_FILE,
     LABEL_ENERGY,
     LABEL_FORCES,
     LABEL_STRESS,
@@ -112,14 +114,38 @@ class Store:
             record[keys.STRESS] = arrays["stress"][index]
         return record
 
+    def group_names(self) -> list[str] | None:
+        """Names of the groups, indexed by `group`; None for a store made before names were stored.
+
+        Raises:
+            ValueError: a missing or damaged file of names.
+        """
+        if GROUPS_FILE not in self.header.sha256:
+            return None
+        file = self.path / GROUPS_FILE
+        try:
+            names = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{file} is missing or damaged ({error}); prepare or unpack the store again"
+            ) from error
+        if not isinstance(names, list) or len(names) <= self.group.max():
+            raise ValueError(f"{file} does not name every group of the store; prepare or unpack it again")
+        return names
+
     def verify(self) -> None:
-        """Compare every array with its checksum.
+        """Compare every array, and the names of groups, with their checksums.
 
         Raises:
             ValueError: naming the first file that differs.
         """
-        for name in ARRAYS:
-            file = self.path / f"{name}.npy"
+        if GROUPS_FILE in self.header.sha256:
+            self.group_names()
+        for name in (
+            *(f"{name}.npy" for name in ARRAYS),
+            *([GROUPS_FILE] * (GROUPS_FILE in self.header.sha256)),
+        ):
+            file = self.path / name
             if sha256_of(file) != self.header.sha256.get(file.name):
                 raise ValueError(
                     f"{file} does not match its checksum: the store is damaged; prepare or unpack it again"

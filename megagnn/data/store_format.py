@@ -11,6 +11,9 @@ from typing import Any
 FORMAT = "megagnn-store"
 VERSION = 1
 HEADER_FILE = "header.json"
+GROUPS_FILE = "groups.json"
+"""Names of groups, a list indexed by the array `group`; there if the header holds its checksum (older stores
+lack it)."""
 UNITS = {"length": "Å", "energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3, tension positive"}
 
 # Array -> (dtype, trailing shape, what its first axis counts).
@@ -44,7 +47,7 @@ class StoreHeader:
         num_structures, num_atoms: totals.
         split: how the split was made, free form.
         provenance: for each source, free form: engine, version, method, seed, num_rejected, rejection_rate...
-        sha256: checksum of each array file.
+        sha256: checksum of each array file, and of the names of groups where they are stored.
     """
 
     sources: tuple[str, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,6 +17,7 @@ from megagnn.data.record import Structure
 from megagnn.data.split import SPLITS
 from megagnn.data.store_format import (
     ARRAYS,
+    GROUPS_FILE,
     HEADER_FILE,
     LABEL_ENERGY,
     LABEL_FORCES,
@@ -56,8 +58,7 @@ def write_store(
 
     Raises:
         ValueError: path exists, no structure, a structure no store can hold, splits of the wrong length or
-        value,
-            or a split that holds one group on two sides.
+            value, or one group on two sides of the split.
     """
     target = Path(path)
     check_target(target, overwrite)
@@ -114,7 +115,7 @@ class _Writer:
         self.files: dict[str, BinaryIO] = {}
         self.sources: dict[str, int] = {}
         self.levels: dict[str, int] = {}
-        self.group_ids: dict[tuple[str, str], int] = {}
+        self.group_ids: dict[str, int] = {}
         self.groups: list[str] = []
         self.group_sources: list[str] = []
         self.num_atoms = 0
@@ -149,7 +150,7 @@ class _Writer:
             "stress": np.full((3, 3), np.nan) if s.stress is None else s.stress,
             "source": _index(self.sources, s.source, "sources"),
             "level": _index(self.levels, s.level, "levels of theory"),
-            "group": self.group_ids.setdefault((s.source, s.group), len(self.group_ids)),
+            "group": self.group_ids.setdefault(s.group, len(self.group_ids)),
             "labels": labels | LABEL_STRESS * (s.stress is not None),
         }
         for name, value in row.items():
@@ -181,6 +182,11 @@ class _Writer:
             _write_npy_header(file, name, header.array_shape(name))
             file.close()
             header.sha256[f"{name}.npy"] = sha256_of(self.directory / f"{name}.npy")
+        names = self.directory / GROUPS_FILE
+        names.write_text(
+            json.dumps(list(self.group_ids), ensure_ascii=False, indent=0) + "\n", encoding="utf-8"
+        )
+        header.sha256[GROUPS_FILE] = sha256_of(names)
         return header
 
     def _append(self, name: str, value: Any) -> None:
@@ -195,18 +201,16 @@ class _Writer:
             raise ValueError(
                 f"splits must be 0, 1 or 2 ({', '.join(SPLITS)}), got {splits.min()} to {splits.max()}"
             )
-        group_of = np.array(
-            [self.group_ids[key] for key in zip(self.group_sources, self.groups, strict=True)]
-        )
+        group_of = np.array([self.group_ids[group] for group in self.groups])
         first = np.zeros(len(self.group_ids), dtype=np.int64)
         first[group_of[::-1]] = splits[::-1]
         leaking = np.flatnonzero(first[group_of] != splits)
         if len(leaking):
             k = int(leaking[0])
             raise ValueError(
-                f"group {self.groups[k]!r} of source {self.group_sources[k]!r} lies on two sides of the "
-                "split; keep "
-                "groups whole (split_groups), or name the groups apart if they are unrelated"
+                f"group {self.groups[k]!r}, met in source {self.group_sources[k]!r}, lies on two sides of "
+                "the split; keep groups whole (split_groups, --seed), or name the groups apart if they are "
+                "unrelated"
             )
         return splits
 

@@ -1,5 +1,7 @@
-"""Rules every structure must meet before it enters a store. A broken label found here costs a message; found
-in training it costs a run."""
+"""Rules every structure must meet before it enters a store.
+
+A broken label found here costs a message; found in training it costs a run.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,7 @@ class Rules:
     """Limits that depend on the data.
 
     Attributes:
-        min_distance: Å, smallest distance allowed between two atoms, periodic images included; 0 skips the
-            check.
+        min_distance: Å, smallest distance allowed between two atoms, images included; 0 skips the check.
         max_force: eV/Å, largest force on one atom allowed.
     """
 
@@ -67,8 +68,7 @@ def check_structure(structure: Structure, rules: Rules = FORMAL_RULES, where: st
             raise StructureError(
                 "max_force",
                 f"{where}: the largest force is {largest:.4g} eV/Å, above the limit of {rules.max_force:g} "
-                "eV/Å; "
-                "check units and convergence, leave it out, or raise the limit (max_force)",
+                "eV/Å; check units and convergence, leave it out, or raise the limit (max_force)",
             )
 
 
@@ -96,8 +96,7 @@ def _check_atoms(s: Structure, where: str) -> None:
         raise StructureError(
             "element",
             f"{where}: unknown element with atomic number {int(unknown[0])}; known are 1 to "
-            f"{MAX_ATOMIC_NUMBER} "
-            "(dummy atoms must be removed)",
+            f"{MAX_ATOMIC_NUMBER} (dummy atoms must be removed)",
         )
     if not np.isfinite(s.positions).all():
         raise StructureError(
@@ -113,8 +112,7 @@ def _check_labels(s: Structure, where: str) -> None:
             raise StructureError(
                 "finite_labels",
                 f"{where}: {name} holds NaN or infinity; leave the frame out, or leave the label out if the "
-                "engine "
-                "did not compute it",
+                "engine did not compute it",
             )
 
 
@@ -123,8 +121,12 @@ def _check_lattice(s: Structure, where: str) -> None:
         periodic_cell(np.asarray(s.cell, dtype=np.float64), np.asarray(s.pbc, dtype=bool))
     except ValueError as error:
         raise StructureError("lattice", f"{where}: {error}") from error
-    if s.stress is not None and abs(np.linalg.det(s.cell)) < 1e-6:
-        raise StructureError("lattice", f"{where}: has a stress but no cell volume; leave the stress out")
+    if s.stress is not None and not np.all(s.pbc):
+        raise StructureError(
+            "lattice",
+            f"{where}: has a stress but is not periodic in three directions, so no cell volume it could be "
+            "per; leave the stress out",
+        )
 
 
 def _check_distances(s: Structure, min_distance: float, where: str) -> None:
@@ -137,6 +139,5 @@ def _check_distances(s: Structure, min_distance: float, where: str) -> None:
     raise StructureError(
         "min_distance",
         f"{where}: atoms {i[k]} and {j[k]} overlap: {distances[k]:.4f} Å apart (periodic images counted), "
-        "the limit "
-        f"is {min_distance:g} Å; leave the frame out, or lower the limit (min_distance)",
+        f"the limit is {min_distance:g} Å; leave the frame out, or lower the limit (min_distance)",
     )

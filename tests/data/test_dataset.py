@@ -1,6 +1,7 @@
 """The data set over stores: merged tables, labels, edge counts and their cache."""
 
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from megagnn.data import dataset as dataset_module
 from megagnn.data import keys
 from megagnn.data.batch import collate
 from megagnn.data.dataset import StructureDataset, cached_num_edges
 from megagnn.data.ragged import ragged_indices
 from megagnn.data.sampler import BudgetSampler
-from megagnn.data.store import Store
+from megagnn.data.store import Store, write_store
 
 
 @pytest.fixture
@@ -118,12 +120,71 @@ def test_references_are_fitted_on_energies_of_the_split(structures, make_store):
 def test_with_loader_workers_and_sampler(paths):
     data = StructureDataset(paths, "train", 3.0)
     sampler = BudgetSampler(data.num_atoms, data.num_edges, max_atoms=60, max_edges=2000)
-    loader = DataLoader(data, batch_sampler=sampler, collate_fn=collate, num_workers=1)
+    plan = sampler.batches(0)
+    loader = DataLoader(data, batch_sampler=[b.tolist() for b in plan], collate_fn=collate, num_workers=1)
     batches = list(loader)
-    assert len(batches) == len(sampler)
+    assert len(batches) == len(plan)
     seen = torch.cat([batch[keys.STRUCTURE] for batch in batches])
     assert sorted(seen.tolist()) == list(range(len(data)))
     assert max(len(batch[keys.ATOMIC_NUMBERS]) for batch in batches) <= 60
+
+
+def test_elements_and_squares_of_forces(structures, paths):
+    for split in ("train", "all"):
+        data = StructureDataset(paths, split, 3.0)
+        records = [data.record(i) for i in range(len(data))]
+        for source, found in enumerate(data.source_elements()):
+            mine = [r[keys.ATOMIC_NUMBERS] for r in records if r[keys.SOURCE] == source]
+            assert found.tolist() == np.unique(np.concatenate(mine)).tolist()
+        forces = np.concatenate([r[keys.FORCES].ravel() for r in records if keys.FORCES in r]).astype(float)
+        assert data.force_squares() == (forces.size, pytest.approx(np.square(forces).sum(), rel=1e-12))
+
+
+def test_statistics_do_not_depend_on_the_block(paths, monkeypatch):
+    data = StructureDataset(paths, "train", 3.0)
+    whole = [e.tolist() for e in data.source_elements()], data.force_squares()
+    monkeypatch.setattr(dataset_module, "ROWS_AT_ONCE", 7)
+    assert [e.tolist() for e in data.source_elements()] == whole[0]
+    assert data.force_squares() == (whole[1][0], pytest.approx(whole[1][1], rel=1e-12))
+
+
+def test_counting_many_edges_shows_its_progress(structures, make_store, monkeypatch, capfd):
+    store = Store.open(make_store(structures))
+    cached_num_edges(store, 2.0)
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(dataset_module, "SILENT_STRUCTURES", 50)
+    cached_num_edges(store, 3.0)
+    assert "counting edges of store: 100%" in capfd.readouterr().err
+
+
+def test_one_store_is_given_once(paths, tmp_path):
+    with pytest.raises(ValueError, match="are the same store; give it once"):
+        StructureDataset([paths[0], paths[0].parent / "." / "one"], "train", 3.0)
+    shutil.copytree(paths[0], tmp_path / "copy")
+    with pytest.raises(ValueError, match="are the same store; give it once"):
+        StructureDataset([paths[0], tmp_path / "copy"], "train", 3.0)
+
+
+def test_a_group_lies_on_one_side_in_all_stores(structures, paths, tmp_path):
+    moved = [replace(s, energy=-1.0, forces=None) for s in structures if s.source == "A"]
+    held = Store.open(paths[0]).split[:40]
+    write_store(tmp_path / "same", moved, splits=held)  # other labels of the same molecules: welcome
+    StructureDataset([paths[0], tmp_path / "same"], "train", 3.0)
+    write_store(tmp_path / "leaky", moved, splits=np.where(held == 2, 0, 2))
+    with pytest.raises(ValueError, match=r"group 'm\d+' is (train|test|valid) in .*Prepare them together"):
+        StructureDataset([paths[0], tmp_path / "leaky"], "train", 3.0)
+
+
+def test_a_published_test_set_may_be_kin_to_its_own_training_set_only(structures, tmp_path):
+    train, test = structures[0], replace(structures[1], group="test file: m0")
+    write_store(tmp_path / "published", [train, test], splits=np.array([0, 2]))
+    other = replace(structures[0], energy=0.0)
+    for name, group, split in (("a", "m0", 0), ("b", "m0", 2), ("c", "test file: m0", 2)):
+        write_store(tmp_path / name, [replace(other, group=group)], splits=np.array([split]))
+    StructureDataset([tmp_path / "published", tmp_path / "a"], "all", 3.0)
+    for name in "bc":
+        with pytest.raises(ValueError, match=r"group 'm0' is train in .*published and test in"):
+            StructureDataset([tmp_path / "published", tmp_path / name], "all", 3.0)
 
 
 def test_refuses(paths):

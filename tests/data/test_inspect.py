@@ -39,6 +39,7 @@ def test_several_sources_with_missing_labels(structures, make_store):
 
 
 def test_source_without_training_structures(structures, tmp_path):
+    structures = [replace(s, group=f"{s.source} {s.group}") for s in structures]
     splits = np.array([2 if s.source == "B" else 0 for s in structures])
     write_store(tmp_path / "s", structures, splits=splits)
     (row,) = [r for r in describe(Store.open(tmp_path / "s")).splitlines() if r.split()[:2] == ["B", "test"]]

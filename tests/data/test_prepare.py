@@ -125,9 +125,65 @@ def test_named_sources(data):
     store = Store.open(data / "out")
     assert store.header.sources == ("A", "B")
     assert {int(store.source[i]) for i in store.indices("test")} == {0, 1}
-    assert (store.source[store.indices("test")] == 1).sum() == 3
+    of_b = store.source[120:] == 1
+    assert of_b.all()
+    assert store.split[-3:].tolist() == [2, 2, 2]
+    # Groups that A holds out are held out of B, too, though B has a test file; H2O is its publisher's choice.
+    assert not formulas(store, "test") & formulas(store, "train") - {(1, 1, 8)}
     with pytest.raises(ValueError, match=r"test file .* needs the name of its source, one of A"):
         run(f"A={data / 'all.xyz'}", "--test", f"C={data / 'held.xyz'}", "--out", data / "out2")
+
+
+def test_equal_groups_in_two_sources_lie_on_one_side(data):
+    ase.io.write(data / "other.xyz", [frame(f, 7 + k) for k, f in enumerate(FORMULAS)], format="extxyz")
+    run(f"A={data / 'all.xyz'}", f"B={data / 'other.xyz'}", "--out", data / "out")
+    store = Store.open(data / "out")
+    sides = [formulas(store, split) for split in ("train", "valid", "test")]
+    assert len(set.union(*sides)) == sum(map(len, sides))
+    for split in ("train", "valid", "test"):
+        assert set(store.source[store.indices(split)].tolist()) == {0, 1}
+
+
+def test_a_test_file_of_one_source_is_held_out_of_the_other(data):
+    ase.io.write(data / "b.xyz", [frame(f, 7) for f in FORMULAS if f != "H2O"], format="extxyz")
+    ase.io.write(data / "held.xyz", [frame("H2O", k) for k in range(3)], format="extxyz")
+    run(
+        f"A={data / 'all.xyz'}",
+        f"B={data / 'b.xyz'}",
+        "--test",
+        f"B={data / 'held.xyz'}",
+        "--out",
+        data / "out",
+    )
+    assert (1, 1, 8) not in formulas(Store.open(data / "out"), "train")
+
+
+def test_files_without_a_name_are_one_source(data, capsys):
+    ase.io.write(data / "more.xyz", [frame(f, 5) for f in FORMULAS], format="extxyz")
+    run(data / "all.xyz", data / "more.xyz", "--out", data / "mine")
+    store = Store.open(data / "mine")
+    assert store.header.sources == ("mine",)
+    assert "note: 2 files make one source, 'mine'; NAME=FILE" in capsys.readouterr().err
+    run(f"A={data / 'all.xyz'}", data / "more.xyz", "--out", data / "two")
+    assert Store.open(data / "two").header.sources == ("A", "more")
+
+
+def test_missing_labels_are_told(data, capsys):
+    frames = [frame(f, k) for k, f in enumerate(FORMULAS)]
+    del frames[3].calc.results["forces"]
+    del frames[5].calc.results["energy"]
+    frames[7].pbc, frames[7].cell = (True, True, False), 20 * np.eye(3)
+    labels = {**frames[7].calc.results, "stress": np.zeros(6)}
+    frames[7].calc = SinglePointCalculator(frames[7], **labels)
+    ase.io.write(data / "gaps.traj", frames)
+    run(data / "gaps.traj", "--out", data / "out")
+    printed = capsys.readouterr().out
+    assert "gaps: 1 of 12 structures have no energy" in printed
+    assert "gaps: 1 of 12 structures have no forces" in printed
+    assert "gaps: 1 structures: stress left out: not periodic in three directions" in printed
+    provenance = Store.open(data / "out").header.provenance["gaps"]
+    assert provenance["num_without"] == {"energy": 1, "forces": 1}
+    assert provenance["notes"] == {"stress left out: not periodic in three directions": 1}
 
 
 def test_same_file_twice(data):
@@ -228,6 +284,88 @@ def test_a_store_can_be_split_anew_and_keeps_its_origin(data):
     assert [len(new.indices(s)) for s in ("train", "valid", "test")] == [60, 30, 30]
     assert not formulas(new, "train") & formulas(new, "test")
     assert new.header.provenance["mols"]["files"][0]["origin"] == old.header.provenance["mols"]
+
+
+@pytest.fixture
+def two_stores(data):
+    """Stores of one and of two sources, split by a seed that is not the default."""
+    run(data / "all.xyz", "--out", data / "one", "--source", "mols", "--seed", "5")
+    ase.io.write(data / "rest.xyz", [frame(f, 7) for f in ("C3H8", "SO2", "H2S", "SiH4")], format="extxyz")
+    run(f"other={data / 'rest.xyz'}", "--out", data / "two", "--seed", "5")
+    pack_store(data / "two", data / "two.tar.xz")
+    return data
+
+
+@pytest.mark.parametrize("extra", [[], ["--level", "PBE"], ["--max-force", "50"], ["--on-bad", "skip"]])
+def test_stores_keep_their_split(two_stores, extra):
+    run(two_stores / "one", "--out", two_stores / "again", *extra)
+    run(two_stores / "one", two_stores / "two.tar.xz", "--out", two_stores / "both", *extra)
+    one, two = Store.open(two_stores / "one"), Store.open(two_stores / "two")
+    again, both = Store.open(two_stores / "again"), Store.open(two_stores / "both")
+    assert np.array_equal(again.split, one.split)
+    assert np.array_equal(both.split, np.concatenate([one.split, two.split]))
+    assert again.group_names() == one.group_names()
+    assert both.header.split["kept"]["one"] == one.header.split
+    for explicit in (["--seed", "0"], ["--split", "0.5,0.25,0.25"], ["--group-by", "formula"]):
+        run(two_stores / "one", "--out", two_stores / "anew", "--overwrite", *explicit)
+        assert not np.array_equal(Store.open(two_stores / "anew").split, one.split)
+
+
+def test_stores_that_split_a_group_differently_tell_the_way_out(two_stores):
+    run(f"B={two_stores / 'all.xyz'}", "--out", two_stores / "three", "--seed", "1")
+    with pytest.raises(ValueError, match=r"lies on two sides of the split.*--seed"):
+        run(two_stores / "one", two_stores / "three", "--out", two_stores / "out")
+    run(two_stores / "one", two_stores / "three", "--out", two_stores / "out", "--seed", "1")
+    store = Store.open(two_stores / "out")
+    assert not formulas(store, "train") & formulas(store, "test")
+
+
+def test_files_beside_a_store_follow_its_groups(two_stores):
+    ase.io.write(two_stores / "new.xyz", [frame(f, 9) for f in FORMULAS], format="extxyz")
+    run(two_stores / "one", two_stores / "new.xyz", "--out", two_stores / "out")
+    one, out = Store.open(two_stores / "one"), Store.open(two_stores / "out")
+    assert np.array_equal(out.split[:120], one.split)
+    assert not formulas(out, "train") & formulas(out, "test")
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--max-force", "1e-3"], r"two.tar.xz, frame 0: the largest force"),
+        (["--min-distance", "9"], "limit is 9 Å"),
+        (
+            ["--energy-key", "E"],
+            "two.tar.xz is a store, whose labels have no names of their own; leave --energy-key",
+        ),
+        (["--format", "ase"], "cannot read"),
+        (["--group-by", "info:run"], "has no key 'run' to group by"),
+    ],
+)
+def test_an_archive_heeds_every_option(two_stores, extra, message):
+    with pytest.raises(ValueError, match=message):
+        run(two_stores / "two.tar.xz", "--out", two_stores / "out", *extra)
+    assert not (two_stores / "out").exists()
+
+
+def test_an_archive_heeds_the_seed(two_stores):
+    run(two_stores / "two.tar.xz", "--out", two_stores / "out", "--seed", "1")
+    assert Store.open(two_stores / "out").header.split["seed"] == 1
+
+
+def test_a_store_without_names_is_read_and_warned_of(two_stores, capsys):
+    run(two_stores / "one", two_stores / "two", "--out", two_stores / "both")
+    header = json.loads((two_stores / "both" / "header.json").read_text())
+    del header["sha256"]["groups.json"]
+    (two_stores / "both" / "header.json").write_text(json.dumps(header))
+    (two_stores / "both" / "groups.json").unlink()
+    pack_store(two_stores / "both", two_stores / "old.tar.xz")
+    run(two_stores / "old.tar.xz", "--out", two_stores / "back")
+    assert Store.open(two_stores / "back").group_names() is None
+    assert capsys.readouterr().err == ""
+    run(two_stores / "old.tar.xz", "--out", two_stores / "anew", "--seed", "1")
+    assert "made before names of groups were stored" in capsys.readouterr().err
+    back, anew = Store.open(two_stores / "back"), Store.open(two_stores / "anew")
+    assert len(np.unique(back.group)) == len(np.unique(anew.group))
 
 
 def test_header_is_plain_json_with_units(data):

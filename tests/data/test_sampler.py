@@ -92,12 +92,11 @@ def test_resume_is_exact(dp_size):
     whole = [batch for epoch in range(3) for batch in make().batches(epoch)]
     steps = len(make().batches(0))
     resumed = make()
-    resumed.set_position(0, 4)
-    assert len(resumed) == steps - 4
-    got = list(resumed)
+    resumed.check_position(0, 4)
+    got = resumed.batches(0)[4:]
+    assert len(got) == steps - 4
     for epoch in (1, 2):
-        resumed.set_position(epoch)
-        got += list(resumed)
+        got += resumed.batches(epoch)
     assert all(np.array_equal(a, b) for a, b in zip(whole[4:], got, strict=True))
 
 
@@ -153,7 +152,10 @@ def test_refuses_arguments(options, message):
 
 def test_refuses_a_position_beyond_the_epoch():
     sampler = BudgetSampler(np.ones(3, int), np.ones(3, int), max_atoms=1, max_edges=9)
-    sampler.set_position(0, 3)
-    assert list(sampler) == []
-    with pytest.raises(ValueError, match="an epoch has 3 steps"):
-        sampler.set_position(0, 4)
+    sampler.check_position(0, 0)
+    sampler.check_position(2, 3)
+    for step in (4, -1):
+        with pytest.raises(ValueError, match="the epoch has 3 steps; was the run started with other data"):
+            sampler.check_position(0, step)
+    with pytest.raises(ValueError, match="epochs count from 0"):
+        sampler.check_position(-1, 0)

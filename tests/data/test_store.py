@@ -49,7 +49,7 @@ def test_splits_and_groups(structures, make_store):
     for group in np.unique(store.group):
         members = np.flatnonzero(store.group == group)
         assert len(np.unique(store.split[members])) == 1
-        assert len({(structures[m].source, structures[m].group) for m in members}) == 1
+        assert {structures[m].group for m in members} == {store.group_names()[group]}
     with pytest.raises(ValueError, match="unknown split 'dev'; known are train, valid, test"):
         store.indices("dev")
 
@@ -106,7 +106,7 @@ def test_nothing_remains_after_an_error(tmp_path, structures, missing):
             structures,
             np.arange(len(structures)) % 2,
             ValueError,
-            "group 'm0' of source 'A' lies on two sides",
+            "group 'm0', met in source 'A', lies on two sides",
         ),
     }
     given, chosen, kind, message = cases[missing]
@@ -197,6 +197,17 @@ class TestDamage:
         store = Store.open(path)
         with pytest.raises(ValueError, match=r"forces.npy does not match its checksum"):
             store.verify()
+
+    @pytest.mark.parametrize("damage", ["missing", "truncated", "too short"])
+    def test_damaged_names_of_groups(self, path, damage):
+        file = path / "groups.json"
+        if damage == "missing":
+            file.unlink()
+        else:
+            file.write_text({"truncated": file.read_text()[:-4], "too short": '["m0"]'}[damage])
+        for use in (Store.open(path).verify, Store.open(path).group_names):
+            with pytest.raises(ValueError, match=r"groups.json (is missing or damaged|does not name every)"):
+                use()
 
     def test_sound_store_passes(self, path):
         Store.open(path).verify()

@@ -13,7 +13,7 @@ from ase.constraints import FixAtoms, FixCartesian
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
-from megagnn.data.formats.options import ReadOptions, group_name
+from megagnn.data.formats.options import ReadOptions, group_name, usable_stress
 from megagnn.data.record import Structure
 
 
@@ -22,17 +22,20 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
 
     Labels are what ASE holds as results: energy (total, eV; never the free energy), forces (eV/Å) as the
     engine gave them (ASE's `get_forces` would zero those of fixed atoms), stress (eV/Å^3, tension positive)
-    where the structure is periodic. Keys of one's own, such as REF_energy, are looked up in `atoms.info` and
-    `atoms.arrays`.
+    where the structure is periodic in three directions. Keys of one's own, such as REF_energy, are looked up
+    in `atoms.info` and `atoms.arrays`.
 
     Raises:
-        ValueError: a file ASE cannot read, or a first frame without labels, naming the keys that are there.
+        ValueError: a file ASE cannot read, a first frame without labels, naming the keys that are there, or
+            labels of which some are named by a key and others are not (see `ReadOptions.check_label_keys`).
     """
     frames = _frames(path)
     for index, atoms in enumerate(frames):
         structure = structure_from_atoms(atoms, options, path, index)
         if index == 0:
             _check_labels(structure, atoms, options, path)
+        usual = [name for name in options.label_keys if name in _results(atoms)]
+        options.check_label_keys(usual, f"{path}, frame {index}")
         yield structure
 
 
@@ -50,6 +53,7 @@ def structure_from_atoms(
     forces = _label(atoms, options.forces_key, "forces")
     stress = _label(atoms, options.stress_key, "stress")
     try:
+        stress, notes = usable_stress(None if stress is None else _full_stress(stress), periodic)
         return Structure(
             atomic_numbers=np.asarray(atoms.numbers).astype(np.uint8),
             positions=np.asarray(atoms.positions, dtype=np.float64),
@@ -57,13 +61,14 @@ def structure_from_atoms(
             pbc=periodic,
             energy=None if energy is None else float(np.asarray(energy, dtype=np.float64).reshape(())),
             forces=None if forces is None else np.asarray(forces, dtype=np.float64),
-            stress=None if stress is None or not np.linalg.det(cell) else _full_stress(stress),
+            stress=stress,
             group=group_name(
                 options.group_by, path=path, frame=frame, numbers=atoms.numbers, info=atoms.info
             ),
             source=options.source_name(path),
             level=options.level or "unknown",
             fixed=fixed_atoms(atoms),
+            notes=notes,
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}, frame {frame}: {error}") from error
@@ -96,9 +101,13 @@ def _frames(path: Path) -> Iterator[ase.Atoms]:
         ) from error
 
 
+def _results(atoms: ase.Atoms) -> dict[str, Any]:
+    return atoms.calc.results if atoms.calc is not None else {}
+
+
 def _label(atoms: ase.Atoms, key: str | None, name: str) -> Any:
     """A label by its key, or by the usual name among ASE's results."""
-    results = atoms.calc.results if atoms.calc is not None else {}
+    results = _results(atoms)
     places: list[Any] = [results] if key is None else [atoms.info, atoms.arrays, results]
     for place in places:
         if (key or name) in place:
@@ -117,15 +126,14 @@ def _full_stress(stress: Any) -> NDArray[np.float64]:
 
 def _check_labels(structure: Structure, atoms: ase.Atoms, options: ReadOptions, path: Path) -> None:
     """Refuse a file whose first frame lacks what was asked for by name, or has nothing to learn from."""
-    results = atoms.calc.results if atoms.calc is not None else {}
+    results = _results(atoms)
     there = (
         f"info: {', '.join(atoms.info) or 'none'}; arrays: "
         f"{', '.join(k for k in atoms.arrays if k not in ('numbers', 'positions')) or 'none'}; "
         f"results: {', '.join(results) or 'none'}"
     )
-    asked = {"energy": options.energy_key, "forces": options.forces_key, "stress": options.stress_key}
-    for name, key in asked.items():
-        if key is not None and _label(atoms, key, name) is None:
+    for name, key in options.label_keys.items():
+        if key not in (None, "none") and _label(atoms, key, name) is None:
             raise ValueError(f"{path}: there is no {name} key {key!r}; the first frame has {there}")
     if structure.energy is None and structure.forces is None:
         raise ValueError(

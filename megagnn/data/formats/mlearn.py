@@ -24,7 +24,7 @@ import numpy as np
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
 
-from megagnn.data.formats.options import ReadOptions, group_name
+from megagnn.data.formats.options import ReadOptions, empirical_formula, group_name
 from megagnn.data.record import Structure
 
 
@@ -43,12 +43,12 @@ def is_mlearn(path: Path) -> bool:
 def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
     """Yield the structures of a file: total energies in eV, forces in eV/Å.
 
-    With group_by "auto" the group is the trajectory a snapshot comes from (kind of run and temperature, by
-    its description), the surface, or all strained cells together (strains along x, y and z are one by
-    symmetry).
+    With group_by "auto" the group is the composition with the trajectory a snapshot comes from (kind of run
+    and temperature, by its description), the surface, or all strained cells together (strains along x, y and
+    z are one by symmetry).
 
     Raises:
-        ValueError: a file that is not such a list, naming the entry.
+        ValueError: a file that is not such a list, naming the entry, or see `ReadOptions.check_label_keys`.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
@@ -80,8 +80,10 @@ def _structure(entry: dict[str, Any], options: ReadOptions, path: Path, frame: i
     cell = np.array(crystal["lattice"]["matrix"], dtype=np.float64)
     numbers = np.array([_atomic_number(site, path, frame) for site in crystal["sites"]], dtype=np.uint8)
     fractional = np.array([site["abc"] for site in crystal["sites"]], dtype=np.float64).reshape(-1, 3)
+    options.check_label_keys([k for k in ("energy", "forces") if k in outputs], f"{path}, frame {frame}")
     energy = outputs.get(options.energy_key or "energy")
     forces = outputs.get(options.forces_key or "forces")
+    kind = f"{empirical_formula(numbers)}, {trajectory_of(entry)}"
     return Structure(
         atomic_numbers=numbers,
         positions=_positions(crystal["sites"], fractional @ cell),
@@ -89,9 +91,7 @@ def _structure(entry: dict[str, Any], options: ReadOptions, path: Path, frame: i
         pbc=np.ones(3, dtype=bool),
         energy=None if energy is None else float(energy),
         forces=None if forces is None else np.array(forces, dtype=np.float64).reshape(-1, 3),
-        group=group_name(
-            options.group_by, path=path, frame=frame, numbers=numbers, info=entry, auto=trajectory_of(entry)
-        ),
+        group=group_name(options.group_by, path=path, frame=frame, numbers=numbers, info=entry, auto=kind),
         source=options.source_name(path),
         level=options.level or "PBE",
     )

@@ -9,20 +9,19 @@ import tarfile
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from megagnn.data import keys
-from megagnn.data.formats.options import ReadOptions, group_name
+from megagnn.data.formats.options import ReadOptions, group_name, usable_stress
 from megagnn.data.record import Structure
 from megagnn.data.store import Store
-from megagnn.data.store_format import ARRAYS, HEADER_FILE, StoreHeader
+from megagnn.data.store_format import ARRAYS, GROUPS_FILE, HEADER_FILE, StoreHeader
 from megagnn.data.store_writer import check_target, move_into_place
 
 ARCHIVE_SUFFIX = ".tar.xz"
 MEMBERS = (HEADER_FILE, *(f"{name}.npy" for name in sorted(ARRAYS)))
-"""The files of an archive, in order, all at its top level."""
+"""The files of an archive, in order, all at its top level; then GROUPS_FILE where the store has it."""
 
 
 def is_store(path: Path) -> bool:
@@ -31,13 +30,19 @@ def is_store(path: Path) -> bool:
 
 
 def read_store(path: Path, options: ReadOptions) -> Iterator[Structure]:
-    """Yield the structures of a store or its archive with their own sources, levels and groups.
+    """Yield the structures of a store or its archive with their own sources, levels, groups and splits.
 
-    Options of source and level replace the store's own where given; keys of labels do not apply.
+    Options of source and level replace the store's own where given.
 
     Raises:
-        ValueError: see `Store.open`, `Store.verify`, `unpack_store`.
+        ValueError: keys of labels, which a store does not have; see `Store.open`, `Store.verify`,
+            `unpack_store`.
     """
+    given = [f"--{name}-key" for name, key in options.label_keys.items() if key is not None]
+    if given:
+        raise ValueError(
+            f"{path} is a store, whose labels have no names of their own; leave {', '.join(given)} out"
+        )
     if path.is_dir():
         yield from _read_open_store(Store.open(path), path, options)
         return
@@ -47,17 +52,17 @@ def read_store(path: Path, options: ReadOptions) -> Iterator[Structure]:
         yield from _read_open_store(Store.open(directory), path, options)
 
 
-def store_provenance(path: Path) -> dict[str, dict[str, Any]]:
-    """Provenance of each source of a store or its archive.
+def store_header(path: Path) -> StoreHeader:
+    """Header of a store or its archive.
 
     Raises:
         ValueError: see `StoreHeader.read`, `unpack_store`.
     """
     if path.is_dir():
-        return StoreHeader.read(path).provenance
+        return StoreHeader.read(path)
     with tempfile.TemporaryDirectory() as scratch:
         _extract(path, Path(scratch))
-        return StoreHeader.read(Path(scratch)).provenance
+        return StoreHeader.read(Path(scratch))
 
 
 def pack_store(directory: str | Path, archive: str | Path) -> None:
@@ -69,10 +74,12 @@ def pack_store(directory: str | Path, archive: str | Path) -> None:
     source, target = Path(directory), Path(archive)
     if not target.name.endswith(ARCHIVE_SUFFIX):
         raise ValueError(f"an archive of a store is named *{ARCHIVE_SUFFIX}, got {target}")
-    Store.open(source).verify()
+    store = Store.open(source)
+    store.verify()
+    names = (*MEMBERS, GROUPS_FILE) if GROUPS_FILE in store.header.sha256 else MEMBERS
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for name in MEMBERS:
+        for name in names:
             data = (source / name).read_bytes()
             member = tarfile.TarInfo(name)  # no owner, time 0, mode 0644
             member.size = len(data)
@@ -92,9 +99,8 @@ def unpack_store(archive: str | Path, directory: str | Path, overwrite: bool = F
     else.
 
     Raises:
-        ValueError: an archive that is unreadable, truncated, holds anything else or fails its checksums; a
-        directory
-            that exists.
+        ValueError: an archive that is unreadable, truncated, holds anything else or fails its checksums, or a
+            directory that exists.
     """
     source, target = Path(archive), Path(directory)
     if not source.is_file():
@@ -118,7 +124,7 @@ def _extract(source: Path, work: Path) -> None:
         with tarfile.open(source, mode="r:xz") as tar:
             for member in tar:
                 name = member.name.removeprefix("./")
-                if not member.isfile() or name not in MEMBERS or (work / name).exists():
+                if not member.isfile() or name not in (*MEMBERS, GROUPS_FILE) or (work / name).exists():
                     raise ValueError(
                         f"{source} holds {member.name!r}, which is not a plain file of a store; refused to "
                         "unpack it"
@@ -132,10 +138,15 @@ def _extract(source: Path, work: Path) -> None:
 
 
 def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator[Structure]:
+    names = store.group_names()
+    own = f"store {store.header.sha256.get('positions.npy', '')[:12]} group"
     for index in range(len(store)):
         s = store.structure(index)
         source, level = store.header.sources[s[keys.SOURCE]], store.header.levels[s[keys.LEVEL]]
-        group = f"{source} {store.group[index]}"
+        # Without stored names a group is known by its number, which means nothing outside this store.
+        group = f"{own} {store.group[index]}" if names is None else names[store.group[index]]
+        stress = s[keys.STRESS].astype(np.float64) if keys.STRESS in s else None
+        stress, notes = usable_stress(stress, s[keys.PBC])
         yield Structure(
             atomic_numbers=np.array(s[keys.ATOMIC_NUMBERS]),
             positions=s[keys.POSITIONS].astype(np.float64),
@@ -143,11 +154,13 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
             pbc=np.array(s[keys.PBC]),
             energy=s.get(keys.ENERGY),
             forces=s[keys.FORCES].astype(np.float64) if keys.FORCES in s else None,
-            stress=s[keys.STRESS].astype(np.float64) if keys.STRESS in s else None,
+            stress=stress,
             group=group_name(
                 options.group_by, path=path, frame=index, numbers=s[keys.ATOMIC_NUMBERS], info={}, auto=group
             ),
             source=options.source or source,
             level=options.level or level,
             fixed=np.array(s[keys.FIXED]) if s[keys.FIXED].any() else None,
+            split=int(store.split[index]),
+            notes=notes,
         )

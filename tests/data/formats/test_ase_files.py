@@ -6,7 +6,7 @@ import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
-from ase.build import fcc111, molecule
+from ase.build import bulk, fcc111, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
@@ -55,10 +55,33 @@ def test_move_mask_of_oc20_marks_fixed_atoms(tmp_path):
 
 
 def test_stress_is_a_full_matrix_in_ase_order(tmp_path):
-    atoms = slab()
-    ase.io.write(tmp_path / "slab.traj", atoms)
-    (structure,) = read_structures(tmp_path / "slab.traj")
+    atoms = labelled(bulk("Cu"), stress=np.arange(6.0))
+    ase.io.write(tmp_path / "bulk.traj", atoms)
+    (structure,) = read_structures(tmp_path / "bulk.traj")
     assert structure.stress.tolist() == [[0, 5, 4], [5, 1, 3], [4, 3, 2]]  # xx yy zz yz xz xy
+    assert structure.notes == ()
+
+
+def test_stress_of_a_slab_is_left_out_with_a_note(tmp_path):
+    ase.io.write(tmp_path / "slab.traj", slab())
+    (structure,) = read_structures(tmp_path / "slab.traj")
+    assert structure.stress is None
+    assert structure.notes == ("stress left out: not periodic in three directions",)
+
+
+def test_labels_of_two_methods_are_never_paired(tmp_path):
+    atoms = labelled(molecule("H2O"))
+    atoms.info["REF_energy"] = -2081.0
+    ase.io.write(tmp_path / "two.xyz", atoms, format="extxyz")
+    path = tmp_path / "two.xyz"
+    with pytest.raises(
+        ValueError, match=r"two.xyz, frame 0: energy .*but forces under the usual name.*-key none"
+    ):
+        list(read_structures(path, ReadOptions(energy_key="REF_energy")))
+    (energy_only,) = read_structures(path, ReadOptions(energy_key="REF_energy", forces_key="none"))
+    assert (energy_only.energy, energy_only.forces) == (-2081.0, None)
+    (both,) = read_structures(path, ReadOptions(energy_key="REF_energy", forces_key="forces"))
+    assert np.allclose(both.forces, atoms.calc.results["forces"])
 
 
 def test_molecule_has_neither_cell_nor_stress(tmp_path):

@@ -68,8 +68,8 @@ def test_stress_of_unknown_order_is_left_out(path):
 
 def test_snapshots_of_a_run_and_strains_of_a_cell_stay_together(path):
     groups = [s.group for s in read_structures(path)]
-    assert groups[0] == groups[1] == "AIMD-NVT: AIMD NVT simulation for normal structure at 300 K"
-    assert groups[3] == groups[4] == "Elastic"
+    assert groups[0] == groups[1] == "Si, AIMD-NVT: AIMD NVT simulation for normal structure at 300 K"
+    assert groups[3] == groups[4] == "Si, Elastic"
     assert len(set(groups)) == 4
 
 
