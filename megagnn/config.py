@@ -39,14 +39,10 @@ LossKind = Literal["mae", "mse", "huber"]
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
-    """The EGNN: size, parts of the layer, and what it predicts. `preset` names a set of defaults for the
-    other keys.
-    """
+    """The EGNN: size, parts of the layer, outputs. `preset` names a set of defaults for the other keys."""
 
     preset: Literal["default", "satorras", "study"] = "default"
-    """Named set of parts: the default dialect, Satorras et al. 2021 as published, or the EGNN of the scaling
-    study.
-    """
+    """Named set of parts: the default, Satorras et al. 2021 as published, or the scaling study's EGNN."""
     width: PositiveInt = 128
     """Channels of a node, F."""
     num_layers: PositiveInt = 4
@@ -70,9 +66,7 @@ class ModelConfig:
     direction_sign: Literal[1, -1] = 1
     """+1 for r_ij = x_j - x_i (towards the neighbour), -1 for x_i - x_j as published."""
     message_aggregation: Aggregation = "constant"
-    """Sum of the messages over the neighbours divided by the training set's mean count (`constant`), by 1, or
-    by the degree.
-    """
+    """Divisor of the sum of messages: the training set's mean number of neighbours, 1, or the degree."""
     coordinate_aggregation: Aggregation = "constant"
     """The same for the coordinate update."""
     activation: Literal["silu", "relu"] = "silu"
@@ -126,9 +120,7 @@ class DataConfig:
 
 @dataclass(frozen=True, config=_STRICT)
 class LossConfig:
-    """Weights and kinds of the loss terms. Errors are in eV per atom, eV/Å and eV/Å^3; sums run over global
-    counts.
-    """
+    """Weights and kinds of the loss terms; errors in eV per atom, eV/Å, eV/Å^3, sums over global counts."""
 
     energy: LossKind = "huber"
     """Kind of the energy-per-atom loss."""
@@ -248,9 +240,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
 
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """Check and complete nested dictionaries (as TOML gives them) to a RunConfig; raises ValueError as
-    `load_config`.
-    """
+    """Nested dictionaries, as TOML gives them, to a complete RunConfig; raises as `load_config`."""
     check_keys(RunConfig, values)
     model = dict(values.get("model", {}))
     if model.get("preset") in PRESETS:

@@ -29,9 +29,7 @@ def parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, str]]:
 
 
 def set_dotted(root: type, values: dict[str, Any], key: str, text: str) -> None:
-    """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or taken as a string where it is
-    none.
-    """
+    """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or else taken as a string."""
     value: Any = text
     try:
         value = tomllib.loads(f"value = {text}")["value"]

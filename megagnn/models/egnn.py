@@ -120,9 +120,7 @@ class EGNN(nn.Module):
         return outputs
 
     def reference_energy(self, batch: dict[str, Tensor]) -> Tensor:
-        """Sum of the elements' reference energies of each structure, eV, (B,) float64: the "per-element"
-        baseline.
-        """
+        """Sum of the elements' references of each structure, eV, (B,) float64: the "per-element" baseline."""
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         reference_N = self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
         return segment_sum(reference_N, Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR]))

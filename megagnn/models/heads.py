@@ -1,6 +1,4 @@
-"""From node features to energies. The direct force head is the last layer's vector branch, see
-`layer.EdgeVector`.
-"""
+"""From node features to energies; the direct force head is the last layer's `layer.EdgeVector`."""
 
 import torch
 from torch import Tensor, nn

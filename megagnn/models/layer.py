@@ -77,9 +77,7 @@ class Aggregate(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """h / sqrt(mean(h^2) + eps) with a gain per channel (Zhang and Sennrich 2019, eq. 4); twice
-    differentiable.
-    """
+    """h / sqrt(mean(h^2) + eps) times a gain per channel (Zhang and Sennrich 2019, eq. 4)."""
 
     def __init__(self, width: int, dtype: torch.dtype, eps: float = 1e-6) -> None:
         super().__init__()
@@ -101,9 +99,7 @@ def make_norm(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 
 class EdgeMessage(nn.Module):
-    """phi_e: Linear, activation, Linear, activation; the first Linear split into per-atom and per-edge
-    blocks.
-    """
+    """phi_e: Linear, activation, Linear, activation; the first Linear split into atom and edge blocks."""
 
     def __init__(self, config: ModelConfig, num_features: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -199,9 +195,7 @@ class EGNNLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, residual_scale: float) -> None:
-        """Scale the last Linears of the branches: the node update by `residual_scale`, the coordinates near
-        zero.
-        """
+        """Scale the last Linears of the branches: node update by `residual_scale`, coordinates near zero."""
         if self.residual and not isinstance(self.norm, nn.Identity):
             self.node_update.out.weight.mul_(residual_scale)
             self.node_update.out.bias.zero_()

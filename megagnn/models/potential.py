@@ -76,9 +76,7 @@ def apply_strain(batch: dict[str, Tensor], strain_B33: Tensor) -> dict[str, Tens
 def build_potential(
     config: ModelConfig, statistics: Statistics, seed: int = 0, dtype: torch.dtype = torch.float32
 ) -> Potential:
-    """A potential with initial weights that depend on the seed only; leaves the global random state as it
-    was.
-    """
+    """A potential whose initial weights depend on the seed only; the global random state is left alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Potential(EGNN(config, statistics, dtype))

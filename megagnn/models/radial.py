@@ -79,9 +79,7 @@ DistanceFeature = BesselBasis | GaussianBasis | PlainDistance
 
 
 def make_distance_feature(kind: str, num_radial: int, cutoff: float, dtype: torch.dtype) -> DistanceFeature:
-    """The distance feature of `ModelConfig.distance_feature`: a module (d (E,), |r|^2 (E,)) -> (E,
-    num_features).
-    """
+    """`ModelConfig.distance_feature` as a module: (d (E,), |r|^2 (E,)) -> (E, num_features)."""
     if kind == "bessel":
         return BesselBasis(num_radial, cutoff, dtype)
     if kind == "gaussian":

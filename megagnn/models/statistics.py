@@ -7,9 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Statistics:
-    """Constants of a model, fitted on the training split only. Plain Python values, so that JSON holds them
-    exactly.
-    """
+    """Constants of a model, fitted on the training split only; plain values, which JSON holds exactly."""
 
     elements: tuple[int, ...]
     """Atomic numbers that the training split holds, ascending."""
@@ -28,9 +26,7 @@ class Statistics:
     mean_neighbours: float
     """Mean number of edges per atom, A of docs/model.md."""
     output_scale: float
-    """Unit of the network's outputs: root mean square of the training forces, eV/Å (taken as eV for
-    energies).
-    """
+    """Unit of the network's outputs: root mean square of the training forces, eV/Å (or eV for energies)."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -10,9 +10,7 @@ from megagnn.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases, gains and embeddings
-    of one row.
-    """
+    """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases and gains."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [

@@ -14,9 +14,7 @@ from megagnn.parallel.context import ParallelContext
 
 
 def default_threads(num_local_ranks: int) -> int:
-    """CPU threads of a rank: the cores this process may use, divided by the ranks of this machine, at least
-    one.
-    """
+    """CPU threads of a rank: the usable cores divided by the ranks of this machine, at least one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // num_local_ranks)
 

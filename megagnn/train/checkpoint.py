@@ -27,9 +27,7 @@ FORMAT, VERSION = "megagnn-checkpoint", 1
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: everything that, with the tensors, makes a resumed run the same bits as an
-    undisturbed one.
-    """
+    """Where a run stands: with the tensors, all that makes a resumed run the same bits."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -64,9 +62,7 @@ class Checkpoint:
 def save_checkpoint(
     path: Path, config: RunConfig, statistics: Statistics, progress: Progress, tensors: dict[str, Tensor]
 ) -> None:
-    """Write to a temporary file beside `path`, flush it to disk, and move it into place: a reader sees the
-    old file or the new.
-    """
+    """Write beside `path`, flush to disk, move into place: a reader sees the old file or the new."""
     tensors = {n: t.detach().cpu().contiguous() for n, t in tensors.items()}
     content = {
         "format": FORMAT,
@@ -139,9 +135,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def load_potential(
     checkpoint: str | Path | Checkpoint, dtype: torch.dtype | None = None, average: bool = True
 ) -> Potential:
-    """The potential of a checkpoint, with averaged weights unless `average` is false, in its own dtype or the
-    one given.
-    """
+    """The potential of a checkpoint, with averaged weights unless `average` is false."""
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     if dtype is None:
@@ -188,9 +182,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
 
 
 def _checksum(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:
-    """SHA-256 of the metadata (but for the checksum itself) and of every tensor's name, type, shape and
-    bytes.
-    """
+    """SHA-256 of the rest of the metadata and of every tensor's name, type, shape and bytes."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):

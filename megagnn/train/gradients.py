@@ -27,9 +27,7 @@ class GradientMethod(Protocol):
 def create_graph(
     potential: Potential, batch: dict[str, Tensor], loss: Loss, counts: LossCounts
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Differentiate through the graph of the force computation: simple, at 6 units of a forward pass and its
-    whole memory.
-    """
+    """Differentiate through the graph of the forces: simple, at 6 units of a forward pass and its memory."""
     outputs = potential(batch, create_graph=True)
     total, shares = loss(outputs, batch, counts)
     total.backward()

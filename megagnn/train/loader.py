@@ -78,9 +78,7 @@ class BatchLoader:
         self.collate = partial(collate, dtype=getattr(torch, config.train.dtype))
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Batches of an epoch from the `first` on; every rank yields the same number, some possibly without
-        structures.
-        """
+        """Batches of an epoch from the `first` on; as many on every rank, possibly without structures."""
         self.sampler.check_position(epoch, first)
         loader = DataLoader(
             self.dataset,

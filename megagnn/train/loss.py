@@ -98,9 +98,7 @@ class Loss:
 
     @staticmethod
     def _errors(term: str, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Errors where labels exist: energy per atom (eV), force components (eV/Å), stress components
-        (eV/Å^3).
-        """
+        """Errors where labels exist: energy per atom (eV), components of forces (eV/Å), stress (eV/Å^3)."""
         if term == "energy":
             error_B = (outputs[keys.ENERGY] - batch[keys.ENERGY]) / batch[keys.NUM_ATOMS]
             return error_B[batch[keys.HAS_ENERGY]]

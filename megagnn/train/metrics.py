@@ -69,9 +69,7 @@ class ErrorSums:
         all_reduce_sum(self.structures, self.context)
 
     def per_source(self) -> dict[str, dict[str, float]]:
-        """{source: metrics}: MAE and RMSE in meV/atom, meV/Å and meV/Å^3 beside the baselines'; sources
-        without data left out.
-        """
+        """MAE and RMSE of each source, in meV/atom, meV/Å and meV/Å^3, beside the baselines'."""
         result: dict[str, dict[str, float]] = {}
         for index, source in enumerate(self.potential.statistics.sources):
             if self.structures[index] == 0:
@@ -109,9 +107,7 @@ _COLUMNS = (
 
 
 def format_table(per_source: dict[str, dict[str, Any]]) -> str:
-    """A plain-text table of the mean absolute errors beside their baselines; columns without any value left
-    out.
-    """
+    """A plain-text table of mean absolute errors beside their baselines; empty columns left out."""
     columns = [c for c in _COLUMNS if any(c[2] in metrics for metrics in per_source.values())]
     width = max([len("source"), *map(len, per_source)]) + 2
     header = f"{'source':<{width}}{'structures':>11}" + "".join(f"{title:>13}" for title, _, _ in columns)

@@ -1,6 +1,4 @@
-"""Data-parallel ranks equal one process: the loss and every parameter gradient of a force loss, in float64 to
-1e-10.
-"""
+"""Data-parallel ranks equal one process, the loss and every gradient of a force loss, to 1e-10."""
 
 import pytest
 import torch
@@ -91,9 +89,7 @@ def test_ranks_equal_one_process(world_size: int) -> None:
 
 
 def test_mean_of_rank_means_would_fail() -> None:
-    """The bug this guards against, each rank dividing by its own counts, is seven orders outside the
-    tolerance.
-    """
+    """The bug this guards against, each rank dividing by its own counts, is far outside the tolerance."""
     expected = gradients(ParallelContext(), list(range(5)), "conservative", "mse")[1]
     shares = [gradients(ParallelContext(), share, "conservative", "mse")[1] for share in SHARES[2]]
     mean = {name: sum(share[name] for share in shares) / len(shares) for name in expected}

@@ -156,9 +156,7 @@ class PhysicsTests:
 
     @pytest.mark.parametrize("name", STRUCTURES)
     def test_forces_are_the_numerical_gradient(self, potential: Potential, name: str) -> None:
-        """Central difference of fourth order: error O(h^4) + rounding/h, both near 1e-9 of the largest force
-        at h = 3e-4 Å.
-        """
+        """Central difference of fourth order: O(h^4) + rounding/h, both near 1e-9 at h = 3e-4 Å."""
         if potential.forces != "conservative":
             pytest.skip("direct forces are no derivative")
         atoms = STRUCTURES[name]()
@@ -192,9 +190,7 @@ class PhysicsTests:
             assert numerical == pytest.approx(stress[i, j].item(), abs=1e-7 * stress.abs().max().item())
 
     def largest_jump(self, potential: Potential) -> tuple[float, float]:
-        """Largest change of energy and of forces over 1e-5 Å as an atom crosses another's cutoff, per its
-        size.
-        """
+        """Largest change of energy and forces over 1e-5 Å as an atom crosses another's cutoff, relative."""
         cutoff = potential.model.config.cutoff
         images = []
         for offset in (-5e-6, 5e-6):
@@ -210,9 +206,7 @@ class PhysicsTests:
         return energy_jump.item(), ((forces[1] - forces[0]).abs().max() / forces[0].abs().max()).item()
 
     def test_smooth_at_the_cutoff(self, potential: Potential) -> None:
-        """Over 1e-5 Å a continuous derivative changes by at most 1e-5 of order-one curvatures; a jump would
-        not shrink.
-        """
+        """Over 1e-5 Å a continuous derivative changes by some 1e-5 of its size; a jump would not shrink."""
         if not potential.model.config.envelope:
             pytest.skip(
                 "configurations without an envelope are not smooth, see test_without_envelope_it_jumps"

@@ -60,5 +60,5 @@ def test_depth_64_stays_bounded() -> None:
 def test_bound_can_fail() -> None:
     """Without normalisation and with messages summed, 64 layers leave both bounds within two steps."""
     activations, norms, _ = run(2, normalisation="none", message_aggregation="sum")
-    assert max(activations) > ACTIVATION_BOUND
-    assert max(norms) > GRADIENT_BOUND
+    assert not max(activations) < ACTIVATION_BOUND  # neither a larger number nor NaN is
+    assert not max(norms) < GRADIENT_BOUND

@@ -60,9 +60,7 @@ def our_layers(config: ModelConfig) -> nn.ModuleList:
 
 
 def named_pairs(ours: EGNNLayer, theirs: nn.Module) -> list[tuple[nn.Parameter, str, slice]]:
-    """(our parameter, name of theirs, columns of it): the split Linears are column blocks of their
-    concatenating ones.
-    """
+    """(ours, name of theirs, columns): the split Linears are column blocks of the concatenating ones."""
     everything = slice(None)
     return [
         (ours.message.from_destination.weight, "edge_mlp.0.weight", slice(0, WIDTH)),

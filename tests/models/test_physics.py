@@ -51,18 +51,14 @@ class TestStudy(PhysicsTests):
 
 
 def test_without_envelope_it_jumps() -> None:
-    """The smoothness test sees the missing envelope by orders of magnitude: the messages' biases do not
-    vanish.
-    """
+    """The smoothness test sees a missing envelope by orders of magnitude: biases do not vanish."""
     energy_jump, force_jump = TestDefault().largest_jump(randomised(model_config(envelope=False)))
     assert energy_jump > 1e-4
     assert force_jump > 1e-4
 
 
 class _Leaky(Potential):
-    """A potential with a fault: its energy also depends on where the atoms are (`place`) or on their order
-    (`order`).
-    """
+    """A potential whose energy also depends on where the atoms are (`place`) or on their order (`order`)."""
 
     def __init__(self, fault: str) -> None:
         super().__init__(randomised(model_config()).model)

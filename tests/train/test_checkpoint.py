@@ -45,9 +45,7 @@ def test_truncated(checkpoint: Path, tmp_path: Path, share: float) -> None:
 
 
 def test_every_flipped_bit_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    """In the header, in its JSON, and in the tensors: always an error that names the file, never other
-    numbers.
-    """
+    """In the header, in its JSON, in the tensors: always an error that names the file."""
     path = tmp_path / "flipped.safetensors"
     content = bytearray(checkpoint.read_bytes())
     header_end = 8 + int.from_bytes(content[:8], "little")

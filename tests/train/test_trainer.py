@@ -1,6 +1,4 @@
-"""The training loop: it learns, resumes to the same bits, shows what it does, and does not overwrite by
-accident.
-"""
+"""The training loop: it learns, resumes to the same bits, and does not overwrite by accident."""
 
 import dataclasses
 import json
@@ -47,9 +45,7 @@ def test_the_run_keeps_its_configuration(run_dir: Path) -> None:
 
 
 def test_resume_gives_the_same_bits(store: Path, run_dir: Path, tmp_path: Path) -> None:
-    """A run stopped at step 30, in the middle of an epoch, ends as the undisturbed one: every tensor, every
-    metric.
-    """
+    """A run stopped at step 30, in the middle of an epoch, ends as the undisturbed one, every tensor."""
     out_dir = tmp_path / "resumed"
     trainer = _interrupted(store, out_dir, at_step=30)
     assert trainer.progress.step_in_epoch not in (
@@ -130,9 +126,7 @@ def test_resume_with_other_settings_warns(
 def test_resume_without_a_checkpoint_starts(
     store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Chained jobs all say --resume; a run killed before its first checkpoint has left only TensorBoard's
-    folder.
-    """
+    """Chained jobs all say --resume; a run killed early has left only TensorBoard's folder."""
     (tmp_path / "run" / "tensorboard").mkdir(parents=True)
     assert runs.train(store, tmp_path / "run", "--resume", "--train.num_steps", "6") == 0
     assert "starting from the beginning" in capsys.readouterr().err
