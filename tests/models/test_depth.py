@@ -4,9 +4,12 @@ import torch
 from ase.build import molecule
 from torch import Tensor
 
+from megagnn.config import OptimConfig
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import build_potential
+from megagnn.optim.optimizer import make_optimizer
+from megagnn.optim.schedule import learning_rate
 from tests.models.physics import STATISTICS, model_config, rattled
 
 NUM_STEPS = 200
@@ -15,6 +18,7 @@ NUM_STEPS = 200
 ACTIVATION_BOUND = 10.0
 # Of the loss below, which is of order one.
 GRADIENT_BOUND = 10.0
+SCHEDULE = OptimConfig(learning_rate=1e-3, warmup_steps=20, schedule="constant")
 
 
 def run(num_steps: int, **values: object) -> tuple[list[float], list[float], list[float]]:
@@ -32,7 +36,7 @@ def run(num_steps: int, **values: object) -> tuple[list[float], list[float], lis
 
     for layer in potential.model.layers:
         layer.register_forward_hook(watch)
-    optimizer = torch.optim.AdamW(potential.parameters(), lr=1e-3)
+    optimizer = make_optimizer(potential, SCHEDULE)
     norms, losses = [], []
     for _ in range(num_steps):
         largest.append(0.0)
@@ -43,6 +47,8 @@ def run(num_steps: int, **values: object) -> tuple[list[float], list[float], lis
             bonding_B / batch[keys.NUM_ATOMS]
         ).square().mean()
         loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(len(losses), NUM_STEPS, SCHEDULE)
         norms.append(float(torch.nn.utils.clip_grad_norm_(potential.parameters(), 10.0)))
         losses.append(loss.item())
         optimizer.step()
