@@ -18,7 +18,8 @@ NUM_STEPS = 200
 ACTIVATION_BOUND = 10.0
 # Of the loss below, which is of order one.
 GRADIENT_BOUND = 10.0
-SCHEDULE = OptimConfig(learning_rate=1e-3, warmup_steps=20, schedule="constant")
+# At 1e-3 the gradient norm has single spikes (10 without warm-up, 108 with it), which training clips.
+SCHEDULE = OptimConfig(learning_rate=3e-4, warmup_steps=20, schedule="constant")
 
 
 def run(num_steps: int, **values: object) -> tuple[list[float], list[float], list[float]]:
