@@ -1,0 +1,60 @@
+"""What the parts of the model see: level of theory, source, element, seed."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megagnn.data import keys
+from megagnn.data.batch import batch_from_atoms
+from megagnn.models.potential import Potential, build_potential
+from tests.models.physics import STATISTICS, ethanol, model_config, randomised
+
+
+def outputs(potential: Potential, level: int = 0, source: int = 0) -> dict[str, Tensor]:
+    batch = batch_from_atoms([ethanol()], potential.model.config.cutoff)
+    batch[keys.LEVEL].fill_(level)
+    batch[keys.SOURCE].fill_(source)
+    return potential(batch)
+
+
+def test_the_level_of_theory_changes_energy_and_forces() -> None:
+    """Two Hamiltonians label one geometry differently; the embedding lets a model learn both."""
+    potential = randomised(model_config())
+    one, other = outputs(potential, level=0), outputs(potential, level=1)
+    assert (one[keys.ENERGY] - other[keys.ENERGY]).abs() > 1e-3
+    assert (one[keys.FORCES] - other[keys.FORCES]).abs().max() > 1e-3
+
+
+def test_without_the_embedding_levels_are_the_same() -> None:
+    potential = randomised(model_config(level_embedding=False))
+    assert torch.equal(outputs(potential, level=0)[keys.FORCES], outputs(potential, level=1)[keys.FORCES])
+
+
+def test_the_source_changes_the_references_only() -> None:
+    potential = randomised(model_config())
+    one, other = outputs(potential, source=0), outputs(potential, source=1)
+    assert torch.equal(one[keys.FORCES], other[keys.FORCES])
+    per_element = [torch.tensor(row, dtype=torch.float64) for row in STATISTICS.references]
+    counts = torch.tensor([6.0, 2.0, 1.0, 0.0, 0.0], dtype=torch.float64)  # C2H6O
+    expected = (counts * (per_element[0] - per_element[1])).sum()
+    assert (one[keys.ENERGY] - other[keys.ENERGY]).item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    state = torch.get_rng_state()
+    a, b, c = (build_potential(model_config(), STATISTICS, seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), state)
+    pairs = list(zip(a.parameters(), b.parameters(), c.parameters(), strict=True))
+    assert all(torch.equal(x, y) for x, y, _ in pairs)
+    assert any(not torch.equal(x, z) for x, _, z in pairs)
+
+
+def test_large_totals_keep_their_mev() -> None:
+    """In a float32 model the energy is float64: references of 1e5 eV do not swallow what the network says."""
+    potential = build_potential(model_config(), STATISTICS)
+    batch = batch_from_atoms([ethanol()], 4.0, torch.float32)
+    small = potential(batch)[keys.ENERGY] - potential.model.reference_energy(batch)
+    potential.model.references.add_(1e5)
+    large = potential(batch)[keys.ENERGY] - potential.model.reference_energy(batch)
+    assert large.dtype == torch.float64
+    assert (large - small).abs() < 1e-9
