@@ -35,11 +35,12 @@ on_ranks evaluate "$run/checkpoints/best.safetensors" "$data" --json "$run/metri
 # What this model should reach; after overrides it is only reported.
 python tools/check_metrics.py "$run/metrics.json" --below 0.3 || [ $# -gt 0 ] || exit 1
 
+activate=""
+[ ! -f "$VIRTUAL_ENV/bin/activate" ] || activate=" && source $(printf %q "$VIRTUAL_ENV/bin/activate")"
 cat <<TEXT
 
 quickstart: done in $((SECONDS - start)) s. Next:
-  cd $(printf %q "$root")
-  source $(printf %q "$VIRTUAL_ENV/bin/activate")
+  cd $(printf %q "$root")$activate
   tensorboard --logdir $run                    curves, at http://localhost:6006
   $run/parity.png                              predictions against labels
   megagnn inspect $run/checkpoints/best.safetensors
