@@ -75,6 +75,8 @@ class ModelConfig:
     """Normalisation of the node features before each layer and before the heads."""
     residual: bool = True
     """Add each layer's node update to its input (else it replaces it)."""
+    depth_scaling: bool = True
+    """Multiply each layer's node update by 1/sqrt(L) and its coordinate update by 1/L."""
     initialisation: Literal["lecun", "torch"] = "lecun"
     """Initial Linear weights: normal with variance 1/inputs and no bias, or PyTorch's default."""
     message_hidden: PositiveInt | None = None

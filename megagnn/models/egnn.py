@@ -77,9 +77,8 @@ class EGNN(nn.Module):
                     nn.init.normal_(module.weight, std=module.in_features**-0.5)
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
-        residual_scale = self.config.num_layers**-0.5
         for layer in self.layers:
-            layer.reset_parameters(residual_scale)
+            layer.reset_parameters()
         self.energy_head.reset_parameters()
 
     def num_parameters(self) -> int:

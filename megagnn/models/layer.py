@@ -188,25 +188,26 @@ class EGNNLayer(nn.Module):
         self.aggregate = Aggregate(config.message_aggregation, mean_neighbours)
         self.node_update = NodeUpdate(config, dtype)
         self.residual, self.published = config.residual, config.initialisation == "torch"
+        # [Note: depth scaling] L updates of size 1/sqrt(L) add up to one; a coordinate update also moves the
+        # geometry of every later layer, and only 1/L keeps the product of those L Jacobians bounded.
+        depth = config.num_layers if config.depth_scaling else 1
+        self.node_scale, self.coordinate_scale = depth**-0.5, 1.0 / depth
         self.vector_branch = vector_branch
         if vector_branch != "none":
             aggregate = Aggregate(config.coordinate_aggregation, mean_neighbours)
             self.vector = EdgeVector(config, aggregate, dtype)
 
     @torch.no_grad()
-    def reset_parameters(self, residual_scale: float) -> None:
-        """Scale the last Linears of the branches: node update by `residual_scale`, coordinates near zero."""
-        if self.residual and not isinstance(self.norm, nn.Identity):
-            self.node_update.out.weight.mul_(residual_scale)
-            self.node_update.out.bias.zero_()
-        if self.vector_branch == "coordinates":
-            if self.published:
-                # the published code's own choice
-                nn.init.xavier_uniform_(self.vector.out.weight, gain=0.001)
-            else:
-                self.vector.out.weight.mul_(0.1)
-            if self.vector.out.bias is not None:
-                self.vector.out.bias.zero_()
+    def reset_parameters(self) -> None:
+        """The coordinate branch starts near zero."""
+        if self.vector_branch != "coordinates":
+            return
+        if self.published:
+            nn.init.xavier_uniform_(self.vector.out.weight, gain=0.001)
+        else:
+            self.vector.out.weight.mul_(0.3)
+        if self.vector.out.bias is not None:
+            self.vector.out.bias.zero_()
 
     def forward(
         self, h_NF: Tensor, x_NC: Tensor, geometry: Geometry, edges: Edges
@@ -215,8 +216,8 @@ class EGNNLayer(nn.Module):
         normed_NF = self.norm(h_NF)
         m_EM = self.message(normed_NF, geometry.feature_ER, edges)
         vectors_NC = self.vector(m_EM, geometry, edges) if self.vector_branch != "none" else None
-        update_NF = self.node_update(normed_NF, self.aggregate(m_EM, edges))
+        update_NF = self.node_update(normed_NF, self.aggregate(m_EM, edges)) * self.node_scale
         h_NF = h_NF + update_NF if self.residual else update_NF
         if self.vector_branch == "coordinates" and vectors_NC is not None:
-            return h_NF, x_NC + vectors_NC, None
+            return h_NF, x_NC + vectors_NC * self.coordinate_scale, None
         return h_NF, x_NC, vectors_NC

@@ -23,6 +23,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalisation": "none",
         "residual": True,
         "update_coordinates": True,
+        "depth_scaling": False,
         "initialisation": "torch",
     },
     "study": {
@@ -37,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalisation": "none",
         "residual": False,
         "update_coordinates": True,
+        "depth_scaling": False,
         "initialisation": "torch",
     },
 }
