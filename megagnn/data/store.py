@@ -1,6 +1,6 @@
 """The packed store: one directory of flat memory-mapped arrays, structures one after the other (CSR).
 
-No edges are stored: a neighbour list is found in a fraction of a millisecond, stored edges take about seventy
+No edges are stored: a neighbour list is found in a fraction of a millisecond, stored edges would take many
 times the room of the atoms, and they would freeze the cutoff. Labels that are missing are NaN on disk and
 None in Python.
 """

@@ -19,13 +19,8 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
     source_elements, references = dataset.source_elements(), dataset.fit_references()
     elements = np.unique(np.concatenate(source_elements))
     num_sources = len(dataset.sources)
-    count, total, squares, num_components, force_squares = (
-        np.zeros(num_sources),
-        np.zeros(num_sources),
-        0.0,
-        0,
-        0.0,
-    )
+    num_components, force_squares = dataset.force_squares()
+    count, total, squares = np.zeros(num_sources), np.zeros(num_sources), 0.0
     source_levels: list[set[int]] = [set() for _ in range(num_sources)]
     for index in range(len(dataset)):
         record = dataset.record(index)
@@ -35,9 +30,6 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
             count[source] += 1
             total[source] += record[keys.ENERGY] / len(numbers)
             squares += ((record[keys.ENERGY] - references[source, numbers].sum()) / len(numbers)) ** 2
-        if keys.FORCES in record:
-            num_components += record[keys.FORCES].size
-            force_squares += float(np.square(record[keys.FORCES], dtype=np.float64).sum())
     if count.sum() == 0:
         raise ValueError(
             "no training structure has an energy; prepare the data with --energy-key naming its energies"

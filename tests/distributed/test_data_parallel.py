@@ -93,4 +93,4 @@ def test_mean_of_rank_means_would_fail() -> None:
     expected = gradients(ParallelContext(), list(range(5)), "conservative", "mse")[1]
     shares = [gradients(ParallelContext(), share, "conservative", "mse")[1] for share in SHARES[2]]
     mean = {name: sum(share[name] for share in shares) / len(shares) for name in expected}
-    assert worst(mean, expected) > 1e-3
+    assert worst(mean, expected) > 0.1
