@@ -3,83 +3,16 @@
 // could otherwise be the copy that the linker keeps for everyone.
 #include "cpu/segment.h"
 
+#include "cpu/vector.h"
+
 namespace megagnn::cpu::MEGAGNN_SIMD {
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int kVectorBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-#else
-constexpr int kVectorBytes = 16;
-#endif
 
 constexpr int kMaxVectors = 8;  // accumulators held in registers, half of the 16 there are before AVX-512
 constexpr int64_t kStreamWidth =
     256;  // from here on entries are read whole, into an accumulator in the L1 cache
 constexpr int64_t kStreamBlock = 2048;
 constexpr int64_t kAhead = 8;  // entries of perm's random reads that are fetched before their turn
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-template <class T>
-struct AccumulatorOf {
-  using type = T;
-};
-template <>
-struct AccumulatorOf<BFloat16> {
-  using type = float;
-};
-template <class T>
-using Accumulator = typename AccumulatorOf<T>::type;
-
-template <class T>
-struct VectorOf;
-template <>
-struct VectorOf<float> {
-  typedef float type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct VectorOf<double> {
-  typedef double type __attribute__((vector_size(kVectorBytes)));
-};
-typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
-typedef uint32_t FullBits __attribute__((vector_size(kVectorBytes)));
-
-inline float widen(float x) { return x; }
-inline double widen(double x) { return x; }
-inline float widen(BFloat16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  __builtin_memcpy(&wide, &bits, sizeof wide);
-  return wide;
-}
-
-inline void narrow(float x, float* out) { *out = x; }
-inline void narrow(double x, double* out) { *out = x; }
-inline void narrow(float x, BFloat16* out) {  // to nearest, ties to even; NaN stays NaN
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  out->bits = uint16_t(x != x ? 0x7fc0u : rounded);
-}
-
-template <class T>
-inline typename VectorOf<T>::type load(const T* from) {
-  typename VectorOf<T>::type v;
-  __builtin_memcpy(&v, from, sizeof v);
-  return v;
-}
-inline VectorOf<float>::type load(const BFloat16* from) {
-  HalfBits half;
-  __builtin_memcpy(&half, from, sizeof half);
-  const FullBits bits = __builtin_convertvector(half, FullBits) << 16;
-  VectorOf<float>::type v;
-  __builtin_memcpy(&v, &bits, sizeof v);
-  return v;
-}
 
 // Where entry k of ptr's order lies in values; sets ok to false and stays in bounds where perm does not.
 inline int64_t entry(const SegmentInput& in, int64_t k, bool& ok) {

@@ -4,9 +4,9 @@
 
 #include <cstdint>
 
-namespace megagnn::cpu {
+#include "cpu/scalar.h"
 
-enum Scalar { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kNumScalars = 3 };
+namespace megagnn::cpu {
 
 // A row with more entries is summed in parts of this many, in parallel, and the parts then added in order.
 // It depends on nothing but the row, so the bits do not depend on the number of threads.

@@ -45,3 +45,5 @@ class DeviceGuard {
 };
 
 }  // namespace megagnn::cuda
+
+extern "C" const char* megagnn_cuda_error_string(int error);  // csrc/cuda/runtime.cu

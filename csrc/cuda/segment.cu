@@ -22,5 +22,3 @@ extern "C" int megagnn_cuda_gather(int scalar, const void* values, const int64_t
   if (scalar == 2) gather<__nv_bfloat16>(values, index, out, num_entries, width, s);
   return int(cudaGetLastError());
 }
-
-extern "C" const char* megagnn_cuda_error_string(int error) { return cudaGetErrorString(cudaError_t(error)); }

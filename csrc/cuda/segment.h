@@ -14,6 +14,4 @@ int megagnn_cuda_segment_sum(int scalar, const void* values, const int64_t* ptr,
 // out (num_entries, width) = values[index].
 int megagnn_cuda_gather(int scalar, const void* values, const int64_t* index, void* out, int64_t num_entries,
                         int64_t width, void* stream);
-
-const char* megagnn_cuda_error_string(int error);
 }
