@@ -95,6 +95,8 @@ class ModelConfig:
     """Let every atom send a message to itself."""
     level_embedding: bool = True
     """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
+    aggregation_backend: Literal["own", "torch_scatter", "torch_sparse", "torch"] = "own"
+    """What gathers atoms to edges and sums edges over atoms: own kernels, or another library's."""
 
     def __post_init__(self) -> None:
         if self.stress and self.forces != "conservative":

@@ -1,6 +1,7 @@
 """E(n)-equivariant graph network for atomic structures: embedding, layers, heads."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from megagnn.models.layer import Edges, EGNNLayer, edge_geometry
 from megagnn.models.radial import envelope, make_distance_feature
 from megagnn.models.statistics import Statistics
 from megagnn.ops import Segments, segment_sum
+from megagnn.ops.backends import aggregation_backend
 
 NUM_ATOMIC_NUMBERS = 119  # atomic numbers 0..118; 0 stands for none
 
@@ -37,6 +39,7 @@ class EGNN(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.statistics, self.dtype = config, statistics, dtype
+        self.backend = aggregation_backend(config.aggregation_backend)
         self.distance_feature = make_distance_feature(
             config.distance_feature, config.num_radial, config.cutoff, dtype
         )
@@ -91,7 +94,7 @@ class EGNN(nn.Module):
         source = Segments(batch[keys.EDGE_INDEX][1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM])
         cell_E33 = batch[keys.CELL][batch[keys.BATCH][destination.index]]
         shift_EC = (batch[keys.CELL_SHIFTS].unsqueeze(-1) * cell_E33).sum(1)
-        return Edges(destination, source, shift_EC)
+        return Edges(destination, source, shift_EC, backend=self.backend)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
@@ -100,7 +103,7 @@ class EGNN(nn.Module):
         geometry = edge_geometry(x_NC, edges, self.distance_feature)
         if self.config.envelope:
             f_E1 = envelope(geometry.d_E, self.config.cutoff).unsqueeze(-1)
-            edges = Edges(edges.destination, edges.source, edges.shift_EC, f_E1)
+            edges = replace(edges, envelope_E1=f_E1)
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         h_NF = self.element_embedding(element_N)
         if self.level_embedding is not None:

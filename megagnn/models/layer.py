@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from megagnn.config import ModelConfig
 from megagnn.models.activation import SiLU
 from megagnn.models.radial import DistanceFeature
-from megagnn.ops import Segments, gather, segment_sum
+from megagnn.ops import Segments
+from megagnn.ops.backends import OWN, AggregationBackend
 
 # Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms
 # coincide, and differs from |r| by 5e-7 Å at 1 Å.
@@ -36,6 +37,8 @@ class Edges:
     """Lattice translation of the sender, Å, (E, 3)."""
     envelope_E1: Tensor | None = None
     """f_c of the input distance, (E, 1)."""
+    backend: AggregationBackend = OWN
+    """What gathers and sums."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Geometry:
 
 def edge_geometry(x_NC: Tensor, edges: Edges, feature: DistanceFeature) -> Geometry:
     """Geometry of the edges at coordinates x, (N, 3); every derivative is finite where two atoms coincide."""
+    gather = edges.backend.gather
     r_EC = gather(x_NC, edges.source) + edges.shift_EC - gather(x_NC, edges.destination)
     squared_E = (r_EC * r_EC).sum(-1)
     d_E = torch.sqrt(squared_E + DISTANCE_EPSILON**2)
@@ -69,7 +73,7 @@ class Aggregate(nn.Module):
     def forward(self, values_EK: Tensor, edges: Edges) -> Tensor:
         if edges.envelope_E1 is not None:
             values_EK = values_EK * edges.envelope_E1
-        sum_NK = segment_sum(values_EK, edges.destination)
+        sum_NK = edges.backend.segment_sum(values_EK, edges.destination)
         if self.kind == "mean":
             degree_N1 = edges.destination.ptr.diff().clamp(min=1).unsqueeze(-1)
             return sum_NK / degree_N1
@@ -112,6 +116,7 @@ class EdgeMessage(nn.Module):
 
     def forward(self, h_NF: Tensor, feature_ER: Tensor, edges: Edges) -> Tensor:
         """Messages m_ij, (E, message_width)."""
+        gather = edges.backend.gather
         a_EH = (
             gather(self.from_destination(h_NF), edges.destination)
             + gather(self.from_source(h_NF), edges.source)
