@@ -44,7 +44,11 @@ back_ends() {
   python -W ignore -c '
 import torch
 from megagnn import ops
-print(f"   ops: {ops.backend()} {ops.build_info()}\n   torch {torch.__version__}, CUDA device: {torch.cuda.is_available()}")'
+from megagnn.ops.backends import installed_backends
+print(f"   ops: {ops.backend()} {ops.build_info()}\n   torch {torch.__version__}, CUDA device: {torch.cuda.is_available()}")
+tested, missing = installed_backends()
+print("   aggregation back ends tested:", ", ".join(tested))
+print("   aggregation back ends missing:", *missing.values() or ["none"], sep="\n     ")'
 }
 
 run_pytest() {

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Makes the Python environment and installs megagnn into it, or does nothing where that is already done.
 #
-#   source tools/setup_env.sh [test] [labels] [mpi]   then `python`, `torchrun`, `megagnn` are those of the environment
-#   bash tools/setup_env.sh [test] [labels] [mpi]     only makes it
+#   source tools/setup_env.sh [EXTRA...]   then `python`, `torchrun`, `megagnn` are those of the environment
+#   bash tools/setup_env.sh [EXTRA...]     only makes it
 #
 # Uses the active virtual or conda environment (conda's base is left alone), else .venv in the repository, made with
 # $PYTHON or the first Python >= 3.10 found. A torch that is already there is kept; otherwise the one of
 # tools/constraints-cpu.txt is installed. Installs again when the sources of the extension, the package's metadata,
-# torch or the build's environment variables change.
+# torch or the build's environment variables change. The extras are test, labels, mpi and peers: the last, which
+# benchmarks and the aggregation back ends use, builds torch_scatter and torch_sparse from source, once, in half an hour.
 
 if [ -z "${BASH_VERSION:-}" ]; then
   echo "setup: this is for bash; in another shell run 'bash tools/setup_env.sh', then activate .venv" >&2
@@ -108,6 +109,9 @@ _megagnn_install() { # repository stamp extras...
     fi
   fi
   "${pip[@]}" -c "$constraints" torch numpy 'setuptools>=77' wheel 'pybind11>=2.12' || return 1
+  if [[ ",$extras," == *,peers,* ]] && ! python -c 'import torch_scatter, torch_sparse' 2>/dev/null; then
+    echo "setup: torch_scatter and torch_sparse are built from source, which takes about half an hour"
+  fi
   echo "setup: building and installing megagnn${extras:+ with the extras $extras}"
   "${pip[@]}" --no-build-isolation -c "$constraints" -e "$root${extras:+[$extras]}" || return 1
   { _megagnn_fingerprint "$root" && printf '%s\n' "$@"; } >"$stamp" || return 1
@@ -123,9 +127,9 @@ _megagnn_setup() {
   local root stamp argument extras=()
   for argument in "$@"; do
     case $argument in
-      test | labels | mpi) extras+=("$argument") ;;
+      test | labels | mpi | peers) extras+=("$argument") ;;
       *) # a script that is sourced without arguments sees those of its caller: they are not meant for it
-        [ "${BASH_SOURCE[0]}" != "$0" ] || { echo "setup: no extra named $argument; there are test, labels, mpi" >&2; return 1; }
+        [ "${BASH_SOURCE[0]}" != "$0" ] || { echo "setup: no extra named $argument; there are test, labels, mpi, peers" >&2; return 1; }
         ;;
     esac
   done
