@@ -44,20 +44,25 @@ inline cpu::Scalar scalar_of(const char* operation, const char* backend, const T
   }
 }
 
-// Uninitialised, of the shape of values but for the first dimension.
-inline Tensor new_result(const Tensor& values, int64_t rows) {
-  std::vector<int64_t> sizes(values.sizes().begin(), values.sizes().end());
-  sizes[0] = rows;
+// Uninitialised, contiguous, of the type and device of `like`.
+inline Tensor new_tensor(const Tensor& like, const std::vector<int64_t>& sizes) {
   std::vector<int64_t> strides(sizes.size(), 1);
   for (size_t d = sizes.size() - 1; d > 0; --d) strides[d - 1] = strides[d] * std::max<int64_t>(sizes[d], 1);
   int32_t dtype, device_type, device_index;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(values.get(), &dtype));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(values.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(values.get(), &device_index));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
                                                          dtype, device_type, device_index, &handle));
   return Tensor(handle);
+}
+
+// Uninitialised, of the shape of values but for the first dimension.
+inline Tensor new_result(const Tensor& values, int64_t rows) {
+  std::vector<int64_t> sizes(values.sizes().begin(), values.sizes().end());
+  sizes[0] = rows;
+  return new_tensor(values, sizes);
 }
 
 // Calls task(i) for i in [0, num_tasks), in parallel; true when every call returned true.

@@ -2,20 +2,27 @@
 
 #include <atomic>
 
+#include "cpu/edge_message.h"
 #include "cpu/segment.h"
 
 namespace megagnn::cpu {
 
 namespace baseline {
 extern const SegmentKernels segment[kNumScalars];
-}
+extern const EdgeTable<float> edge_float32;
+extern const EdgeTable<double> edge_float64;
+}  // namespace baseline
 #ifdef MEGAGNN_X86
 namespace avx2 {
 extern const SegmentKernels segment[kNumScalars];
-}
+extern const EdgeTable<float> edge_float32;
+extern const EdgeTable<double> edge_float64;
+}  // namespace avx2
 namespace avx512 {
 extern const SegmentKernels segment[kNumScalars];
-}
+extern const EdgeTable<float> edge_float32;
+extern const EdgeTable<double> edge_float64;
+}  // namespace avx512
 #endif
 
 const char* level_name(int level) {
@@ -59,6 +66,24 @@ const SegmentKernels& segment_kernels(Scalar scalar) {
   if (level() == kAvx2) return avx2::segment[scalar];
 #endif
   return baseline::segment[scalar];
+}
+
+template <>
+const EdgeTable<float>& edge_table<float>() {
+#ifdef MEGAGNN_X86
+  if (level() == kAvx512) return avx512::edge_float32;
+  if (level() == kAvx2) return avx2::edge_float32;
+#endif
+  return baseline::edge_float32;
+}
+
+template <>
+const EdgeTable<double>& edge_table<double>() {
+#ifdef MEGAGNN_X86
+  if (level() == kAvx512) return avx512::edge_float64;
+  if (level() == kAvx2) return avx2::edge_float64;
+#endif
+  return baseline::edge_float64;
 }
 
 }  // namespace megagnn::cpu

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.config import ModelConfig
-from megagnn.models.activation import SiLU
+from megagnn.ops.activation import SiLU
 from megagnn.models.radial import DistanceFeature
 from megagnn.ops import Segments
 from megagnn.ops.backends import OWN, AggregationBackend

@@ -52,10 +52,15 @@ class _SiLUBackward(torch.autograd.Function):
         return first, second.mul_(grad).mul_(grad_grad)
 
 
-class SiLU(nn.Module):
+def silu(x: Tensor) -> Tensor:
     """x s(x), (...) -> (...), cheap to differentiate twice."""
+    y: Tensor = _SiLU.apply(x)
+    return y
+
+
+class SiLU(nn.Module):
+    """`silu` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
-        y: Tensor = _SiLU.apply(x)
-        return y
+        """See `silu`."""
+        return silu(x)

@@ -1,0 +1,167 @@
+// Runs the stages of the blockwise edge operation over the blocks of one worker (docs/kernels.md): before,
+// product, message, product, vector, and back. All memory of a block is this worker's scratch, reused from
+// block to block.
+#pragma once
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/edge_message.h"
+#include "gemm.h"
+
+namespace megagnn {
+
+// The weights of the three products and their gradients, (H, R), (M, H), (K, M).
+template <class T>
+struct EdgeWeights {
+  const T *w1c, *w2, *w3;
+};
+template <class T>
+struct EdgeWeightSums {
+  T *w1c_bar, *w2_bar, *w3_bar;  // null where not wanted
+};
+
+// Pre-activations kept for the backward, (planes * E, width), a block's values above its tangents; null: not
+// kept.
+template <class T>
+struct EdgeSaved {
+  T *a, *c, *g;
+};
+
+template <class T>
+class EdgeWorker {
+ public:
+  EdgeWorker(const cpu::EdgeProblem<T>& problem, const cpu::EdgeKernels<T>& kernels,
+             const EdgeWeights<T>& weights, const EdgeSaved<T>& saved, bool pair, bool blas,
+             int64_t max_count)
+      : in_(problem), kernels_(kernels), weights_(weights), saved_(saved), pair_(pair), blas_(blas) {
+    const int64_t rows = max_count * (pair ? 2 : 1);
+    wide_ = rows * std::max({in_.hidden, in_.message, in_.vector, int64_t(2) * in_.vector / rows + 1});
+    rows_radial_ = rows * in_.radial;
+    scratch_.reset(static_cast<T*>(
+        allocate(size_t(kBuffers * pad(wide_) + 2 * pad(rows_radial_) + 4 * pad(max_count)))));
+    T* next = scratch_.get();
+    for (T*& buffer : buffer_) buffer = take(next, wide_);
+    for (T*& radial : radial_) radial = take(next, rows_radial_);
+    for (int plane = 0; plane < 2; ++plane) {
+      block_.d[plane] = take(next, max_count);
+      block_.d_bar[plane] = take(next, max_count);
+    }
+  }
+
+  void forward(int64_t begin, int64_t end) {
+    start(begin, end);
+    before(nullptr);
+    message(nullptr, in_.vector ? buffer_[2] : nullptr);
+    if (!in_.vector) return;
+    product(block_.m, in_.message, weights_.w3, in_.vector,
+            block_.g = kept(saved_.g, in_.vector, buffer_[3]));
+    kernels_.vector(in_, block_);
+  }
+
+  void backward(int64_t begin, int64_t end, const cpu::EdgeSums<T>& sums,
+                const EdgeWeightSums<T>& weight_sums) {
+    start(begin, end);
+    before(buffer_[1]);
+    message(buffer_[3], buffer_[2]);
+    block_.m_bar = buffer_[5];
+    if (in_.vector) vector_backward(sums, weight_sums);
+    kernels_.message_backward(in_, block_, sums);  // m_bar becomes c_bar
+    gradient(block_.m_bar, in_.message, block_.z, in_.hidden, weight_sums.w2_bar);
+    block_.z_bar = buffer_[2];
+    back_product(block_.m_bar, in_.message, weights_.w2, in_.hidden, block_.z_bar);
+    kernels_.before_backward(in_, block_, sums);  // z_bar becomes a_bar
+    gradient(block_.z_bar, in_.hidden, block_.rho, in_.radial, weight_sums.w1c_bar);
+    if (!in_.r_bar[0]) return;
+    block_.rho_bar = radial_[1];
+    back_product(block_.z_bar, in_.hidden, weights_.w1c, in_.radial, block_.rho_bar);
+    kernels_.radial_backward(in_, block_);
+  }
+
+ private:
+  static constexpr int kBuffers = 6;
+  static int64_t pad(int64_t count) { return (count + 15) / 16 * 16; }
+  static void* allocate(size_t count) { return std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64); }
+  T* take(T*& next, int64_t count) {
+    T* here = next;
+    next += pad(count);
+    return here;
+  }
+
+  void start(int64_t begin, int64_t end) {
+    block_.begin = begin;
+    block_.count = end - begin;
+    block_.rho = radial_[0];
+    kernels_.radial(in_, block_);
+    for (int plane = 0; plane < 2; ++plane) {
+      std::memset(block_.d_bar[plane], 0, size_t(block_.count) * sizeof(T));
+    }
+  }
+
+  int64_t rows() const { return block_.count * (pair_ ? 2 : 1); }
+
+  // Where this block's rows of a kept pre-activation lie, else scratch.
+  T* kept(T* saved, int64_t width, T* scratch) const {
+    return saved ? saved + block_.begin * (pair_ ? 2 : 1) * width : scratch;
+  }
+
+  // a and z; slope is null in the forward. In a backward with kept a, that is read and not made again.
+  void before(T* slope) {
+    const bool complete = slope && saved_.a;
+    block_.a = kept(saved_.a, in_.hidden, buffer_[1]);
+    block_.a_keep = !slope && saved_.a ? block_.a : nullptr;
+    block_.a_complete = complete;
+    block_.z = buffer_[0];
+    block_.a_slope = slope;
+    if (!complete) product(block_.rho, in_.radial, weights_.w1c, in_.hidden, block_.a);
+    kernels_.before(in_, block_);
+  }
+
+  void message(T* slope, T* m) {
+    const bool complete = slope && saved_.c;
+    block_.c = kept(saved_.c, in_.message, buffer_[3]);
+    block_.m = m;
+    block_.c_slope = slope;
+    if (!complete) product(block_.z, in_.hidden, weights_.w2, in_.message, block_.c);
+    kernels_.message(in_, block_);
+  }
+
+  void vector_backward(const cpu::EdgeSums<T>& sums, const EdgeWeightSums<T>& weight_sums) {
+    block_.g = kept(saved_.g, in_.vector, buffer_[4]);
+    block_.g_bar = buffer_[4];
+    block_.z_bar = block_.m_bar;  // as a row of scratch
+    if (!saved_.g) product(block_.m, in_.message, weights_.w3, in_.vector, block_.g);
+    kernels_.vector_backward(in_, block_, sums);
+    gradient(block_.g_bar, in_.vector, block_.m, in_.message, weight_sums.w3_bar);
+    back_product(block_.g_bar, in_.vector, weights_.w3, in_.message, block_.m_bar);
+  }
+
+  // y (rows, to) = x (rows, from) w^T, w (to, from).
+  void product(const T* x, int64_t from, const T* w, int64_t to, T* y) const {
+    gemm<T>({x, rows(), from}, {w, to, from, true}, T(0), y, blas_);
+  }
+  // x_bar (rows, from) = y_bar (rows, to) w.
+  void back_product(const T* y_bar, int64_t to, const T* w, int64_t from, T* x_bar) const {
+    gemm<T>({y_bar, rows(), to}, {w, to, from}, T(0), x_bar, blas_);
+  }
+  // w_bar (to, from) += y_bar^T x.
+  void gradient(const T* y_bar, int64_t to, const T* x, int64_t from, T* w_bar) const {
+    if (w_bar) gemm<T>({y_bar, rows(), to, true}, {x, rows(), from}, T(1), w_bar, blas_);
+  }
+
+  struct Free {
+    void operator()(T* memory) const { std::free(memory); }
+  };
+  const cpu::EdgeProblem<T>& in_;
+  const cpu::EdgeKernels<T>& kernels_;
+  EdgeWeights<T> weights_;
+  EdgeSaved<T> saved_;
+  bool pair_, blas_;
+  int64_t wide_, rows_radial_;
+  std::unique_ptr<T, Free> scratch_;
+  T *buffer_[kBuffers], *radial_[2];
+  cpu::EdgeBlock<T> block_{};
+};
+
+}  // namespace megagnn
