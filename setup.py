@@ -28,7 +28,10 @@ CSRC = ROOT / "csrc"
 NOTE = Path("ops") / "build_note.txt"
 # Oldest release whose stable ABI the sources use (parallel_for); the library then runs on later ones as well.
 TORCH_TARGET = (2, 10)
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Products and sums round one by one, so that every SIMD level makes the same bits; square roots set no errno,
+# so that they can be vectors.
+FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 SIMD_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],

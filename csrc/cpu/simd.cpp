@@ -2,23 +2,27 @@
 
 #include <atomic>
 
+#include "cpu/adamw.h"
 #include "cpu/edge_message.h"
 #include "cpu/segment.h"
 
 namespace megagnn::cpu {
 
 namespace baseline {
+extern const AdamWKernels adamw;
 extern const SegmentKernels segment[kNumScalars];
 extern const EdgeTable<float> edge_float32;
 extern const EdgeTable<double> edge_float64;
 }  // namespace baseline
 #ifdef MEGAGNN_X86
 namespace avx2 {
+extern const AdamWKernels adamw;
 extern const SegmentKernels segment[kNumScalars];
 extern const EdgeTable<float> edge_float32;
 extern const EdgeTable<double> edge_float64;
 }  // namespace avx2
 namespace avx512 {
+extern const AdamWKernels adamw;
 extern const SegmentKernels segment[kNumScalars];
 extern const EdgeTable<float> edge_float32;
 extern const EdgeTable<double> edge_float64;
@@ -58,6 +62,14 @@ bool set_level(int level) {
   if (level < 0 || level >= kNumLevels || !level_available(level)) return false;
   chosen().store(level, std::memory_order_relaxed);
   return true;
+}
+
+const AdamWKernels& adamw_kernels() {
+#ifdef MEGAGNN_X86
+  if (level() == kAvx512) return avx512::adamw;
+  if (level() == kAvx2) return avx2::adamw;
+#endif
+  return baseline::adamw;
 }
 
 const SegmentKernels& segment_kernels(Scalar scalar) {

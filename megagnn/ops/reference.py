@@ -19,3 +19,29 @@ def segment_sum(values: Tensor, index: Tensor, num_rows: int) -> Tensor:
 def gather(values: Tensor, index: Tensor) -> Tensor:
     """values[index]: (N, ...) and (E,) to (E, ...); the transpose of `segment_sum`."""
     return values.index_select(0, index)
+
+
+@torch.no_grad()
+def adamw_(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float,
+) -> None:
+    """One AdamW step in place; see `megagnn.ops.adamw_`. Makes some temporaries of the size of `param`."""
+    weights = param if master is None else master
+    grad = grad.to(exp_avg.dtype) * grad_scale
+    exp_avg.mul_(beta1).add_(grad, alpha=1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    root = exp_avg_sq.sqrt().mul_((1 - beta2**step) ** -0.5).add_(eps)
+    weights.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
+    if master is not None:
+        param.copy_(master)
