@@ -1,11 +1,24 @@
-// What every kernel header includes. The launch macro, in place of <<<>>>, lets the same source be compiled
-// for the processor by a header that emulates CUDA threads.
+// What every kernel header includes: CUDA, or where the compiler is not nvcc, its emulation on the processor.
+// Two macros stand for what C++ has no words for: MEGAGNN_LAUNCH, in place of <<<>>>, and
+// MEGAGNN_DYNAMIC_SHARED(T, name), which declares T* name, the block's dynamic shared memory, aligned to 16
+// bytes.
 #pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
 
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
-#include <cstdint>
-
 #define MEGAGNN_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, stream>>>(__VA_ARGS__)
+#define MEGAGNN_DYNAMIC_SHARED(T, name)                          \
+  extern __shared__ __align__(16) char megagnn_dynamic_shared[]; \
+  T* const name = reinterpret_cast<T*>(megagnn_dynamic_shared)
+
+#else
+
+#include "cuda/emulation.h"
+
+#endif
