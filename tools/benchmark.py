@@ -91,6 +91,7 @@ class Record:
     share_of_ceiling: the ceiling's time for this much work over its time.
     gb_per_s, gflop_per_s: the case's least bytes and operations over its median time.
     error: max|got - expected| / max|expected|, where results were checked.
+    round_seconds: its time in every round; those of one case are from the same rounds.
     """
 
     op: str
@@ -105,6 +106,7 @@ class Record:
     gflop_per_s: float | None = None
     error: float | None = None
     rounds: int = 0
+    round_seconds: tuple[float, ...] = ()
     note: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -240,8 +242,9 @@ def _times(works: dict[str, Work], rounds: int, seconds: float) -> dict[str, lis
     """Times of each in every round, at least `rounds` of them and then for as long as `seconds` allow."""
     repeats = {}
     for name, work in works.items():
-        _sample(work, 2)
-        once = min(_sample(work, 1) for _ in range(2))
+        once = _sample(work, 1)
+        if once < 0.2:  # what takes longer is as warm after one call as it will be
+            once = min(_sample(work, 1) for _ in range(3))
         repeats[name] = max(1, round(_SAMPLE_SECONDS / max(once, 1e-7)))
     order = list(works)
     times: dict[str, list[float]] = {name: [] for name in works}
@@ -264,6 +267,7 @@ def _record(case: Case, name: str, times: dict[str, list[float]], ours: str, err
     seconds = statistics.median(mine)
     ratios = sorted(t / o for t, o in zip(mine, times[ours], strict=True))
     record = Record(case.op, case.shape, case.dtype, name, seconds, error=error, rounds=len(mine))
+    record.round_seconds = tuple(mine)
     record.ratio_to_ours = statistics.median(ratios)
     record.ratio_range = (ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4])
     num_bytes, num_flops = case.num_bytes, case.num_flops

@@ -107,8 +107,7 @@ class PeerEGNN(nn.Module):
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the class; `batch` as in megagnn.data.keys."""
         edge_index, x = batch[keys.EDGE_INDEX], batch[keys.POSITIONS]
-        cells = batch[keys.CELL].index_select(0, batch[keys.BATCH].index_select(0, edge_index[0]))
-        shifts = torch.bmm(batch[keys.CELL_SHIFTS].unsqueeze(1), cells).squeeze(1)
+        shifts = self.shifts(batch)
         h = self.embedding(self.element_index[batch[keys.ATOMIC_NUMBERS]])
         r, d, rho = self.geometry(x, edge_index, shifts)
         f = envelope(d.squeeze(-1), self.config.cutoff).unsqueeze(-1)
@@ -125,6 +124,11 @@ class PeerEGNN(nn.Module):
         if vectors is not None and self.branches[-1] == "forces":
             outputs[keys.FORCES] = vectors * scale
         return outputs
+
+    def shifts(self, batch: dict[str, Tensor]) -> Tensor:
+        """Lattice translations of the senders, Å, (E, 3)."""
+        cells = batch[keys.CELL].index_select(0, batch[keys.BATCH].index_select(0, batch[keys.EDGE_INDEX][0]))
+        return torch.bmm(batch[keys.CELL_SHIFTS].unsqueeze(1), cells).squeeze(1)
 
     def geometry(self, x: Tensor, edge_index: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r (E, 3), d (E, 1) and the radial basis (E, R) of coordinates (N, 3)."""

@@ -1,0 +1,121 @@
+"""The work of the whole-step benchmark: its batches, its arithmetic, and that it refuses wrong steps."""
+
+from __future__ import annotations
+
+import edge_workload as workload
+import layer_workload
+import pytest
+import torch
+from peers.model import PeerEGNN
+from step_memory import peak_memory
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from megagnn.data import keys
+
+BATCH, CUTOFF = workload.dense_batch(2000)
+NUM_ATOMS, NUM_EDGES = len(BATCH[keys.POSITIONS]), BATCH[keys.EDGE_INDEX].shape[1]
+PEERS = [name for name, layer in workload.peer_layers().items() if layer]
+
+
+class CountProducts(TorchDispatchMode):
+    """Adds up the matrix products that run below autograd, by torch's own formulas."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def make_step(name: str, forces: str = "direct", width: int = 64) -> workload.TrainingStep:
+    step = workload.make_step(name, BATCH, workload.model_config(width, forces, CUTOFF), "create_graph")
+    assert step is not None
+    return step
+
+
+def test_batches_are_dense_and_as_large_as_asked() -> None:
+    for asked in (2000, 12_000):
+        batch, cutoff = workload.dense_batch(asked)
+        num_edges = batch[keys.EDGE_INDEX].shape[1]
+        assert abs(num_edges - asked) <= 0.02 * asked
+        assert len(batch[keys.POSITIONS]) == round(asked / workload.NEIGHBOURS)
+        assert 4 < cutoff < 6
+        assert batch[keys.ROW_PTR].diff().min() > 5
+        assert batch[keys.HAS_FORCES].all()
+
+
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("name", ["megagnn unfused", *PEERS])
+def test_arithmetic_is_what_runs(name: str, forces: str) -> None:
+    """Against torch's own count of the products; embedding-side gradients nobody needs are the difference."""
+    step = make_step(name, forces)
+    with CountProducts() as counter:
+        step()
+    counted = counter.flops
+    stated = workload.step_flops(name, forces, 64, NUM_ATOMS, NUM_EDGES)
+    assert stated == pytest.approx(counted, rel=0.05)
+
+
+def test_arithmetic_of_the_two_formulations() -> None:
+    """6[(4L-1) F^2 E + 3 L F^2 N] for concatenations, half of the leading term for the split Linear."""
+    width, atoms, edges, depth = 512, 10_000, 300_000, workload.DEPTH
+    usual = workload.step_flops("usual index_add", "conservative", width, atoms, edges) / 2
+    ours = workload.step_flops("megagnn unfused", "conservative", width, atoms, edges) / 2
+    square = width * width
+    assert usual == pytest.approx(
+        6 * ((4 * depth - 1) * square * edges + 3 * depth * square * atoms), rel=0.02
+    )
+    assert ours == pytest.approx(
+        6 * ((2 * depth - 1) * square * edges + 5 * depth * square * atoms), rel=0.03
+    )
+    again = workload.step_flops("megagnn recompute", "direct", width, atoms, edges)
+    kept = workload.step_flops("megagnn save", "direct", width, atoms, edges)
+    assert again / kept == pytest.approx(4 / 3, rel=0.03)
+
+
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+def test_every_implementation_takes_the_same_step(forces: str) -> None:
+    names = [*workload.our_variants(), *PEERS]
+    steps = {name: make_step(name, forces, width=16) for name in names}
+    assert workload.check_equal(steps) < 1e-3
+    losses = [float(step()) for step in steps.values()]
+    assert losses == pytest.approx([losses[0]] * len(losses), rel=1e-4)
+
+
+def test_another_step_is_refused() -> None:
+    """One weight in another place, or a step with other parameters, stops the benchmark."""
+    one, other = make_step("megagnn unfused"), make_step("usual index_add")
+    assert isinstance(other.model, PeerEGNN)
+    with torch.no_grad():
+        other.model.layers[1].edge_mlp[0].weight.mul_(1.01)
+    with pytest.raises(ValueError, match=r"usual index_add: .* must equal that of megagnn unfused to 0.002"):
+        workload.check_equal({"megagnn unfused": one, "usual index_add": other})
+    with pytest.raises(ValueError, match="only one of them has"):
+        workload.check_equal({"direct": one, "conservative": make_step("megagnn unfused", "conservative")})
+
+
+@pytest.mark.parametrize("part", layer_workload.PARTS)
+def test_layers_are_equal(part: str) -> None:
+    config = workload.model_config(16, "conservative", CUTOFF)
+    results = []
+    for name in (*workload.our_variants(), *PEERS):
+        layer = layer_workload.make_layer(name, BATCH, config)
+        assert layer is not None
+        results.append(layer.work(part)())
+    for got in results[1:]:
+        for one, want in zip(got, results[0], strict=True):
+            assert (one - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_memory_of_a_step() -> None:
+    """More than the edge tensors that a concatenating step must keep for its backward, less than twenty."""
+    memory = peak_memory("usual index_add", "direct", 2000, 64, threads=1)
+    edge_tensor = 4 * NUM_EDGES * 64
+    assert 7 * workload.DEPTH * edge_tensor < memory["peak_bytes"] < 20 * workload.DEPTH * edge_tensor
+    assert memory["resident_bytes"] >= 0
+    with pytest.raises(RuntimeError, match="the process ended with 1"):
+        peak_memory("numpy", "direct", 2000, 64, threads=1)

@@ -1,0 +1,187 @@
+"""Whole EGNN training steps, and one layer of it: megagnn against the same function written by others.
+
+A step is forward, loss on energies and forces, backward and fused AdamW on a batch of liquid-like metal with
+30 neighbours an atom; three layers, float32. The peers (tools/peers) concatenate both atoms and the distance:
+in plain PyTorch with the faster of index_add and torch_scatter, and as a `MessagePassing` of torch_geometric.
+They have the same weights; every loss and gradient is compared before anything is timed.
+
+    python tools/bench_edge_message.py --threads 2 --json edge_message.json --plot edge_message.png
+    python tools/bench_edge_message.py --forces direct --edges 10000 --widths 64 128 --no-memory
+
+The ceiling, `mm`, is the vendor's matrix product of (E, F) with (F, F), timed in the same rounds; a share of
+it is the time in which it would do the products of the formulation (concatenating, twice as many as ours)
+over the time of the step. Peak memory is that of tensors above what lives between steps, measured in a
+process of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import benchmark
+import edge_workload as workload
+import layer_workload
+from step_memory import peak_memory
+
+from megagnn.data import keys
+
+EDGES = {"direct": (10_000, 30_000, 100_000), "conservative": (10_000, 40_000)}
+WIDTHS = (64, 128, 256, 512)
+
+
+@dataclass
+class StepRecord(benchmark.Record):
+    """A record with the memory of the step and the arithmetic of its formulation.
+
+    flops: products of the step, multiply-adds counted as 2; share_of_ceiling and gflop_per_s refer to them.
+    speed_up: for each peer, its time over that of this implementation, the median over the rounds.
+    peak_bytes, resident_bytes: see tools/step_memory.py.
+    """
+
+    flops: float | None = None
+    speed_up: dict[str, float] = field(default_factory=dict)
+    peak_bytes: float | None = None
+    resident_bytes: float | None = None
+
+
+def main() -> None:
+    """Runs the cases that the arguments ask for."""
+    args = benchmark.parse_args(
+        __doc__,
+        ("--parts", {"nargs": "+", "choices": ("step", "layer"), "default": ("step", "layer")}),
+        ("--forces", {"nargs": "+", "choices": tuple(EDGES), "default": tuple(EDGES)}),
+        (
+            "--edges",
+            {"nargs": "+", "type": int, "help": "default: 10000 30000 100000, conservative 10000 40000"},
+        ),
+        ("--widths", {"nargs": "+", "type": int, "default": WIDTHS}),
+        ("--no-memory", {"action": "store_true", "help": "leaves the memory of the steps out"}),
+        ("--gradient-method", {"default": "create_graph", "help": "of ours, for conservative forces"}),
+    )
+    records: list[benchmark.Record] = []
+    for forces in args.forces:
+        for num_edges in args.edges or EDGES[forces]:
+            for width in args.widths:
+                if "step" in args.parts:
+                    records += step_case(forces, num_edges, width, args)
+    if "layer" in args.parts:
+        for num_edges in args.edges or EDGES["direct"]:
+            for width in args.widths:
+                records += layer_case(num_edges, width, args)
+    benchmark.report(records, args)
+
+
+def step_case(forces: str, num_edges: int, width: int, args: Any) -> list[benchmark.Record]:
+    """Checks and times one training step of every implementation."""
+    batch, cutoff = workload.dense_batch(num_edges)
+    config = workload.model_config(width, forces, cutoff)
+    names = names_of_implementations(batch, width)
+    steps = {name: workload.make_step(name, batch, config, args.gradient_method) for name in names}
+    error = workload.check_equal({name: step for name, step in steps.items() if step})
+    num_atoms, exact_edges = len(batch[keys.POSITIONS]), batch[keys.EDGE_INDEX].shape[1]
+    shape = {"E": exact_edges, "N": num_atoms, "F": width, "L": workload.DEPTH}
+    case = benchmark.Case(f"{forces} step", shape, "float32", dict(steps))
+    flops = {name: workload.step_flops(name, forces, width, num_atoms, exact_edges) for name in names}
+    records = timed(case, width, flops, args)
+    print(f"  losses and gradients equal to {error:.1e} of the largest")
+    del steps, case
+    gc.collect()
+    if not args.no_memory:
+        for record in records:
+            if record.flops and record.seconds:
+                memory = peak_memory(record.impl, forces, num_edges, width, args.threads)
+                record.peak_bytes, record.resident_bytes = memory["peak_bytes"], memory["resident_bytes"]
+        print(memory_lines(records))
+    return list(records)
+
+
+def layer_case(num_edges: int, width: int, args: Any) -> list[benchmark.Record]:
+    """Checks and times the first layer alone: forward, with backward, and the derivative of its forces."""
+    batch, cutoff = workload.dense_batch(num_edges)
+    config = workload.model_config(width, "conservative", cutoff)
+    names = names_of_implementations(batch, width)
+    layers = {name: layer_workload.make_layer(name, batch, config) for name in names}
+    num_atoms, exact_edges = len(batch[keys.POSITIONS]), batch[keys.EDGE_INDEX].shape[1]
+    shape = {"E": exact_edges, "N": num_atoms, "F": width}
+    records: list[benchmark.Record] = []
+    for part in layer_workload.PARTS:
+        works = {name: layer.work(part) if layer else None for name, layer in layers.items()}
+        expected = next(work for work in works.values() if work)()
+        case = benchmark.Case(f"layer {part}", shape, "float32", works, expected, 2e-3, 1.0)
+        flops = {name: layer_workload.flops(name, part, width, num_atoms, exact_edges) for name in names}
+        records += timed(case, width, flops, args)
+    return records
+
+
+def names_of_implementations(batch: workload.Batch, width: int) -> list[str]:
+    """Ours first, then the peers, without the slower scatter of the usual way."""
+    slower = workload.slower_scatter(batch, width)
+    return [*workload.our_variants(), *(name for name in workload.peer_layers() if name != slower)]
+
+
+def timed(case: benchmark.Case, width: int, flops: dict[str, float], args: Any) -> list[StepRecord]:
+    """Times the case beside the matrix product of its edges, prints it, and fills in the arithmetic."""
+    ceiling = benchmark.product_ceiling(case.shape["E"], width)
+    case.ceilings = [ceiling]
+    records = [StepRecord(**vars(record)) for record in benchmark.compare(case, args)]
+    (product,) = [record for record in records if record.impl == ceiling.name]
+    for record in records:
+        if record.seconds is None or record is product:
+            continue
+        record.flops = flops[record.impl]
+        pairs = list(zip(product.round_seconds, record.round_seconds, strict=True))
+        work = record.flops / ceiling.num_flops
+        record.share_of_ceiling = statistics.median(work * one / mine for one, mine in pairs)
+        record.gflop_per_s = record.flops / record.seconds / 1e9
+        record.speed_up = {other.impl: speed_up(record, other) for other in records if is_peer(other)}
+    print(benchmark.table(records))
+    print(speed_up_lines(records))
+    return records
+
+
+def is_peer(record: benchmark.Record) -> bool:
+    """Whether it is another's implementation, and was timed."""
+    return record.seconds is not None and record.note != "ceiling" and not record.impl.startswith("megagnn")
+
+
+def speed_up(record: benchmark.Record, other: benchmark.Record) -> float:
+    """The other's time over this one's, the median over the rounds."""
+    pairs = zip(other.round_seconds, record.round_seconds, strict=True)
+    return statistics.median(theirs / mine for theirs, mine in pairs)
+
+
+def speed_up_lines(records: Sequence[StepRecord]) -> str:
+    """For each of ours, how many times faster than each peer it is, and than its own arithmetic allows."""
+    lines = []
+    for record in records:
+        if not record.impl.startswith("megagnn") or not record.flops:
+            continue
+        parts = []
+        for other in records:
+            if is_peer(other) and other.flops:
+                bound = other.flops / record.flops
+                parts.append(f"{record.speed_up[other.impl]:.2f} of {bound:.2f} x {other.impl}")
+        lines.append(f"  {record.impl}: speed-up of (by products alone): {', '.join(parts)}")
+    return "\n".join(lines)
+
+
+def memory_lines(records: Sequence[StepRecord]) -> str:
+    """Peak memory of each implementation, and its share of the least that a peer needs."""
+    measured = [record for record in records if record.peak_bytes]
+    least = min((r.peak_bytes or 0.0 for r in measured if is_peer(r)), default=0.0)
+    lines = []
+    for record in measured:
+        peak, resident = record.peak_bytes or 0.0, record.resident_bytes or 0.0
+        share = f", {peak / least:.2f} of the best peer's" if least and not is_peer(record) else ""
+        lines.append(
+            f"  {record.impl:28} {peak / 1e6:9.1f} MB at peak, process {resident / 1e6:.1f} MB{share}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""The work of bench_edge_message.py: batches of dense matter, models, training steps, their arithmetic."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import benchmark
+import numpy as np
+import torch
+from peers.model import PeerEGNN, concatenated
+from peers.usual import UsualLayer, index_add, torch_scatter_sum
+from torch import Tensor, nn
+
+from megagnn.config import LossConfig, ModelConfig
+from megagnn.data import keys
+from megagnn.data.batch import build_graph, collate
+from megagnn.models.egnn import EGNN
+from megagnn.models.potential import Potential, build_potential
+from megagnn.models.statistics import Statistics
+from megagnn.parallel.context import ParallelContext
+from megagnn.train.gradients import GRADIENT_METHODS
+from megagnn.train.loss import Loss, label_counts
+
+NEIGHBOURS = 30
+DEPTH, NUM_RADIAL = 3, 16
+ELEMENTS = (13, 29)
+_ATOMS = 256  # of one structure: 4 x 4 x 4 cubic cells of a face-centred lattice
+_DENSITY = 0.06  # atoms per Å^3, that of aluminium
+
+Batch = dict[str, Tensor]
+
+
+def dense_batch(num_edges: int, seed: int = 0) -> tuple[Batch, float]:
+    """A batch of periodic, liquid-like metal with `num_edges` edges to within 2 %, and the cutoff in Å.
+
+    Structures of about 256 atoms off a face-centred lattice by 0.35 Å, N = num_edges / 30 atoms in all. The
+    cutoff is the one that gives so many edges, the same for all. Labels are random.
+    """
+    rng = np.random.default_rng(seed)
+    num_atoms = round(num_edges / NEIGHBOURS)
+    sizes = np.diff(np.linspace(0, num_atoms, max(1, round(num_atoms / _ATOMS)) + 1).round().astype(int))
+    structures = [_liquid(int(size), rng) for size in sizes]
+    low, high = 3.0, 8.0
+    while True:
+        cutoff = 0.5 * (low + high)
+        graphs = [build_graph(*structure, cutoff) for structure in structures]
+        found = sum(graph[keys.EDGE_INDEX].shape[1] for graph in graphs)
+        if abs(found - num_edges) <= 0.02 * num_edges or high - low < 1e-3:
+            break
+        low, high = (cutoff, high) if found < num_edges else (low, cutoff)
+    for graph in graphs:
+        n = len(graph[keys.ATOMIC_NUMBERS])
+        graph.update({keys.ENERGY: float(rng.normal(scale=n**0.5)), keys.FORCES: rng.normal(size=(n, 3))})
+    return collate(graphs), cutoff
+
+
+def _liquid(size: int, rng: np.random.Generator) -> tuple[Any, ...]:
+    """Atomic numbers, positions, cell and pbc of `size` atoms in a cube of the right density."""
+    cells = 1
+    while 4 * cells**3 < size:
+        cells += 1
+    corners = np.stack(np.meshgrid(*[np.arange(cells)] * 3), -1).reshape(-1, 1, 3)
+    lattice = (corners + 0.5 * np.array([[0, 0, 0], [0, 1, 1], [1, 0, 1], [1, 1, 0]])).reshape(-1, 3) / cells
+    length = (size / _DENSITY) ** (1 / 3)
+    sites = rng.permutation(len(lattice))[:size]
+    positions = lattice[sites] * length + rng.normal(scale=0.35, size=(size, 3)) / 3**0.5
+    return rng.choice(ELEMENTS, size), positions, np.eye(3) * length, np.ones(3, dtype=bool)
+
+
+def model_config(width: int, forces: str, cutoff: float, **values: Any) -> ModelConfig:
+    """The default EGNN of this width and three layers."""
+    sizes = {"width": width, "num_layers": DEPTH, "num_radial": NUM_RADIAL, "cutoff": cutoff}
+    return ModelConfig(**sizes, forces=forces, **values)  # type: ignore[arg-type] # checked by pydantic
+
+
+def statistics() -> Statistics:
+    """Two elements, no reference energies."""
+    return Statistics(
+        elements=ELEMENTS,
+        sources=("metal",),
+        levels=("none",),
+        source_elements=(ELEMENTS,),
+        source_levels=((0,),),
+        references=((0.0, 0.0),),
+        mean_energy=(0.0,),
+        mean_neighbours=float(NEIGHBOURS),
+        output_scale=1.0,
+    )
+
+
+def our_variants() -> dict[str, dict[str, Any]]:
+    """The configurations of megagnn that are compared, the fastest first, by the name they go by."""
+    fields = {field.name for field in dataclasses.fields(ModelConfig)}
+    variants: dict[str, dict[str, Any]] = {}
+    if "edge_operation" in fields:
+        for memory in ("save", "recompute"):
+            variants[f"megagnn {memory}"] = {"edge_operation": "fused", "edge_memory": memory}
+    variants["megagnn unfused"] = {"edge_operation": "unfused"} if variants else {}
+    return variants
+
+
+def peer_layers() -> dict[str, Callable[..., nn.Module] | None]:
+    """What makes each peer's layers, by the name it is reported as; None for one that is not installed."""
+    layers: dict[str, Callable[..., nn.Module] | None] = {"usual index_add": UsualLayer}
+    layers["usual torch_scatter"] = None
+    layers["torch_geometric"] = None
+    if benchmark.optional("torch_scatter"):
+        layers["usual torch_scatter"] = lambda sizes: UsualLayer(sizes, torch_scatter_sum)
+    if benchmark.optional("torch_geometric"):
+        from peers.geometric import GeometricLayer
+
+        layers["torch_geometric"] = GeometricLayer
+    return layers
+
+
+def slower_scatter(batch: Batch, width: int) -> str:
+    """The name of the usual way's scatter that is the slower one here, forward and backward."""
+    if not benchmark.optional("torch_scatter"):
+        return "usual torch_scatter"
+    index, rows = batch[keys.EDGE_INDEX][0], len(batch[keys.POSITIONS])
+    values = torch.randn(len(index), width, requires_grad=True)
+    bar = torch.randn(rows, width)
+
+    def work(scatter: Any) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(scatter(values, index, rows), values, bar)
+
+    works = {"usual index_add": work(index_add), "usual torch_scatter": work(torch_scatter_sum)}
+    case = benchmark.Case("scatter", {}, "float32", dict(works))
+    ours, other = benchmark.compare(case, argparse.Namespace(rounds=3, seconds=0.0))
+    return ours.impl if (other.ratio_to_ours or 0) < 1 else other.impl
+
+
+class TrainingStep:
+    """Forward, loss on energies and forces, backward, torch's fused AdamW: of one model on one batch."""
+
+    def __init__(self, model: Potential | PeerEGNN, batch: Batch, gradient_method: str) -> None:
+        self.model, self.batch = model, batch
+        self.conservative = (
+            model.forces == "conservative"
+            if isinstance(model, Potential)
+            else (model.config.forces == "conservative")
+        )
+        self.gradient_method = GRADIENT_METHODS[gradient_method]
+        self.loss = Loss(LossConfig(energy="mse", forces="mse"))
+        self.counts = label_counts(batch, ParallelContext())
+        # so small a rate that the timed function stays the one that was checked
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+
+    def use(self, batch: Batch) -> TrainingStep:
+        """The same step on another batch from here on."""
+        self.batch, self.counts = batch, label_counts(batch, ParallelContext())
+        return self
+
+    def __call__(self) -> Tensor:
+        """One step; returns the loss."""
+        self.optimizer.zero_grad(set_to_none=False)
+        loss = self.gradients()
+        self.optimizer.step()
+        return loss
+
+    def gradients(self) -> Tensor:
+        """Leaves the gradients in the parameters; returns the loss."""
+        if isinstance(self.model, Potential):
+            return self.gradient_method(self.model, self.batch, self.loss, self.counts)[0]
+        loss = self.loss(self.outputs(), self.batch, self.counts)[0]
+        loss.backward()
+        return loss.detach()
+
+    def outputs(self) -> Batch:
+        """Energies and forces, ready to be differentiated."""
+        if isinstance(self.model, Potential):
+            return self.model(self.batch, create_graph=True)
+        if not self.conservative:
+            return self.model(self.batch)
+        positions = self.batch[keys.POSITIONS].detach().requires_grad_()
+        energy = self.model({**self.batch, keys.POSITIONS: positions})[keys.ENERGY]
+        (gradient,) = torch.autograd.grad(energy.sum(), positions, create_graph=True)
+        return {keys.ENERGY: energy, keys.FORCES: -gradient}
+
+    def results(self) -> Batch:
+        """Loss, and every parameter gradient in the peers' layout, to compare one step with another."""
+        self.optimizer.zero_grad()
+        loss = self.gradients()
+        model = self.model.model if isinstance(self.model, Potential) else self.model
+        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        self.optimizer.zero_grad()
+        gradients = concatenated(named) if isinstance(model, EGNN) else named
+        return {"loss": loss, **gradients}
+
+
+def make_step(name: str, batch: Batch, config: ModelConfig, gradient_method: str) -> TrainingStep | None:
+    """The step of an implementation, all of them with the same weights; None where it is not installed."""
+    if name in our_variants():
+        config = dataclasses.replace(config, **our_variants()[name])
+        return TrainingStep(build_potential(config, statistics()), batch, gradient_method)
+    layer = peer_layers()[name]
+    if layer is None:
+        return None
+    return TrainingStep(PeerEGNN(build_potential(config, statistics()).model, layer), batch, gradient_method)
+
+
+def check_equal(steps: dict[str, TrainingStep], tolerance: float = 2e-3) -> float:
+    """The largest difference of a loss or gradient from the first step's, relative to that gradient.
+
+    Gradients far below the largest are taken relative to 1e-3 of it: rounding in float32 leaves that much.
+    Raises ValueError above `tolerance`: a wrong step has no speed.
+    """
+    (first, wanted), *others = ((name, step.results()) for name, step in steps.items())
+    largest, worst = max(float(want.abs().max()) for want in wanted.values()), 0.0
+    for name, got in others:
+        if set(got) != set(wanted):
+            odd = sorted(set(got) ^ set(wanted))
+            raise ValueError(f"{name}: gradients must be those of {first}, only one of them has {odd}")
+        for key, want in wanted.items():
+            scale = max(float(want.abs().max()), 1e-3 * largest)
+            error = float((got[key] - want).abs().max()) / scale
+            worst = max(worst, error)
+            if not error <= tolerance:
+                raise ValueError(
+                    f"{name}: {key} must equal that of {first} to {tolerance:g}, got {error:.2g}"
+                )
+    return worst
+
+
+# Products that a training step takes, in units of those of one forward pass: edge rows, then atom rows.
+# Direct forces: forward, and backward to inputs and weights. `create_graph`: forward 1, backward to positions
+# 1, and the backward through both, to inputs and weights of each, 4. Recomputing the edges adds a forward to
+# the backward of direct forces; of conservative ones, one to each of the two passes back.
+UNITS = {
+    ("direct", "save"): (3, 3),
+    ("direct", "recompute"): (4, 3),
+    ("conservative", "save"): (6, 6),
+    ("conservative", "recompute"): (8, 6),
+}
+
+
+def step_flops(name: str, forces: str, width: int, num_atoms: int, num_edges: int) -> float:
+    """The matrix products of a step, multiply-adds counted as 2: the least that this formulation takes."""
+    edges, atoms = 0.0, float(width * width + width)
+    for layer in range(DEPTH):
+        vector = layer < DEPTH - 1 or forces == "direct"
+        branch = width * width + width if vector else 0
+        first = NUM_RADIAL * width + (0 if name.startswith("megagnn") else 2 * width * width)
+        edges += first + width * width + branch
+        atoms += (5 if name.startswith("megagnn") else 3) * width * width
+    memory = "recompute" if name.endswith("recompute") else "save"
+    edge_units, atom_units = UNITS[forces, memory]
+    return 2.0 * (edge_units * edges * num_edges + atom_units * atoms * num_atoms)
