@@ -72,6 +72,7 @@ def main() -> None:
         for num_edges in args.edges or EDGES["direct"]:
             for width in args.widths:
                 records += layer_case(num_edges, width, args)
+    print(summary([record for record in records if isinstance(record, StepRecord)]))
     benchmark.report(records, args)
 
 
@@ -115,6 +116,32 @@ def layer_case(num_edges: int, width: int, args: Any) -> list[benchmark.Record]:
         flops = {name: layer_workload.flops(name, part, width, num_atoms, exact_edges) for name in names}
         records += timed(case, width, flops, args)
     return records
+
+
+def summary(records: Sequence[StepRecord]) -> str:
+    """The steps of megagnn by forces and width, the worst over the numbers of edges, as a table in Markdown."""
+    lines = ["", "| step | F | implementation | over usual | over torch_geometric | of products | memory |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    ours = [r for r in records if r.impl.startswith("megagnn") and r.op.endswith("step")]
+    for op, width, impl in dict.fromkeys((r.op, r.shape["F"], r.impl) for r in ours):
+        mine = [r for r in ours if (r.op, r.shape["F"], r.impl) == (op, width, impl)]
+        cells = []
+        for peer in ("usual", "torch_geometric"):
+            ratios = [x for r in mine for name, x in r.speed_up.items() if name.startswith(peer)]
+            cells.append(f"{min(ratios):.2f}" if ratios else "-")
+        shares = [r.share_of_ceiling for r in mine if r.share_of_ceiling is not None]
+        cells.append(f"{min(shares):.0%}" if shares else "-")
+        memory = [memory_share(r, records) for r in mine if r.peak_bytes]
+        cells.append(f"{max(memory):.2f}" if memory else "-")
+        lines.append(f"| {op} | {width} | {impl} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def memory_share(record: StepRecord, records: Sequence[StepRecord]) -> float:
+    """Peak memory over the least that a peer needs for the same step; nan without peers."""
+    same = [r for r in records if (r.op, r.shape) == (record.op, record.shape) and is_peer(r)]
+    least = min((r.peak_bytes or 0.0 for r in same), default=0.0)
+    return (record.peak_bytes or 0.0) / least if least else float("nan")
 
 
 def names_of_implementations(batch: workload.Batch, width: int) -> list[str]:
@@ -170,16 +197,14 @@ def speed_up_lines(records: Sequence[StepRecord]) -> str:
 
 
 def memory_lines(records: Sequence[StepRecord]) -> str:
-    """Peak memory of each implementation, and its share of the least that a peer needs."""
-    measured = [record for record in records if record.peak_bytes]
-    least = min((r.peak_bytes or 0.0 for r in measured if is_peer(r)), default=0.0)
+    """Peak memory of each implementation, and ours over the least that a peer needs."""
     lines = []
-    for record in measured:
-        peak, resident = record.peak_bytes or 0.0, record.resident_bytes or 0.0
-        share = f", {peak / least:.2f} of the best peer's" if least and not is_peer(record) else ""
-        lines.append(
-            f"  {record.impl:28} {peak / 1e6:9.1f} MB at peak, process {resident / 1e6:.1f} MB{share}"
-        )
+    for record in records:
+        if record.peak_bytes is None or record.resident_bytes is None:
+            continue
+        share = "" if is_peer(record) else f", {memory_share(record, records):.2f} of the best peer's"
+        megabytes = f"{record.peak_bytes / 1e6:9.1f} MB at peak, process {record.resident_bytes / 1e6:.1f} MB"
+        lines.append(f"  {record.impl:28} {megabytes}{share}")
     return "\n".join(lines)
 
 

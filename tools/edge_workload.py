@@ -225,20 +225,27 @@ def check_equal(steps: dict[str, TrainingStep], tolerance: float = 2e-3) -> floa
     return worst
 
 
-# Products that a training step takes, in units of those of one forward pass: edge rows, then atom rows.
-# Direct forces: forward, and backward to inputs and weights. `create_graph`: forward 1, backward to positions
-# 1, and the backward through both, to inputs and weights of each, 4. Recomputing the edges adds a forward to
-# the backward of direct forces; of conservative ones, one to each of the two passes back.
+# Products of edge rows that a training step takes, in units of those of one forward pass.
+#   Direct forces: forward 1, backward to inputs 1 and to weights 1.
+#   Conservative, each intermediate a tensor: forward 1, backward to positions 1, and the backward through
+#   both, to inputs and weights of each, 4.
+#   Conservative, in blocks: nothing of the first backward is kept, so that the backward through it makes
+#   value and tangent again, 2, for its 4; then the backward of the forward, 2.
+# Where blocks are made again, 1 more for each backward of the forward. Products of atom rows: 3 and 6.
 UNITS = {
-    ("direct", "save"): (3, 3),
-    ("direct", "recompute"): (4, 3),
-    ("conservative", "save"): (6, 6),
-    ("conservative", "recompute"): (8, 6),
+    "direct": {"plain": 3, "save": 3, "recompute": 4},
+    "conservative": {"plain": 6, "save": 10, "recompute": 12},
 }
 
 
+def formulation(name: str) -> str:
+    """Of an implementation: "plain" with each intermediate a tensor, or the memory of its blocks."""
+    last = name.split()[-1]
+    return last if last in ("save", "recompute") else "plain"
+
+
 def step_flops(name: str, forces: str, width: int, num_atoms: int, num_edges: int) -> float:
-    """The matrix products of a step, multiply-adds counted as 2: the least that this formulation takes."""
+    """The matrix products of a step, multiply-adds counted as 2: what this formulation takes."""
     edges, atoms = 0.0, float(width * width + width)
     for layer in range(DEPTH):
         vector = layer < DEPTH - 1 or forces == "direct"
@@ -246,6 +253,5 @@ def step_flops(name: str, forces: str, width: int, num_atoms: int, num_edges: in
         first = NUM_RADIAL * width + (0 if name.startswith("megagnn") else 2 * width * width)
         edges += first + width * width + branch
         atoms += (5 if name.startswith("megagnn") else 3) * width * width
-    memory = "recompute" if name.endswith("recompute") else "save"
-    edge_units, atom_units = UNITS[forces, memory]
+    edge_units, atom_units = UNITS[forces][formulation(name)], UNITS[forces]["plain"]
     return 2.0 * (edge_units * edges * num_edges + atom_units * atoms * num_atoms)

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import edge_workload
 import torch
 from edge_workload import NUM_RADIAL, Batch, our_variants, peer_layers, statistics
 from peers.model import PeerEGNN, concatenated
@@ -23,8 +24,12 @@ from megagnn.models.potential import build_potential
 from megagnn.models.radial import envelope
 
 PARTS = ("forward", "backward", "force gradient")
-# Products in units of a forward, see edge_workload.UNITS; the second is with the blocks made again.
-UNITS = {"forward": (1, 1), "backward": (3, 4), "force gradient": (6, 8)}
+# Products of edge rows in units of a forward, see edge_workload.UNITS.
+UNITS = {
+    "forward": {"plain": 1, "save": 1, "recompute": 1},
+    "backward": edge_workload.UNITS["direct"],
+    "force gradient": edge_workload.UNITS["conservative"],
+}
 
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -112,12 +117,10 @@ def _peers(model: PeerEGNN, batch: Batch) -> Evaluate:
 
 
 def flops(name: str, part: str, width: int, num_atoms: int, num_edges: int) -> float:
-    """The matrix products of a part, multiply-adds counted as 2: the least that this formulation takes."""
+    """The matrix products of a part, multiply-adds counted as 2: what this formulation takes."""
     ours = name.startswith("megagnn")
     square = width * width
     edges = NUM_RADIAL * width + (2 if ours else 4) * square + width
     atoms = (5 if ours else 3) * square
-    plain, again = UNITS[part]
-    return 2.0 * (
-        (again if name.endswith("recompute") else plain) * edges * num_edges + plain * atoms * num_atoms
-    )
+    edge_units, atom_units = UNITS[part][edge_workload.formulation(name)], UNITS[part]["plain"]
+    return 2.0 * (edge_units * edges * num_edges + atom_units * atoms * num_atoms)

@@ -6,6 +6,7 @@ phi_h act on concatenations, so their weights are those of megagnn's split block
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,6 +74,23 @@ def node_mlp(sizes: Sizes) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, width))
 
 
+class BesselBasis(nn.Module):
+    """sin(n pi s) / s with s = d / cutoff, n = 1..R; (E,) -> (E, R)."""
+
+    frequencies: Tensor
+
+    def __init__(self, num_radial: int, cutoff: float) -> None:
+        super().__init__()
+        self.cutoff = cutoff
+        frequencies = torch.arange(1, num_radial + 1, dtype=torch.float64) * (math.pi / cutoff)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def forward(self, d: Tensor) -> Tensor:
+        """See the class."""
+        d = d.unsqueeze(-1)
+        return torch.sin(d * self.frequencies) * (self.cutoff / d)
+
+
 Layer = Callable[[Sizes], nn.Module]
 """Makes a layer (h (N, F), r (E, 3), d (E, 1), rho (E, R), f (E, 1), edge_index (2, E)) -> (h, vectors
 (N, 3) or None)."""
@@ -89,7 +107,8 @@ class PeerEGNN(nn.Module):
         super().__init__()
         check_parts(ours.config)
         self.config, self.statistics = ours.config, ours.statistics
-        self.element_index, self.basis = ours.element_index, ours.distance_feature
+        self.element_index = ours.element_index
+        self.basis = BesselBasis(ours.config.num_radial, ours.config.cutoff)
         width, depth = ours.config.width, ours.config.num_layers
         self.coordinate_scale = 1.0 / depth if ours.config.depth_scaling else 1.0
         node_scale = depth**-0.5 if ours.config.depth_scaling else 1.0
@@ -133,9 +152,8 @@ class PeerEGNN(nn.Module):
     def geometry(self, x: Tensor, edge_index: Tensor, shifts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """r (E, 3), d (E, 1) and the radial basis (E, R) of coordinates (N, 3)."""
         r = x.index_select(0, edge_index[1]) + shifts - x.index_select(0, edge_index[0])
-        squared = r.square().sum(-1)
-        d = (squared + DISTANCE_EPSILON**2).sqrt()
-        return r, d.unsqueeze(-1), self.basis(d, squared)
+        d = (r.square().sum(-1) + DISTANCE_EPSILON**2).sqrt()
+        return r, d.unsqueeze(-1), self.basis(d)
 
 
 def check_parts(config: ModelConfig) -> None:
