@@ -96,7 +96,13 @@ class ModelConfig:
     level_embedding: bool = True
     """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
     aggregation_backend: Literal["own", "torch_scatter", "torch_sparse", "torch"] = "own"
-    """What gathers atoms to edges and sums edges over atoms: own kernels, or another library's."""
+    """What gathers atoms to edges and sums edges over atoms; a library other than ours runs unfused."""
+    edge_operation: Literal["fused", "unfused"] = "fused"
+    """Edges in blocks that stay in the cache, or every intermediate as a tensor (the reference)."""
+    edge_memory: Literal["save", "recompute"] = "save"
+    """Fused: keep three numbers per edge and channel for the backward, or make the blocks again."""
+    edge_block: PositiveInt | None = None
+    """Edges of a block; what fits the cache if not given."""
 
     def __post_init__(self) -> None:
         if self.stress and self.forces != "conservative":

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from megagnn.config import ModelConfig
 from megagnn.data import keys
 from megagnn.models.heads import EnergyHead
-from megagnn.models.layer import Edges, EGNNLayer, edge_geometry
-from megagnn.models.radial import envelope, make_distance_feature
+from megagnn.models.layer import Edges, EGNNLayer, edge_distances, edge_vectors
+from megagnn.models.radial import DistanceFeature, envelope
 from megagnn.models.statistics import Statistics
-from megagnn.ops import Segments, segment_sum
+from megagnn.ops import EdgeGraph, Segments, segment_sum
 from megagnn.ops.backends import aggregation_backend
 
 NUM_ATOMIC_NUMBERS = 119  # atomic numbers 0..118; 0 stands for none
@@ -40,7 +40,7 @@ class EGNN(nn.Module):
         super().__init__()
         self.config, self.statistics, self.dtype = config, statistics, dtype
         self.backend = aggregation_backend(config.aggregation_backend)
-        self.distance_feature = make_distance_feature(
+        self.distance_feature = DistanceFeature(
             config.distance_feature, config.num_radial, config.cutoff, dtype
         )
         self.element_embedding = nn.Embedding(len(statistics.elements), config.width, dtype=dtype)
@@ -51,7 +51,7 @@ class EGNN(nn.Module):
         self.layers: Iterable[EGNNLayer] = nn.ModuleList(  # type: ignore[assignment] # a list of EGNNLayer
             EGNNLayer(
                 config,
-                self.distance_feature.num_features,
+                self.distance_feature,
                 statistics.mean_neighbours,
                 self._vector_branch(k),
                 dtype,
@@ -94,26 +94,26 @@ class EGNN(nn.Module):
         source = Segments(batch[keys.EDGE_INDEX][1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM])
         cell_E33 = batch[keys.CELL][batch[keys.BATCH][destination.index]]
         shift_EC = (batch[keys.CELL_SHIFTS].unsqueeze(-1) * cell_E33).sum(1)
-        return Edges(destination, source, shift_EC, backend=self.backend)
+        graph = EdgeGraph(destination, source)
+        return Edges(graph, shift_EC, self.distance_feature.centres_R, backend=self.backend)
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """See the class."""
         edges = self.edges(batch)
         x_NC = batch[keys.POSITIONS]
-        geometry = edge_geometry(x_NC, edges, self.distance_feature)
+        r_EC = edge_vectors(x_NC, edges)
         if self.config.envelope:
-            f_E1 = envelope(geometry.d_E, self.config.cutoff).unsqueeze(-1)
-            edges = replace(edges, envelope_E1=f_E1)
+            edges = replace(edges, envelope_E=envelope(edge_distances(r_EC), self.config.cutoff))
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         h_NF = self.element_embedding(element_N)
         if self.level_embedding is not None:
             h_NF = h_NF + self.level_embedding(batch[keys.LEVEL])[batch[keys.BATCH]]
         forces_NC = None
         for layer in self.layers:
-            h_NF, x_new_NC, forces_NC = layer(h_NF, x_NC, geometry, edges)
+            h_NF, x_new_NC, forces_NC = layer(h_NF, x_NC, r_EC, edges)
             if x_new_NC is not x_NC:
                 x_NC = x_new_NC
-                geometry = edge_geometry(x_NC, edges, self.distance_feature)
+                r_EC = edge_vectors(x_NC, edges)
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
         energy_N = self.energy_head(h_NF).double() * self.statistics.output_scale
         outputs = {keys.ENERGY: segment_sum(energy_N, atoms) + self.reference_energy(batch)}

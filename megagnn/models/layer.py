@@ -1,4 +1,4 @@
-"""One message-passing layer of the EGNN (docs/model.md), unfused: PyTorch around the segment sum.
+"""One message-passing layer of the EGNN (docs/model.md), around the operation of megagnn/ops/edge_message.py.
 
     m_ij = phi_e(h_i, h_j, rho(d_ij))
     x_i <- x_i + 1/A sum_j f_ij r_ij/d_ij phi_x(m_ij)
@@ -9,16 +9,16 @@ it splits: its blocks for h_i and h_j are applied per atom and gathered, only th
 feature is applied per edge.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from megagnn.config import ModelConfig
-from megagnn.ops.activation import SiLU
 from megagnn.models.radial import DistanceFeature
-from megagnn.ops import Segments
-from megagnn.ops.backends import OWN, AggregationBackend
+from megagnn.ops import EdgeGraph, EdgeSpec, EdgeWeights, edge_message, edge_reference, gather
+from megagnn.ops.activation import SiLU
+from megagnn.ops.backends import AggregationBackend, aggregation_backend
 
 # Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms
 # coincide, and differs from |r| by 5e-7 Å at 1 Å.
@@ -29,53 +29,54 @@ DISTANCE_EPSILON = 1e-3
 class Edges:
     """What all layers share about the edges of a batch."""
 
-    destination: Segments
-    """Receiver i of every edge; edges are sorted by it."""
-    source: Segments
-    """Sender j of every edge."""
+    graph: EdgeGraph
+    """Receiver i (edges are sorted by it) and sender j of every edge."""
     shift_EC: Tensor
     """Lattice translation of the sender, Å, (E, 3)."""
-    envelope_E1: Tensor | None = None
-    """f_c of the input distance, (E, 1)."""
-    backend: AggregationBackend = OWN
-    """What gathers and sums."""
+    centres_R: Tensor | None = None
+    """Frequencies or centres of the distance features."""
+    envelope_E: Tensor | None = None
+    """f_c of the input distance, (E,)."""
+    backend: AggregationBackend = field(default_factory=lambda: aggregation_backend("own"))
+    """What gathers and sums in the unfused path."""
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """Vectors and distances of the edges at the current coordinates."""
-
-    r_EC: Tensor
-    """r_ij = x_j + shift_ij - x_i, Å, (E, 3)."""
-    d_E: Tensor
-    """sqrt(|r|^2 + eps^2), Å, (E,)."""
-    feature_ER: Tensor
-    """What phi_e sees of the distance, (E, R)."""
+def edge_vectors(x_NC: Tensor, edges: Edges) -> Tensor:
+    """r_ij = x_j + shift_ij - x_i at coordinates x, Å: (N, 3) to (E, 3)."""
+    return gather(x_NC, edges.graph.source) + edges.shift_EC - gather(x_NC, edges.graph.destination)
 
 
-def edge_geometry(x_NC: Tensor, edges: Edges, feature: DistanceFeature) -> Geometry:
-    """Geometry of the edges at coordinates x, (N, 3); every derivative is finite where two atoms coincide."""
-    gather = edges.backend.gather
-    r_EC = gather(x_NC, edges.source) + edges.shift_EC - gather(x_NC, edges.destination)
-    squared_E = (r_EC * r_EC).sum(-1)
-    d_E = torch.sqrt(squared_E + DISTANCE_EPSILON**2)
-    return Geometry(r_EC, d_E, feature(d_E, squared_E))
+def edge_distances(r_EC: Tensor) -> Tensor:
+    """sqrt(|r|^2 + eps^2), Å: (E, 3) to (E,); every derivative is finite where two atoms coincide."""
+    return torch.sqrt((r_EC * r_EC).sum(-1) + DISTANCE_EPSILON**2)
 
 
-class Aggregate(nn.Module):
-    """Sum over each atom's neighbours, enveloped and divided as `ModelConfig.message_aggregation` says."""
+def edge_spec(config: ModelConfig, feature: DistanceFeature) -> EdgeSpec:
+    """The configured edge operation."""
+    return EdgeSpec(
+        feature=config.distance_feature,
+        direction=config.direction,
+        activation=config.activation,
+        bounded=config.coordinate_tanh,
+        epsilon=DISTANCE_EPSILON,
+        cutoff=config.cutoff,
+        spread=feature.spread,
+        memory=config.edge_memory,
+        block_edges=config.edge_block,
+    )
+
+
+class Divisor(nn.Module):
+    """Divides sums over neighbours by what `ModelConfig.message_aggregation` says."""
 
     def __init__(self, kind: str, mean_neighbours: float) -> None:
         super().__init__()
         self.kind = kind
         self.scale = 1.0 / mean_neighbours if kind == "constant" else 1.0
 
-    def forward(self, values_EK: Tensor, edges: Edges) -> Tensor:
-        if edges.envelope_E1 is not None:
-            values_EK = values_EK * edges.envelope_E1
-        sum_NK = edges.backend.segment_sum(values_EK, edges.destination)
+    def forward(self, sum_NK: Tensor, edges: Edges) -> Tensor:
         if self.kind == "mean":
-            degree_N1 = edges.destination.ptr.diff().clamp(min=1).unsqueeze(-1)
+            degree_N1 = edges.graph.destination.ptr.diff().clamp(min=1).unsqueeze(-1)
             return sum_NK / degree_N1
         return sum_NK * self.scale
 
@@ -112,48 +113,19 @@ class EdgeMessage(nn.Module):
         self.from_source = nn.Linear(config.width, hidden, bias=False, dtype=dtype)
         self.from_distance = nn.Linear(num_features, hidden, bias=False, dtype=dtype)
         self.out = nn.Linear(hidden, config.message_width or config.width, dtype=dtype)
-        self.activation = make_activation(config)
-
-    def forward(self, h_NF: Tensor, feature_ER: Tensor, edges: Edges) -> Tensor:
-        """Messages m_ij, (E, message_width)."""
-        gather = edges.backend.gather
-        a_EH = (
-            gather(self.from_destination(h_NF), edges.destination)
-            + gather(self.from_source(h_NF), edges.source)
-            + self.from_distance(feature_ER)
-        )
-        m_EM: Tensor = self.activation(self.out(self.activation(a_EH)))
-        return m_EM
 
 
 class EdgeVector(nn.Module):
-    """Sum over neighbours of f_ij u_ij phi(m_ij): the coordinate update (phi_x) and the direct force head
-    (phi_f).
-
-    phi = Linear, activation, Linear(-> 1); u_ij is the unit vector, the vector, or r/(d+1), with the
-    configured sign.
+    """phi in the sum over neighbours of f_ij u_ij phi(m_ij), which is the coordinate update (phi_x) or the
+    direct force head (phi_f): Linear, activation, Linear(-> 1).
     """
 
-    def __init__(self, config: ModelConfig, aggregate: Aggregate, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         width = config.message_width or config.width
         hidden = config.coordinate_hidden or config.width
-        self.direction, self.sign = config.direction, config.direction_sign
         self.hidden = nn.Linear(width, hidden, dtype=dtype)
         self.out = nn.Linear(hidden, 1, bias=config.coordinate_bias, dtype=dtype)
-        self.activation = make_activation(config)
-        self.bound: nn.Module = nn.Tanh() if config.coordinate_tanh else nn.Identity()
-        self.aggregate = aggregate
-
-    def forward(self, m_EM: Tensor, geometry: Geometry, edges: Edges) -> Tensor:
-        """Vectors of the atoms, (N, 3)."""
-        weight_E1 = self.bound(self.out(self.activation(self.hidden(m_EM))))
-        if self.direction == "unit":
-            weight_E1 = weight_E1 / geometry.d_E.unsqueeze(-1)
-        elif self.direction == "plus_one":
-            weight_E1 = weight_E1 / (geometry.d_E.unsqueeze(-1) + 1.0)
-        vectors_NC: Tensor = self.aggregate(weight_E1 * geometry.r_EC, edges)
-        return vectors_NC if self.sign == 1 else -vectors_NC
 
 
 class NodeUpdate(nn.Module):
@@ -182,15 +154,17 @@ class EGNNLayer(nn.Module):
     def __init__(
         self,
         config: ModelConfig,
-        num_features: int,
+        feature: DistanceFeature,
         mean_neighbours: float,
         vector_branch: str,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
         self.norm = make_norm(config, dtype)
-        self.message = EdgeMessage(config, num_features, dtype)
-        self.aggregate = Aggregate(config.message_aggregation, mean_neighbours)
+        self.spec = edge_spec(config, feature)
+        self.fused = config.edge_operation == "fused" and config.aggregation_backend == "own"
+        self.message = EdgeMessage(config, feature.num_features, dtype)
+        self.message_divisor = Divisor(config.message_aggregation, mean_neighbours)
         self.node_update = NodeUpdate(config, dtype)
         self.residual, self.published = config.residual, config.initialisation == "torch"
         # [Note: depth scaling] L updates of size 1/sqrt(L) add up to one; a coordinate update also moves the
@@ -199,8 +173,9 @@ class EGNNLayer(nn.Module):
         self.node_scale, self.coordinate_scale = depth**-0.5, 1.0 / depth
         self.vector_branch = vector_branch
         if vector_branch != "none":
-            aggregate = Aggregate(config.coordinate_aggregation, mean_neighbours)
-            self.vector = EdgeVector(config, aggregate, dtype)
+            self.vector = EdgeVector(config, dtype)
+            self.vector_divisor = Divisor(config.coordinate_aggregation, mean_neighbours)
+            self.vector_scale = config.direction_sign
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -214,14 +189,35 @@ class EGNNLayer(nn.Module):
         if self.vector.out.bias is not None:
             self.vector.out.bias.zero_()
 
+    def edge_weights(self, edges: Edges) -> EdgeWeights:
+        """Weights of the edge operation."""
+        message = self.message
+        first = (edges.centres_R, message.from_distance.weight, message.out.weight, message.out.bias)
+        if self.vector_branch == "none":
+            return EdgeWeights(*first)
+        hidden, out = self.vector.hidden, self.vector.out
+        return EdgeWeights(*first, hidden.weight, hidden.bias, out.weight.squeeze(0), out.bias)
+
+    def sum_edges(self, h_NF: Tensor, r_EC: Tensor, edges: Edges) -> tuple[Tensor, Tensor | None]:
+        """Sums over neighbours, divided: of messages (N, M) and, with a vector branch, of vectors (N, 3)."""
+        p_NH = self.message.from_destination(h_NF)
+        q_NH = self.message.from_source(h_NF)
+        inputs = (p_NH, q_NH, r_EC, edges.envelope_E, self.edge_weights(edges), edges.graph, self.spec)
+        if self.fused:
+            sum_NM, vectors_NC = edge_message(*inputs)
+        else:
+            sum_NM, vectors_NC = edge_reference.edge_message(*inputs, edges.backend)
+        if vectors_NC is not None:
+            vectors_NC = self.vector_divisor(vectors_NC * self.vector_scale, edges)
+        return self.message_divisor(sum_NM, edges), vectors_NC
+
     def forward(
-        self, h_NF: Tensor, x_NC: Tensor, geometry: Geometry, edges: Edges
+        self, h_NF: Tensor, x_NC: Tensor, r_EC: Tensor, edges: Edges
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(h, x) -> (h, x, forces or None), shapes (N, F), (N, 3), (N, 3); `geometry` is that of x."""
+        """(h, x) -> (h, x, forces or None), shapes (N, F), (N, 3), (N, 3); r (E, 3) are the vectors of x."""
         normed_NF = self.norm(h_NF)
-        m_EM = self.message(normed_NF, geometry.feature_ER, edges)
-        vectors_NC = self.vector(m_EM, geometry, edges) if self.vector_branch != "none" else None
-        update_NF = self.node_update(normed_NF, self.aggregate(m_EM, edges)) * self.node_scale
+        messages_NM, vectors_NC = self.sum_edges(normed_NF, r_EC, edges)
+        update_NF = self.node_update(normed_NF, messages_NM) * self.node_scale
         h_NF = h_NF + update_NF if self.residual else update_NF
         if self.vector_branch == "coordinates" and vectors_NC is not None:
             return h_NF, x_NC + vectors_NC * self.coordinate_scale, None

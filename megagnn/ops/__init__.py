@@ -5,10 +5,23 @@ Importing this without the compiled extension warns once; everything then runs o
 
 from megagnn.ops import extension
 from megagnn.ops.adamw import adamw_
+from megagnn.ops.edge_message import EdgeGraph, EdgeSpec, EdgeWeights, edge_message, edge_message_pair
 from megagnn.ops.extension import backend, build_info
 from megagnn.ops.segment import Segments, gather, segment_sum
 
-__all__ = ["Segments", "adamw_", "backend", "build_info", "gather", "segment_sum"]
+__all__ = [
+    "EdgeGraph",
+    "EdgeSpec",
+    "EdgeWeights",
+    "Segments",
+    "adamw_",
+    "backend",
+    "build_info",
+    "edge_message",
+    "edge_message_pair",
+    "gather",
+    "segment_sum",
+]
 
 if extension.module is None:
     extension.warn_reference("any device")

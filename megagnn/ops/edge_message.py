@@ -3,14 +3,14 @@
     a_e = p_i + q_j + W1c rho(d_e)        m_e = act(W2 act(a_e) + b2)       sum_i = sum_e f_e m_e
     w_e = w4 . act(W3 m_e + b3) + b4      vec_i = sum_e f_e w_e t(d_e) r_e
 
-for edges e from j to i, sorted by i; with `bounded`, tanh(w_e) in place of w_e. Blocks of edges go through the
-stages one after another and stay in the cache; the backward makes them again (`memory = "recompute"`) or reads
-a, c = W2 act(a) and g = W3 m kept by the forward (`"save"`). The derivation is in docs/kernels.md.
+for edges e from j to i, sorted by i; with `bounded`, tanh(w_e) in place of w_e. Blocks of edges go through
+the stages one after another and stay in the cache; the backward makes them again (`memory = "recompute"`) or
+reads a, c = W2 act(a) and g = W3 m kept by the forward (`"save"`). The derivation is in docs/kernels.md.
 
-[Note: derivatives] There are two kernels of each kind: for values, and for pairs of value and tangent, with one
-matrix product of twice the rows for both. The gradient of  <bar, J(x) xi>  with respect to x, which the second
-derivative needs, is the backward of the pair operation with tangents xi and cotangents (0, bar); with respect to
-bar it is the pair operation's tangent output. So the double backward of the operation is one call.
+[Note: derivatives] There are two kernels of each kind: for values, and for pairs of value and tangent, with
+one matrix product of twice the rows for both. The gradient of  <bar, J(x) xi>  with respect to x, which the
+second derivative needs, is the backward of the pair operation with tangents xi and cotangents (0, bar); with
+respect to bar it is the pair operation's tangent output. So the operation's double backward is one call.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def edge_message_pair(
 
 
 def _non_leaf(tensor: Tensor | None) -> Tensor | None:
-    """The same tensor behind a node of its own: of leaves the engine does not tell whether they are asked for."""
+    """The same tensor behind a node of its own: of leaves the engine does not say whether they are wanted."""
     if tensor is None or not (tensor.requires_grad and tensor.is_leaf):
         return tensor
     return tensor.view_as(tensor)
@@ -164,11 +164,14 @@ def has_kernels(values: Tensor) -> bool:
     return extension.has_cpu and values.is_cpu and values.dtype in (torch.float32, torch.float64)
 
 
-def _pair_reference(values: Any, tangents: Any, weights: EdgeWeights, graph: EdgeGraph, spec: EdgeSpec) -> EdgePair:
+def _pair_reference(
+    values: Any, tangents: Any, weights: EdgeWeights, graph: EdgeGraph, spec: EdgeSpec
+) -> EdgePair:
     """By the double-backward trick: the tangent is the derivative of <dummy, gradient> in the dummy."""
     with torch.enable_grad():
         inputs = [v if v is None or v.requires_grad else v.detach().requires_grad_() for v in values]
-        sum_NM, vec_N3 = edge_reference.edge_message(*inputs, weights, graph, spec)
+        p_NH, q_NH, r_E3, f_E = inputs
+        sum_NM, vec_N3 = edge_reference.edge_message(p_NH, q_NH, r_E3, f_E, weights, graph, spec)
         outputs = [t for t in (sum_NM, vec_N3) if t is not None]
         dummies = [torch.zeros_like(t, requires_grad=True) for t in outputs]
         pairs = [(x, t) for x, t in zip(inputs, tangents, strict=True) if x is not None]
@@ -198,7 +201,9 @@ def default_block_edges(width: int, element_size: int, planes: int) -> int:
 _WORKER_FLOPS = 2e6
 
 
-def _graph_arguments(graph: EdgeGraph, spec: EdgeSpec, weights: tuple[Tensor, ...], planes: int) -> list[Tensor]:
+def _graph_arguments(
+    graph: EdgeGraph, spec: EdgeSpec, weights: tuple[Tensor, ...], planes: int
+) -> list[Tensor]:
     w2_MH = weights[2]
     width = max(w2_MH.shape)
     block = spec.block_edges or default_block_edges(width, w2_MH.element_size(), planes)
@@ -207,7 +212,9 @@ def _graph_arguments(graph: EdgeGraph, spec: EdgeSpec, weights: tuple[Tensor, ..
     return [graph.destination.index, graph.source.index, *graph.plan(block, workers)]
 
 
-def _arguments(graph: EdgeGraph, spec: EdgeSpec, pair: bool, tensors: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+def _arguments(
+    graph: EdgeGraph, spec: EdgeSpec, pair: bool, tensors: tuple[Tensor | None, ...]
+) -> tuple[Any, ...]:
     """Lists of the compiled operations; an absent tensor is an empty one."""
     none = torch.empty(0)
     present = [none if t is None else t.detach() for t in tensors]
@@ -232,7 +239,7 @@ def _or_none(tensor: Tensor) -> Tensor | None:
 
 
 class _EdgeMessage(torch.autograd.Function):
-    """graph, spec, pair, inputs (4, or 8 of a pair), weights (8) -> sum, vec (of a pair: and their tangents)."""
+    """graph, spec, pair, inputs (4; of a pair 8), weights (8) -> sum, vec (of a pair: and their tangents)."""
 
     @staticmethod
     def forward(ctx: Any, graph: EdgeGraph, spec: EdgeSpec, pair: bool, *tensors: Tensor | None) -> Any:
@@ -301,10 +308,12 @@ def _backward(
 
 
 class _EdgeBackward(torch.autograd.Function):
-    """graph, spec, wanted, bars (2), inputs (4), weights (8), kept (3) -> their gradients; see [Note: derivatives]."""
+    """graph, spec, wanted, bars (2), inputs (4), weights (8), kept (3) -> gradients of inputs and weights."""
 
     @staticmethod
-    def forward(ctx: Any, graph: EdgeGraph, spec: EdgeSpec, wanted: tuple[bool, bool], *tensors: Tensor | None) -> Any:
+    def forward(
+        ctx: Any, graph: EdgeGraph, spec: EdgeSpec, wanted: tuple[bool, bool], *tensors: Tensor | None
+    ) -> Any:
         bars, saved = tensors[:2], tensors[2:]
         ctx.graph, ctx.spec = graph, spec
         ctx.save_for_backward(*tensors[:-3])
@@ -338,21 +347,27 @@ class _EdgeBackward(torch.autograd.Function):
 def _double_backward_reference(
     graph: EdgeGraph, spec: EdgeSpec, bars: Any, tensors: Any, tangents: Any
 ) -> list[Tensor | None]:
-    """The double backward where gradients of the weights are differentiated, too: by autograd on the reference."""
+    """The double backward where gradients of the weights are differentiated as well, on the reference."""
     with torch.enable_grad():
         leaves = [None if t is None else t.detach().requires_grad_() for t in (*bars, *tensors)]
         bar_leaves, tensor_leaves = leaves[:2], leaves[2:]
-        weights = EdgeWeights(*tensor_leaves[_NUM_INPUTS:])  # type: ignore[arg-type]
-        outputs = edge_reference.edge_message(*tensor_leaves[:_NUM_INPUTS], weights, graph, spec)  # type: ignore[arg-type]
-        used = [(y, bar) for y, bar in zip(outputs, bar_leaves, strict=True) if bar is not None]
+        weights: Any = EdgeWeights(*tensor_leaves[_NUM_INPUTS:])  # type: ignore[arg-type]
+        inputs: Any = tensor_leaves[:_NUM_INPUTS]
+        p_NH, q_NH, r_E3, f_E = inputs
+        outputs = edge_reference.edge_message(p_NH, q_NH, r_E3, f_E, weights, graph, spec)
+        used: Any = [(y, bar) for y, bar in zip(outputs, bar_leaves, strict=True) if bar is not None]
         first = [t for k, t in enumerate(tensor_leaves) if t is not None and k != _NUM_INPUTS]
         gradients = torch.autograd.grad(
-            [y for y, _ in used], first, [bar for _, bar in used], create_graph=True, allow_unused=True,
+            [y for y, _ in used],
+            first,
+            [bar for _, bar in used],
+            create_graph=True,
+            allow_unused=True,
             materialize_grads=True,
         )
         chosen = [x for k, x in enumerate(tangents) if tensor_leaves[k] is not None and k != _NUM_INPUTS]
         along = sum((g * x).sum() for g, x in zip(gradients, chosen, strict=True) if x is not None)
         present = [t for t in leaves if t is not None]
-        second = torch.autograd.grad(along, present, allow_unused=True)  # type: ignore[arg-type]
+        second = torch.autograd.grad(along, present, allow_unused=True)
     found = iter(second)
     return [None if t is None else next(found) for t in leaves]

@@ -1,4 +1,4 @@
-"""The edge operation in plain PyTorch: what the blockwise kernels are tested against, and the unfused path."""
+"""The edge operation in plain PyTorch: what the kernels are tested against, and the unfused path."""
 
 from __future__ import annotations
 

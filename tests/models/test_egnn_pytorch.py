@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from megagnn.config import ModelConfig, config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
-from megagnn.models.layer import Edges, EGNNLayer, edge_geometry
-from megagnn.models.radial import PlainDistance
-from megagnn.ops import Segments
+from megagnn.models.layer import Edges, EGNNLayer, edge_vectors
+from megagnn.models.radial import DistanceFeature
+from megagnn.ops import EdgeGraph, Segments
 
 egnn_pytorch = pytest.importorskip("egnn_pytorch", reason="the parity test needs the package egnn-pytorch")
 
@@ -54,7 +54,13 @@ def peer_layers() -> nn.ModuleList:
 
 def our_layers(config: ModelConfig) -> nn.ModuleList:
     return nn.ModuleList(
-        EGNNLayer(config, 1, mean_neighbours=1.0, vector_branch="coordinates", dtype=torch.float64)
+        EGNNLayer(
+            config,
+            DistanceFeature("squared", 1, config.cutoff, torch.float64),
+            mean_neighbours=1.0,
+            vector_branch="coordinates",
+            dtype=torch.float64,
+        )
         for _ in range(NUM_LAYERS)
     )
 
@@ -84,14 +90,13 @@ def named_pairs(ours: EGNNLayer, theirs: nn.Module) -> list[tuple[nn.Parameter, 
 def run_ours(layers: nn.ModuleList, config: ModelConfig, h_NF: Tensor, x_NC: Tensor) -> tuple[Tensor, Tensor]:
     atoms = Atoms("C" * NUM_ATOMS, x_NC.detach().numpy())
     batch = batch_from_atoms([atoms], config.cutoff, torch.float64, config.self_edges)
-    edges = Edges(
+    graph = EdgeGraph(
         Segments(batch[keys.EDGE_INDEX][0], batch[keys.ROW_PTR]),
         Segments(batch[keys.EDGE_INDEX][1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM]),
-        batch[keys.CELL_SHIFTS],
     )
-    feature = PlainDistance(squared=True)
+    edges = Edges(graph, batch[keys.CELL_SHIFTS])
     for layer in layers:
-        h_NF, x_NC, _ = layer(h_NF, x_NC, edge_geometry(x_NC, edges, feature), edges)
+        h_NF, x_NC, _ = layer(h_NF, x_NC, edge_vectors(x_NC, edges), edges)
     return h_NF, x_NC
 
 

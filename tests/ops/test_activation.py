@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megagnn.models.activation import SiLU, silu_second_derivative
+from megagnn.ops.activation import SiLU, silu_second_derivative
 from tests.tolerances import assert_close
 
 
