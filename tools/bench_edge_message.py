@@ -119,7 +119,7 @@ def layer_case(num_edges: int, width: int, args: Any) -> list[benchmark.Record]:
 
 
 def summary(records: Sequence[StepRecord]) -> str:
-    """The steps of megagnn by forces and width, the worst over the numbers of edges, as a table in Markdown."""
+    """The steps of megagnn by forces and width, the worst over the numbers of edges, as Markdown."""
     lines = ["", "| step | F | implementation | over usual | over torch_geometric | of products | memory |"]
     lines.append("|---|---|---|---|---|---|---|")
     ours = [r for r in records if r.impl.startswith("megagnn") and r.op.endswith("step")]
