@@ -1,7 +1,9 @@
-// AdamW on flat buffers: schema, checks, division of the work.
+// AdamW on flat buffers, and the sum of squares that clipping needs: schema, checks, division of the work.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <optional>
+#include <vector>
 
 #include "binding.h"
 #include "cpu/adamw.h"
@@ -102,6 +104,28 @@ void adamw_cpu(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std
   });
 }
 
+double square_sum_cpu(Tensor values) {
+  const cpu::Scalar scalar = scalar_of("square_sum", "cpu", values);
+  check(values.is_contiguous(), "square_sum", "cpu",
+        "values must be contiguous, got a strided view; pass the flat buffer itself");
+  const auto square_sum = cpu::adamw_kernels().square_sum[scalar];
+  const void* from = values.const_data_ptr();
+  const int64_t size = values.numel(), num_runs = (size + cpu::kSquareRun - 1) / cpu::kSquareRun;
+  std::vector<double> sums(size_t(num_runs), 0.0);
+  const auto sum_runs = [&](int64_t first, int64_t last) {
+    for (int64_t run = first; run < last; ++run) {
+      const int64_t begin = run * cpu::kSquareRun;
+      sums[size_t(run)] = square_sum(from, begin, std::min(begin + cpu::kSquareRun, size));
+    }
+  };
+  if (size < kSerialElements) {
+    sum_runs(0, num_runs);
+  } else {
+    torch::stable::parallel_for(0, num_runs, kSerialElements / 2 / cpu::kSquareRun, sum_runs);
+  }
+  return std::accumulate(sums.begin(), sums.end(), 0.0);
+}
+
 #ifdef MEGAGNN_WITH_CUDA
 void adamw_cuda(Tensor param, Tensor grad, Tensor exp_avg, Tensor exp_avg_sq, std::optional<Tensor> master,
                 double lr, double beta1, double beta2, double eps, double weight_decay, int64_t step,
@@ -127,9 +151,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megagnn, library) {
   library.def(
       "adamw_(Tensor(a!) param, Tensor grad, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor(d!)? master, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, int step, float grad_scale) -> ()");
+  library.def("square_sum(Tensor values) -> float");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(megagnn, CPU, library) { library.impl("adamw_", TORCH_BOX(&megagnn::adamw_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(megagnn, CPU, library) {
+  library.impl("adamw_", TORCH_BOX(&megagnn::adamw_cpu));
+  library.impl("square_sum", TORCH_BOX(&megagnn::square_sum_cpu));
+}
 
 #ifdef MEGAGNN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(megagnn, CUDA, library) { library.impl("adamw_", TORCH_BOX(&megagnn::adamw_cuda)); }

@@ -152,6 +152,8 @@ class LossConfig:
 class OptimConfig:
     """AdamW, its learning-rate schedule, clipping and weight averaging."""
 
+    implementation: Literal["own", "torch", "apex"] = "own"
+    """AdamW by megagnn's kernel over flat buffers, PyTorch's fused one, or NVIDIA apex's where installed."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.99)

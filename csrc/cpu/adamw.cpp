@@ -37,6 +37,25 @@ void update(const AdamWBuffers& buffers, const AdamWScalars& scalars, int64_t be
   }
 }
 
+// The lanes are the same at every level, and so are the bits.
+template <class T>
+double square_sum(const void* values_pointer, int64_t begin, int64_t end) {
+  constexpr int64_t kLanes = 32;
+  const T* values = static_cast<const T*>(values_pointer);
+  Accumulator<T> sums[kLanes] = {};
+  int64_t i = begin;
+  for (; i + kLanes <= end; i += kLanes) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const Accumulator<T> value = widen(values[i + lane]);
+      sums[lane] += value * value;
+    }
+  }
+  double total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += double(sums[lane]);
+  for (; i < end; ++i) total += double(widen(values[i])) * double(widen(values[i]));
+  return total;
+}
+
 }  // namespace
 
 extern const AdamWKernels adamw;
@@ -45,6 +64,7 @@ const AdamWKernels adamw = {
      {nullptr, update<false, double, double>, nullptr},
      {}},
     {{update<true, float, float>, nullptr, update<true, float, BFloat16>}, {}, {}},
+    {square_sum<float>, square_sum<double>, square_sum<BFloat16>},
 };
 
 }  // namespace megagnn::cpu::MEGAGNN_SIMD

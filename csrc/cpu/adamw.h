@@ -37,7 +37,14 @@ using AdamWKernel = void (*)(const AdamWBuffers& buffers, const AdamWScalars& sc
 struct AdamWKernels {
   AdamWKernel update[kNumScalars][kNumScalars];          // null where there is no such combination
   AdamWKernel update_rounded[kNumScalars][kNumScalars];  // the same, and writes `rounded`
+  // Sum of squares of values [begin, end), by the type of the values: for the norm of the gradient. Over no
+  // more than kSquareRun values, which are added as float32 (float64 as they are).
+  double (*square_sum[kNumScalars])(const void* values, int64_t begin, int64_t end);
 };
+
+// Sums of runs are added as float64, in order, so no error grows with the size of the buffer and no bit
+// depends on the number of threads.
+constexpr int64_t kSquareRun = 1024;
 
 // The kernels of the SIMD level chosen for this machine (csrc/cpu/simd.cpp).
 const AdamWKernels& adamw_kernels();

@@ -4,7 +4,7 @@ Importing this without the compiled extension warns once; everything then runs o
 """
 
 from megagnn.ops import extension
-from megagnn.ops.adamw import adamw_
+from megagnn.ops.adamw import adamw_, square_sum
 from megagnn.ops.edge_message import EdgeGraph, EdgeSpec, EdgeWeights, edge_message, edge_message_pair
 from megagnn.ops.extension import backend, build_info
 from megagnn.ops.segment import Segments, gather, segment_sum
@@ -21,6 +21,7 @@ __all__ = [
     "edge_message_pair",
     "gather",
     "segment_sum",
+    "square_sum",
 ]
 
 if extension.module is None:

@@ -1,4 +1,4 @@
-"""One step of AdamW over flat buffers, in one pass over memory."""
+"""AdamW over flat buffers, in one pass over memory, and the gradient norm that goes with it."""
 
 from __future__ import annotations
 
@@ -51,6 +51,24 @@ def adamw_(
     if extension.module is not None:
         extension.warn_reference(param.device.type)
     reference.adamw_(param, grad, exp_avg, exp_avg_sq, master, *scalars)
+
+
+@torch.no_grad()
+def square_sum(values: Tensor) -> Tensor:
+    """Sum of the squares of a contiguous tensor, as a float64 scalar on its device.
+
+    float32 and bfloat16 are squared and added as float32 over runs of 1024 values, the runs as float64: the
+    error does not grow with the size, and on a CPU no bit depends on the number of threads. Raises ValueError
+    for a type other than float32, float64 and bfloat16, or a tensor that is not contiguous.
+    """
+    where = f"square_sum ({extension.backend()})"
+    if values.dtype not in _STATE_DTYPE:
+        raise ValueError(f"{where}: values must be float32, float64 or bfloat16, got {values.dtype}")
+    if not values.is_contiguous():
+        raise ValueError(f"{where}: values must be contiguous, got strides {values.stride()}")
+    if extension.has_cpu and values.is_cpu:
+        return torch.tensor(_OPS.square_sum.default(values), dtype=torch.float64)
+    return reference.square_sum(values)
 
 
 def _check(

@@ -45,3 +45,13 @@ def adamw_(
     weights.mul_(1 - lr * weight_decay).addcdiv_(exp_avg, root, value=-lr / (1 - beta1**step))
     if master is not None:
         param.copy_(master)
+
+
+def square_sum(values: Tensor) -> Tensor:
+    """Sum of squares as a float64 scalar: runs of 1024 in the accumulator's type, then float64."""
+    accumulator = torch.float32 if values.dtype == torch.bfloat16 else None
+    flat = values.reshape(-1)
+    whole = flat.numel() // 1024 * 1024
+    runs = torch.linalg.vector_norm(flat[:whole].view(-1, 1024), dim=1, dtype=accumulator)
+    rest = torch.linalg.vector_norm(flat[whole:], dtype=accumulator)
+    return runs.double().square().sum() + rest.double().square()

@@ -1,23 +1,63 @@
-"""AdamW for a model, and the moving average of its weights."""
+"""The optimizer of a run, its step with clipping, and the moving average of the weights."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megagnn.config import OptimConfig
+from megagnn.optim.adamw import FlatAdamW
+from megagnn.optim.apex import make_apex_adamw
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases and gains."""
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases and gains.
+
+    The implementation is the configuration's; the state dicts of all are alike, so that a run may continue
+    with another. `own` takes over the memory of the parameters: move the model first. Raises ValueError for
+    `apex` where it is not installed.
+    """
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    if config.implementation == "own":
+        return FlatAdamW(groups, **settings)
+    if config.implementation == "apex":
+        return make_apex_adamw(groups, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """Euclidean norm of all gradients, a scalar."""
+    if isinstance(optimizer, FlatAdamW):
+        return optimizer.gradient_norm()
+    return torch.nn.utils.get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None])
+
+
+def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float | None) -> None:
+    """One step with gradients times min(1, clip_norm / norm), where `norm` is theirs; no limit with None.
+
+    Our own optimizer scales them as it reads them and leaves them as they are; the others' are scaled in
+    place.
+    """
+    if not isinstance(optimizer, FlatAdamW):
+        if clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_norm, norm)
+        optimizer.step()
+        return
+    # As in torch, the small number keeps a norm of zero harmless. A norm of NaN gives NaN.
+    scale = 1.0 if clip_norm is None else clip_norm / (float(norm) + 1e-6)
+    optimizer.step(grad_scale=1.0 if scale > 1 else scale)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class WeightAverage:

@@ -14,7 +14,7 @@ from megagnn.config import RunConfig, config_to_dict
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import build_potential
 from megagnn.models.statistics import Statistics
-from megagnn.optim.optimizer import WeightAverage, make_optimizer
+from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
 from megagnn.optim.schedule import learning_rate
 from megagnn.parallel.collectives import (
     all_reduce_gradients,
@@ -131,14 +131,13 @@ class Trainer:
         rate = learning_rate(step, self.config.train.num_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         counts = label_counts(batch, self.context)
         loss, shares = self.gradient_method(self.potential, batch, self.loss, counts)
-        parameters = list(self.potential.parameters())
-        all_reduce_gradients(parameters, self.context)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, optim.clip_norm or float("inf"))
+        all_reduce_gradients(self.potential.parameters(), self.context)
+        norm = gradient_norm(self.optimizer)
         self._check_finite(norm)
-        self.optimizer.step()
+        clipped_step(self.optimizer, norm, optim.clip_norm)
         self.average.update()
         self.progress = dataclasses.replace(
             self.progress, step=step + 1, step_in_epoch=self.progress.step_in_epoch + 1

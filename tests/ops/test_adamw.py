@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from megagnn.ops import adamw_, extension, reference
+from megagnn.ops import adamw_, extension, reference, square_sum
 from tests.tolerances import RELATIVE, assert_close
 
 LEVELS = extension.module.simd_levels() if extension.module else ["reference"]
@@ -337,3 +338,52 @@ def test_device_without_kernels_takes_the_reference() -> None:
         return
     with pytest.warns(RuntimeWarning, match="no compiled kernels for meta"):
         adamw_(*tensors, step=1, **SETTINGS)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+@pytest.mark.parametrize("size", [0, 1, 31, 33, 1024, 1057, 70_001])
+def test_square_sum(size: int, dtype: torch.dtype, simd: str) -> None:
+    values = torch.randn(size + 1).to(dtype)[1:]
+    want = values.double().square().sum()
+    relative = 1e-14 if dtype == FLOAT64 else 1e-6
+    for got in (square_sum(values), reference.square_sum(values)):
+        assert got.dtype == FLOAT64
+        assert_close(got, want, relative)
+    if size:
+        values[size // 2] = math.nan
+        assert square_sum(values).isnan()
+
+
+def test_square_sum_does_not_lose_digits_in_large_buffers() -> None:
+    """Sixteen million equal values: added one after another in float32, they stand still."""
+    values = torch.full((16_000_000,), 0.3)
+    want = 16_000_000 * float(values[0]) ** 2
+    assert abs(square_sum(values).item() - want) < 1e-6 * want
+    assert abs(float(np.cumsum(values.square().numpy(), dtype=np.float32)[-1]) - want) > 1e-4 * want
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, BFLOAT16], ids=str)
+def test_square_sum_same_bits_at_any_number_of_threads_and_level(dtype: torch.dtype) -> None:
+    if extension.module is None:
+        pytest.skip("the extension is not built")
+    values, before, level = (
+        torch.randn(300_001).to(dtype),
+        torch.get_num_threads(),
+        extension.module.simd_level(),
+    )
+    results = set()
+    for name in LEVELS:
+        extension.module.set_simd_level(name)
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.add(square_sum(values).item())
+    torch.set_num_threads(before)
+    extension.module.set_simd_level(level)
+    assert len(results) == 1
+
+
+def test_square_sum_errors() -> None:
+    with pytest.raises(ValueError, match=r"square_sum \(.*\): values must be float32, .* got torch.int64"):
+        square_sum(torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"values must be contiguous, got strides \(2,\)"):
+        square_sum(torch.ones(6)[::2])

@@ -1,18 +1,150 @@
-"""Which parameters decay, and the moving average of the weights."""
+"""Which parameters decay, clipping, the implementations of AdamW, the moving average of the weights."""
 
+import copy
+import sys
+import types
+from dataclasses import replace
+from typing import Any
+
+import pytest
 import torch
 from torch import nn
 
 from megagnn.config import OptimConfig
-from megagnn.optim.optimizer import WeightAverage, make_optimizer
+from megagnn.optim.adamw import FlatAdamW
+from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
+from tests.tolerances import assert_close
+
+IMPLEMENTATIONS = ("own", "torch", "apex")
 
 
-def test_only_matrices_decay() -> None:
+class FusedAdam(torch.optim.AdamW):
+    """Stands in for apex's, which needs a GPU: its arguments, its zero_grad, its step count per group."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+    ) -> None:
+        assert adam_w_mode
+        assert bias_correction
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)
+
+    def zero_grad(self) -> None:  # type: ignore[override]
+        super().zero_grad(set_to_none=True)
+
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                if self.state[p]:
+                    self.state[p]["step"] = torch.tensor(float(group["step"]))
+        super().step()
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                del self.state[p]["step"]
+
+
+@pytest.fixture
+def _fake_apex(monkeypatch: pytest.MonkeyPatch) -> None:
+    apex, optimizers = types.ModuleType("apex"), types.ModuleType("apex.optimizers")
+    optimizers.FusedAdam = FusedAdam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "apex", apex)
+    monkeypatch.setitem(sys.modules, "apex.optimizers", optimizers)
+
+
+def run(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, clip: float | None) -> None:
+    """Steps on gradients that do not depend on the weights."""
+    for step in range(num_steps):
+        optimizer.zero_grad()
+        for p in model.parameters():
+            p.grad = torch.linspace(-3, 2 + step, p.numel(), dtype=p.dtype).view_as(p)
+        clipped_step(optimizer, gradient_norm(optimizer), clip)
+
+
+def make_model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(3, 3).double()
+
+
+@pytest.mark.usefixtures("_fake_apex")
+@pytest.mark.parametrize("clip", [None, 0.5, 1e3])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_implementations_agree(implementation: Any, clip: float | None) -> None:
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.5, implementation=implementation)
+    model, want = make_model(), make_model()
+    run(model, make_optimizer(model, config), 6, clip)
+    optimizer = torch.optim.AdamW(want.parameters(), lr=0.1, betas=config.betas, eps=config.eps)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    bias = optimizer.param_groups[0]["params"].pop()
+    optimizer.param_groups[1].update(params=[bias], weight_decay=0.0)
+    for step in range(6):
+        for p in want.parameters():
+            p.grad = torch.linspace(-3, 2 + step, p.numel(), dtype=p.dtype).view_as(p)
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(list(want.parameters()), clip)
+        optimizer.step()
+    for p, q in zip(model.parameters(), want.parameters(), strict=True):
+        assert_close(p.detach(), q.detach(), 1e-13)
+
+
+@pytest.mark.usefixtures("_fake_apex")
+@pytest.mark.parametrize("after", IMPLEMENTATIONS)
+@pytest.mark.parametrize("before", IMPLEMENTATIONS)
+def test_a_state_passes_between_implementations(before: Any, after: Any) -> None:
+    """Five steps, then five by another, are ten by one; the same implementation makes the same bits."""
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.5)
+    model, want = make_model(), make_model()
+    first = make_optimizer(model, replace(config, implementation=before))
+    run(model, first, 5, 0.5)
+    state = copy.deepcopy(first.state_dict())
+    second = make_optimizer(model, replace(config, implementation=after))
+    second.load_state_dict({"state": state["state"], "param_groups": second.state_dict()["param_groups"]})
+    run(model, second, 5, 0.5)
+    whole = make_optimizer(want, replace(config, implementation=after))
+    run(want, whole, 5, 0.5)
+    run(want, whole, 5, 0.5)
+    for p, q in zip(model.parameters(), want.parameters(), strict=True):
+        assert_close(p.detach(), q.detach(), 0.0 if before == after else 1e-13)
+    assert isinstance(second, FlatAdamW) == (after == "own")
+
+
+def test_apex_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(ValueError, match=r"FusedAdam cannot be imported .*build NVIDIA apex .*or use 'own'"):
+        make_optimizer(nn.Linear(2, 2), OptimConfig(implementation="apex"))
+
+
+@pytest.mark.parametrize("implementation", ["own", "torch"])
+def test_a_norm_of_nan_is_not_hidden(implementation: Any) -> None:
+    model = make_model()
+    optimizer = make_optimizer(model, OptimConfig(implementation=implementation))
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("nan"))
+    norm = gradient_norm(optimizer)
+    assert norm.isnan()
+    clipped_step(optimizer, norm, 1.0)
+    assert all(p.isnan().all() for p in model.parameters())
+
+
+@pytest.mark.usefixtures("_fake_apex")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_only_matrices_decay(implementation: Any) -> None:
     """With zero gradients AdamW only decays."""
     model = nn.Linear(3, 3)
     nn.init.ones_(model.bias)
     before = model.weight.detach().clone()
-    optimizer = make_optimizer(model, OptimConfig(learning_rate=0.1, weight_decay=0.5))
+    config = OptimConfig(learning_rate=0.1, weight_decay=0.5, implementation=implementation)
+    optimizer = make_optimizer(model, config)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
