@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megagnn.config import ModelConfig
 from megagnn.data import keys
 from megagnn.models.egnn import EGNN
-from megagnn.models.layer import edge_geometry
+from megagnn.models.layer import edge_distances, edge_vectors
 from megagnn.models.potential import build_potential
 from megagnn.models.radial import envelope
 
@@ -97,9 +97,9 @@ def _ours(model: EGNN, batch: Batch) -> Evaluate:
     layer = next(iter(model.layers))
 
     def evaluate(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        geometry = edge_geometry(x, edges, model.distance_feature)
-        f = envelope(geometry.d_E, model.config.cutoff).unsqueeze(-1)
-        return layer(h, x, geometry, dataclasses.replace(edges, envelope_E1=f))[:2]
+        r = edge_vectors(x, edges)
+        f = envelope(edge_distances(r), model.config.cutoff)
+        return layer(h, x, r, dataclasses.replace(edges, envelope_E=f))[:2]
 
     return evaluate
 
