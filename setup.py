@@ -57,8 +57,8 @@ def version() -> str:
     return found[1]
 
 
-def run(command: list[str]) -> None:
-    """Runs a compiler; its messages are shown only where it fails."""
+def run(command: list[str]) -> str:
+    """Runs a compiler; its messages, returned, are shown only where it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -69,6 +69,13 @@ def run(command: list[str]) -> None:
             (line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200]
         )
         raise CannotBuildError(f"{command[0]} failed: {first}")
+    return done.stderr
+
+
+def compile_object(job: tuple[list[str], Path]) -> None:
+    """Runs a compile command and keeps its messages beside the object: tools/cuda_report.py reads nvcc's."""
+    command, target = job
+    target.with_suffix(".log").write_text(run(command))
 
 
 def find_compiler() -> list[str]:
@@ -197,7 +204,8 @@ class Build:
         target = self.folder / f"cuda-{source.stem}.o"
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
-        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-I{CSRC}", *codes]
+        flags = ["-std=c++17", "-O3", "-Xptxas=-v", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags += [f"-I{CSRC}", *codes]
         return [self.nvcc, *self.host_compiler(), *flags, "-c", str(source), "-o", str(target)], target
 
     def link(self, objects: list[Path], target: Path) -> list[str]:
@@ -221,7 +229,7 @@ class Build:
         target.parent.mkdir(parents=True, exist_ok=True)
         jobs = self.jobs()
         with ThreadPoolExecutor(max(os.cpu_count() or 1, 1)) as pool:
-            list(pool.map(run, (command for command, _ in jobs)))
+            list(pool.map(compile_object, jobs))
         run(self.link([target for _, target in jobs], target))
 
 
