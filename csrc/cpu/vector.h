@@ -76,5 +76,26 @@ inline VectorOf<float>::type load(const BFloat16* from) {
   return v;
 }
 
+// Stores that go past the cache, for results too large to be found there later; `to` is aligned to the
+// vector. They are ordered with other threads' reads only by end_stores_past_cache.
+inline void store_past_cache(float* to, VectorOf<float>::type v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<VectorOf<float>::type*>(to));
+#elif defined(__AVX512F__)
+  __builtin_ia32_movntps512(to, v);
+#elif defined(__AVX2__)
+  __builtin_ia32_movntps256(to, v);
+#elif defined(__SSE2__)
+  __builtin_ia32_movntps(to, v);
+#else
+  __builtin_memcpy(to, &v, sizeof v);
+#endif
+}
+inline void end_stores_past_cache() {
+#if defined(__SSE2__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 }  // namespace
 }  // namespace megagnn::cpu::MEGAGNN_SIMD

@@ -7,7 +7,10 @@ from megagnn.ops import extension
 from megagnn.ops.adamw import adamw_, square_sum
 from megagnn.ops.edge_message import EdgeGraph, EdgeSpec, EdgeWeights, edge_message, edge_message_pair
 from megagnn.ops.extension import backend, build_info
-from megagnn.ops.segment import Segments, gather, segment_sum
+from megagnn.ops.maximum import segment_max
+from megagnn.ops.scatter import gather_rows, scatter_add
+from megagnn.ops.segment import Segments, gather, segment_mean, segment_sum
+from megagnn.ops.weighted import gather_weighted_sum
 
 __all__ = [
     "EdgeGraph",
@@ -20,6 +23,11 @@ __all__ = [
     "edge_message",
     "edge_message_pair",
     "gather",
+    "gather_rows",
+    "gather_weighted_sum",
+    "scatter_add",
+    "segment_max",
+    "segment_mean",
     "segment_sum",
     "square_sum",
 ]

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import reference
-from megagnn.ops.segment import Segments, gather, segment_sum
+from megagnn.ops.maximum import segment_max
+from megagnn.ops.segment import Segments, gather, segment_mean, segment_sum
 
 
 class AggregationBackend:
@@ -77,6 +78,8 @@ class OwnBackend(AggregationBackend):
     name = "own"
     gather = staticmethod(gather)
     segment_sum = staticmethod(segment_sum)
+    segment_mean = staticmethod(segment_mean)
+    segment_max = staticmethod(segment_max)
 
 
 class TorchBackend(AggregationBackend):

@@ -21,6 +21,46 @@ def gather(values: Tensor, index: Tensor) -> Tensor:
     return values.index_select(0, index)
 
 
+def segment_mean(values: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    """Mean of the rows of `values` (E, ...) that share an entry of `index`; rows without entries are zero."""
+    wide = values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
+    sums = segment_sum(wide, index, num_rows)
+    counts = torch.bincount(index, minlength=num_rows).clamp(min=1).to(wide.dtype)
+    return (sums / counts.view(-1, *(1,) * (values.dim() - 1))).to(values.dtype)
+
+
+def segment_max_entry(values: Tensor, index: Tensor, num_rows: int, perm: Tensor | None) -> Tensor:
+    """Entry of the maximum of each row and column, the first of equal ones in perm's order: (num_rows, ...).
+
+    -1 for rows without entries. A NaN counts as larger than any number.
+    """
+    values = values.detach()
+    if perm is not None:
+        values, index = values[perm], index[perm]
+    rows = index.view(-1, *(1,) * (values.dim() - 1)).expand_as(values)
+    shape, num_entries = (num_rows, *values.shape[1:]), values.shape[0]
+    wide = values.float() if values.dtype == torch.bfloat16 else values
+    largest = wide.new_zeros(shape).scatter_reduce(0, rows, wide, "amax", include_self=False)
+    found = largest[index]
+    position = torch.arange(num_entries, device=values.device).view(-1, *(1,) * (values.dim() - 1))
+    position = torch.where((wide == found) | (wide != wide), position, num_entries)
+    first = index.new_full(shape, num_entries).scatter_reduce(0, rows, position, "amin")
+    if perm is not None and num_entries:
+        first = torch.where(first < num_entries, perm[first.clamp(max=num_entries - 1)], num_entries)
+    return torch.where(first < num_entries, first, -1)
+
+
+def gather_weighted_sum(
+    values: Tensor, weight: Tensor, source_index: Tensor, index: Tensor, num_rows: int
+) -> Tensor:
+    """out[index[e]] += weight[e] * values[source_index[e]]: (M, ...), (E,), (E,), (E,) to (num_rows, ...).
+
+    bfloat16 values are multiplied and summed in float32, the type of weight, and rounded once.
+    """
+    rows = values.index_select(0, source_index).to(weight.dtype)
+    return segment_sum(rows * weight.view(-1, *(1,) * (values.dim() - 1)), index, num_rows).to(values.dtype)
+
+
 @torch.no_grad()
 def adamw_(
     param: Tensor,

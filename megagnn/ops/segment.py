@@ -1,7 +1,8 @@
-"""Segment sum over sorted rows (CSR), and its transpose, the gather.
+"""Segment sum and mean over sorted rows (CSR), and their transpose, the gather.
 
-They are linear and each is the backward of the other, so both can be differentiated any number of times. Sums
-are deterministic: the order in which a row is summed depends on the row alone, not on the number of threads.
+They are linear and one another's backward, so all can be differentiated any number of times, in reverse and
+forward mode. Sums are deterministic: on a CPU the order in which a row is summed depends on the row alone,
+not on the number of threads.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension, reference
+from megagnn.ops.dispatch import below_autograd, check_values, has_kernels
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 _OPS = torch.ops.megagnn
 
 
@@ -98,70 +99,98 @@ def segment_sum(values: Tensor, segments: Segments) -> Tensor:
     values: float32, float64 or bfloat16 (summed in float32, rounded once). Rows without entries are zero.
     Raises ValueError for another type, or where values does not have one row per entry.
     """
-    _check("segment_sum", values, segments.index.size(0), "entry of index")
-    if not _has_kernels(values):
+    check_values("segment_sum", values, segments.index.size(0), "entry of index")
+    if not has_kernels(values):
         return reference.segment_sum(values, segments.index, segments.num_rows)
     if torch.compiler.is_compiling():
         return _OPS.segment_sum(values, segments.index, segments.ptr, segments.perm)
     return _SegmentSum.apply(values, segments.index, segments.ptr, segments.perm)
 
 
+def segment_mean(values: Tensor, segments: Segments) -> Tensor:
+    """Mean over the entries of each row: values (E, ...) to (N, ...). Rows without entries are zero.
+
+    Types and errors as `segment_sum`; the division is in the accumulator's type, before the one rounding.
+    """
+    check_values("segment_mean", values, segments.index.size(0), "entry of index")
+    if not has_kernels(values):
+        return reference.segment_mean(values, segments.index, segments.num_rows)
+    if torch.compiler.is_compiling():
+        return _OPS.segment_mean(values, segments.index, segments.ptr, segments.perm)
+    return _SegmentMean.apply(values, segments.index, segments.ptr, segments.perm)
+
+
 def gather(values: Tensor, segments: Segments) -> Tensor:
     """The row of each entry, values[index]: values (N, ...) to (E, ...); the transpose of `segment_sum`.
 
+    Its backward sums in the order of ptr and perm: by source that is the transposed gather, without atomics.
     Raises ValueError for a type other than float32, float64 or bfloat16, or where values has not N rows.
     """
-    _check("gather", values, segments.ptr.size(0) - 1, "row of ptr")
-    if not _has_kernels(values):
+    check_values("gather", values, segments.ptr.size(0) - 1, "row of ptr")
+    if not has_kernels(values):
         return reference.gather(values, segments.index)
     if torch.compiler.is_compiling():
         return _OPS.gather(values, segments.index, segments.ptr, segments.perm)
     return _Gather.apply(values, segments.index, segments.ptr, segments.perm)
 
 
-def _check(operation: str, values: Tensor, rows: int, what: str) -> None:
-    if values.dtype in DTYPES and values.dim() != 0 and values.size(0) == rows:
-        return
-    where = f"{operation} ({extension.backend()})"
-    if values.dtype not in DTYPES:
-        raise ValueError(f"{where}: values must be float32, float64 or bfloat16, got {values.dtype}")
-    raise ValueError(f"{where}: values must have one row per {what}, {rows}, got shape {tuple(values.shape)}")
-
-
-def _has_kernels(values: Tensor) -> bool:
-    if (extension.has_cpu and values.is_cpu) or (extension.has_cuda and values.is_cuda):
-        return True
-    if extension.module is not None and not torch.compiler.is_compiling():
-        extension.warn_reference(values.device.type)
-    return False
-
-
 # [Note: two ways into autograd]
 # The operations carry registered formulas (below), which torch.compile, torch.export and opcheck see. Their
 # dispatch passes through Python twice, which shows in a small batch's step. In eager mode the functions above
 # therefore enter by these Functions, which call the kernels below autograd; the formulas are the same.
+# Forward mode is known to the Functions alone.
 class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
         ctx.segments = (index, ptr, perm)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _OPS.segment_sum.default(values, index, ptr, perm)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _Gather.apply(grads[0], *ctx.segments), None, None, None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _SegmentSum.apply(tangents[0], *ctx.segments)
+
+
+class _SegmentMean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
+        ctx.segments = (index, ptr, perm)
+        with below_autograd():
+            return _OPS.segment_mean.default(values, index, ptr, perm)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Gather.apply(_over_counts(grads[0], ctx.segments[1]), *ctx.segments), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _SegmentMean.apply(tangents[0], *ctx.segments)
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
         ctx.segments = (index, ptr, perm)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _OPS.gather.default(values, index, ptr, perm)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         return _SegmentSum.apply(grads[0], *ctx.segments), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        return _Gather.apply(tangents[0], *ctx.segments)
+
+
+def _over_counts(values: Tensor, ptr: Tensor) -> Tensor:
+    """Each row of values (N, ...) over its number of entries; rows without any as they are."""
+    counts = ptr.diff().clamp(min=1).to(values.dtype)
+    return values / counts.view(-1, *(1,) * (values.dim() - 1))
 
 
 def _keep_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -173,24 +202,28 @@ def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, N
     return _OPS.gather(grad, *ctx.saved_tensors), None, None, None
 
 
+def _segment_mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    grad = _over_counts(grad, ctx.saved_tensors[1])
+    return _OPS.gather(grad, *ctx.saved_tensors), None, None, None
+
+
 def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
     return _OPS.segment_sum(grad, *ctx.saved_tensors), None, None, None
 
 
-def _register() -> None:
-    @torch.library.register_fake("megagnn::segment_sum")
-    def _(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
-        return values.new_empty((ptr.shape[0] - 1, *values.shape[1:]))
+def _reduced(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
+    return values.new_empty((ptr.shape[0] - 1, *values.shape[1:]))
 
-    @torch.library.register_fake("megagnn::gather")
-    def _(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
-        return values.new_empty((index.shape[0], *values.shape[1:]))
 
-    torch.library.register_autograd(
-        "megagnn::segment_sum", _segment_sum_backward, setup_context=_keep_segments
-    )
-    torch.library.register_autograd("megagnn::gather", _gather_backward, setup_context=_keep_segments)
+def _gathered(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
+    return values.new_empty((index.shape[0], *values.shape[1:]))
 
 
 if extension.module is not None:
-    _register()
+    for _name, _fake, _backward in (
+        ("segment_sum", _reduced, _segment_sum_backward),
+        ("segment_mean", _reduced, _segment_mean_backward),
+        ("gather", _gathered, _gather_backward),
+    ):
+        torch.library.register_fake(f"megagnn::{_name}", _fake)
+        torch.library.register_autograd(f"megagnn::{_name}", _backward, setup_context=_keep_segments)

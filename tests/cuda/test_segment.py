@@ -7,6 +7,7 @@ import torch
 
 from megagnn.ops import Segments, reference
 from tests.cuda.emulator import ORDERS, SCALARS, Emulator, Guarded, LaunchError, at_offset
+from tests.cuda.sums import row_sum_workspace
 from tests.ops.helpers import long_row, random_segments
 from tests.tolerances import assert_close
 
@@ -15,13 +16,18 @@ DTYPES = pytest.mark.parametrize("dtype", list(SCALARS), ids=str)
 PERM = pytest.mark.parametrize("perm", [False, True], ids=["sorted", "perm"])
 
 
-def segment_sum(cuda: Emulator, values: torch.Tensor, segments: Segments, offset: int = 0) -> torch.Tensor:
+def segment_sum(
+    cuda: Emulator, values: torch.Tensor, segments: Segments, offset: int = 0, *, mean: bool = False
+) -> torch.Tensor:
     num_rows, width = segments.num_rows, values.shape[1]
     out = Guarded((num_rows, width), values.dtype, offset)
+    workspace = row_sum_workspace(values.dtype, segments.num_entries, width)
     cuda(
         "megagnn_cuda_segment_sum",
-        *(SCALARS[values.dtype], values, segments.ptr, segments.perm, out.tensor, num_rows, width),
+        *(SCALARS[values.dtype], values, segments.ptr, segments.perm, out.tensor),
+        *(num_rows, segments.num_entries, width, int(mean), workspace.tensor),
     )
+    workspace.check()
     return out.check()
 
 
@@ -64,8 +70,33 @@ def test_giant_row(cuda: Emulator, dtype: torch.dtype, perm: bool, width: int) -
     wider = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype]
     sums = segment_sum(cuda, values, segments)
     assert_close(sums, exact_sum(values, segments), wider)
-    with cuda.order("random", seed=1):
-        assert torch.equal(segment_sum(cuda, values, segments), sums)
+    for order in ORDERS:
+        with cuda.order(order, seed=1):
+            assert torch.equal(segment_sum(cuda, values, segments), sums)
+    mean = segment_sum(cuda, values, segments, mean=True)
+    assert_close(mean, reference.segment_mean(values.double(), segments.index, 3), wider)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1024, 1024], [1025], [2048, 1, 1025, 0, 3000], [7, 1030, 1030, 1030, 5]], ids=str
+)
+@DTYPES
+def test_rows_about_the_length_that_is_split(cuda: Emulator, dtype: torch.dtype, lengths: list[int]) -> None:
+    """[Note: giant rows]: rows that begin and end at a cut, next to one, and inside a piece."""
+    counts = torch.tensor(lengths)
+    index = torch.repeat_interleave(torch.arange(len(lengths)), counts)
+    segments = Segments(index, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    values = torch.rand(len(index), 5).to(dtype)
+    assert_close(segment_sum(cuda, values, segments), exact_sum(values, segments))
+
+
+@PERM
+@DTYPES
+def test_mean(cuda: Emulator, dtype: torch.dtype, perm: bool) -> None:
+    segments = random_segments(40, 300, perm=perm)
+    values = torch.randn(300, 24).to(dtype)
+    want = reference.segment_mean(values.double(), segments.index, 40)
+    assert_close(segment_sum(cuda, values, segments, mean=True), want)
 
 
 @pytest.mark.parametrize("width", [8, 64])
@@ -110,5 +141,5 @@ def test_bfloat16_keeps_nan_and_infinity(cuda: Emulator) -> None:
 def test_an_empty_grid_is_refused(cuda: Emulator) -> None:
     """As by a device; the bindings return before they would ask for one."""
     segments = Segments(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(LaunchError, match=r"error 9: segment_sum_kernel.*grid must be.*got \(0, 1, 1"):
+    with pytest.raises(LaunchError, match=r"error 9: row_sum_kernel.*grid must be.*got \(0, 1, 1"):
         segment_sum(cuda, torch.ones(0, 4), segments)

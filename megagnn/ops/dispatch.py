@@ -1,0 +1,37 @@
+"""Which of kernels and reference an operation takes, and the checks that all operations make first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megagnn.ops import extension
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+below_autograd = torch._C._AutoDispatchBelowAutograd
+"""Context in which an operation goes straight to its kernel."""
+
+
+def accumulator_type(dtype: torch.dtype) -> torch.dtype:
+    """What sums of a type are made in: float32 for bfloat16 and float16, else the type itself."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def check_values(operation: str, values: Tensor, rows: int, what: str) -> None:
+    """Raises ValueError unless values, (rows, ...), is of a type the kernels know."""
+    if values.dtype in DTYPES and values.dim() != 0 and values.size(0) == rows:
+        return
+    where = f"{operation} ({extension.backend()})"
+    if values.dtype not in DTYPES:
+        raise ValueError(f"{where}: values must be float32, float64 or bfloat16, got {values.dtype}")
+    raise ValueError(f"{where}: values must have one row per {what}, {rows}, got shape {tuple(values.shape)}")
+
+
+def has_kernels(values: Tensor) -> bool:
+    """Whether there are kernels for the device of values; says so once where there are none."""
+    if (extension.has_cpu and values.is_cpu) or (extension.has_cuda and values.is_cuda):
+        return True
+    if extension.module is not None and not torch.compiler.is_compiling():
+        extension.warn_reference(values.device.type)
+    return False
