@@ -115,12 +115,11 @@ Tensor gather_weighted_sum_cuda(Tensor values, Tensor weight, Tensor index, Tens
   if (call.rows.num_rows * call.width == 0) return result;
   const Tensor workspace =
       new_bytes(values, cuda::row_sum_workspace(call.scalar, call.rows.num_entries, call.width));
-  check_launch(where.operation,
-               megagnn_cuda_gather_weighted_sum(
-                   call.scalar, call.values.const_data_ptr(), call.weight.const_data_ptr(),
-                   call.source.index_data(), call.rows.ptr_data(), call.rows.perm_data(),
-                   result.mutable_data_ptr(), call.rows.num_rows, call.rows.num_entries, call.width,
-                   workspace.mutable_data_ptr(), guard.stream()));
+  check_launch(where.operation, megagnn_cuda_gather_weighted_sum(
+                                    call.scalar, call.values.const_data_ptr(), call.weight.const_data_ptr(),
+                                    call.source.index_data(), call.rows.ptr_data(), call.rows.perm_data(),
+                                    result.mutable_data_ptr(), call.rows.num_rows, call.rows.num_entries,
+                                    call.width, workspace.mutable_data_ptr(), guard.stream()));
   return result;
 }
 

@@ -9,11 +9,11 @@ namespace {
 constexpr int64_t kColumns = 64;  // held in the L1 cache with their positions
 
 template <class T>
-struct PositionOf {
+struct Position {
   using type = int32_t;  // as wide as what is compared, so that the loop over columns becomes vectors
 };
 template <>
-struct PositionOf<double> {
+struct Position<double> {
   using type = int64_t;
 };
 
@@ -31,13 +31,13 @@ bool max_part_of(const RowSumInput& in, void* out_pointer, int64_t* arg, int64_t
   for (int64_t column = 0; column < in.width; column += kColumns) {
     const int64_t columns = in.width - column < kColumns ? in.width - column : kColumns;
     Accumulator<T> best[kColumns];
-    typename PositionOf<T>::type at[kColumns] = {};  // from begin; a part has at most kPartEntries
+    typename Position<T>::type at[kColumns] = {};  // from begin; a part has at most kPartEntries
     const T* first = entries.from(begin, ok) + column;
     for (int64_t c = 0; c < columns; ++c) best[c] = widen(first[c]);
     for (int64_t k = begin + 1; k < end; ++k) {
       const T* from = entries.from(k, ok) + column;
       entries.prefetch(k, column, columns);
-      const auto position = typename PositionOf<T>::type(k - begin);
+      const auto position = typename Position<T>::type(k - begin);
       for (int64_t c = 0; c < columns; ++c) {
         const Accumulator<T> value = widen(from[c]);
         const bool better = replaces(value, best[c]);
