@@ -31,7 +31,6 @@ import benchmark
 import torch
 from torch import nn
 
-from megagnn.ops import adamw_
 from megagnn.optim.adamw import FlatAdamW
 
 Work = Callable[[], Any]
@@ -101,11 +100,11 @@ def own_step(optimizer: FlatAdamW) -> Work:
 
 
 def own_kernel(optimizer: FlatAdamW) -> Work:
-    """Our operation alone."""
+    """The operation that it calls, on the whole buffer."""
     b, steps = optimizer.buffers[0][0], itertools.count(1)
-    return lambda: adamw_(
-        b.param, b.grad, b.exp_avg, b.exp_avg_sq, b.master, step=next(steps), betas=BETAS, **SETTINGS
-    )
+    buffers = (b.param, b.grad, b.exp_avg, b.exp_avg_sq, b.master)
+    lr, eps, decay = (SETTINGS[name] for name in ("lr", "eps", "weight_decay"))
+    return lambda: torch.ops.megagnn.adamw_.default(*buffers, lr, *BETAS, eps, decay, next(steps), 1.0)
 
 
 def torch_step(optimizer: FlatAdamW, **kind: Any) -> Work:
@@ -124,7 +123,7 @@ def torch_step(optimizer: FlatAdamW, **kind: Any) -> Work:
 
 
 def torch_kernel(optimizer: FlatAdamW) -> Work:
-    """What torch.optim.AdamW(fused=True) calls; on the master copies, with casts, where there are some."""
+    """The operation that torch.optim.AdamW(fused=True) calls; with casts, where there are master copies."""
     b, step = optimizer.buffers[0][0], torch.zeros(())
     weights = b.param if b.master is None else b.master
     grad = b.grad if b.master is None else torch.empty_like(b.master)
