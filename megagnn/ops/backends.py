@@ -134,13 +134,12 @@ class TorchSparseBackend(AggregationBackend):
 
     def segment_max(self, values: Tensor, segments: Segments) -> Tensor:
         """See the base class."""
-        flat_EK = _flat(values)
-        columns = _columns(segments)
+        if values.numel() == 0:  # the library divides by the size
+            return values.new_zeros((segments.num_rows, *values.shape[1:])) + values.sum()
+        flat_EK, columns = _flat(values), _columns(segments)
         with torch.no_grad():
             arg_NK = torch.ops.torch_sparse.spmm_max(segments.ptr, columns, None, flat_EK)[1]
         empty_NK = arg_NK >= columns.numel()  # how the library marks a row without entries
-        if columns.numel() == 0:
-            return values.new_zeros((segments.num_rows, *values.shape[1:])) + values.sum()
         largest_NK = flat_EK.gather(0, columns[arg_NK.masked_fill(empty_NK, 0)])
         return largest_NK.masked_fill(empty_NK, 0).view(-1, *values.shape[1:])
 
@@ -149,8 +148,10 @@ class _SparseSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
         ctx.segments = segments
+        if values.numel() == 0:  # the library divides by the size
+            return values.new_zeros((segments.num_rows, *values.shape[1:]))
         out_NK = torch.ops.torch_sparse.spmm_sum(
-            None, segments.ptr, _columns(segments), None, None, None, _flat(values)
+            None, segments.ptr, _columns(segments), None, None, None, _flat(values.detach())
         )
         return out_NK.view(-1, *values.shape[1:])
 
