@@ -90,9 +90,7 @@ def csr_peers(graph: Graph, reduce: str) -> dict[str, Function | None]:
     """Reductions over CSR rows."""
     ptr, counts = graph.destination.ptr, graph.destination.ptr.diff()
     peers: dict[str, Function | None] = {
-        "torch.segment_reduce": lambda v: torch.segment_reduce(
-            v, reduce, lengths=counts, unsafe=True
-        )
+        "torch.segment_reduce": lambda v: torch.segment_reduce(v, reduce, lengths=counts, unsafe=True)
     }
     peers |= dict.fromkeys(("torch_scatter.segment_csr", "torch_geometric.segment"))
     if torch_scatter:
