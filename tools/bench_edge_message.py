@@ -39,11 +39,13 @@ class StepRecord(benchmark.Record):
     """A record with the memory of the step and the arithmetic of its formulation.
 
     flops: products of the step, multiply-adds counted as 2; share_of_ceiling and gflop_per_s refer to them.
+    share_of_product: share_of_ceiling with the product of (E, F) alone as the ceiling.
     speed_up: for each peer, its time over that of this implementation, the median over the rounds.
     peak_bytes, resident_bytes: see tools/step_memory.py.
     """
 
     flops: float | None = None
+    share_of_product: float | None = None
     speed_up: dict[str, float] = field(default_factory=dict)
     peak_bytes: float | None = None
     resident_bytes: float | None = None
@@ -121,21 +123,25 @@ def layer_case(num_edges: int, width: int, args: Any) -> list[benchmark.Record]:
 
 def summary(records: Sequence[StepRecord]) -> str:
     """The steps of megagnn by forces and width, the worst over the numbers of edges, as Markdown."""
-    lines = ["", "| step | F | implementation | over usual | over torch_geometric | of products | memory |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    columns = ("step", "F", "implementation", "over usual", "over torch_geometric")
+    columns += ("of products (E, F)", "of the faster product", "memory over least peer's")
+    lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     ours = [r for r in records if r.impl.startswith("megagnn") and r.op.endswith("step")]
     for op, width, impl in dict.fromkeys((r.op, r.shape["F"], r.impl) for r in ours):
         mine = [r for r in ours if (r.op, r.shape["F"], r.impl) == (op, width, impl)]
-        cells = []
+        cells = [op, str(width), impl]
         for peer in ("usual", "torch_geometric"):
-            ratios = [x for r in mine for name, x in r.speed_up.items() if name.startswith(peer)]
-            cells.append(f"{min(ratios):.2f}" if ratios else "-")
-        shares = [r.share_of_ceiling for r in mine if r.share_of_ceiling is not None]
-        cells.append(f"{min(shares):.0%}" if shares else "-")
-        memory = [memory_share(r, records) for r in mine if r.peak_bytes]
-        cells.append(f"{max(memory):.2f}" if memory else "-")
-        lines.append(f"| {op} | {width} | {impl} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            cells.append(worst([x for r in mine for name, x in r.speed_up.items() if name.startswith(peer)]))
+        cells.append(worst([r.share_of_product for r in mine if r.share_of_product], ".0%"))
+        cells.append(worst([r.share_of_ceiling for r in mine if r.share_of_ceiling], ".0%"))
+        cells.append(worst([-memory_share(r, records) for r in mine if r.peak_bytes]).removeprefix("-"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if ours else ""
+
+
+def worst(numbers: Sequence[float], spec: str = ".2f") -> str:
+    """The least of the numbers, or a dash."""
+    return format(min(numbers), spec) if numbers else "-"
 
 
 def memory_share(record: StepRecord, records: Sequence[StepRecord]) -> float:
@@ -157,19 +163,25 @@ def timed(case: benchmark.Case, width: int, flops: dict[str, float], args: Any) 
     case.ceilings = ceilings
     records = [StepRecord(**vars(record)) for record in benchmark.compare(case, args)]
     products = {record.impl: record.round_seconds for record in records if record.note == "ceiling"}
-    per_flop = [[t / c.num_flops for t in products[c.name]] for c in ceilings]
-    fastest = [min(both) for both in zip(*per_flop, strict=True)]
+    large, cached = ([t / c.num_flops for t in products[c.name]] for c in ceilings)
+    fastest = [min(both) for both in zip(large, cached, strict=True)]
     for record in records:
         if record.seconds is None or record.note == "ceiling":
             continue
         record.flops = flops[record.impl]
-        pairs = zip(fastest, record.round_seconds, strict=True)
-        record.share_of_ceiling = statistics.median(record.flops * best / mine for best, mine in pairs)
+        record.share_of_ceiling = share(record.flops, fastest, record)
+        record.share_of_product = share(record.flops, large, record)
         record.gflop_per_s = record.flops / record.seconds / 1e9
         record.speed_up = {other.impl: speed_up(record, other) for other in records if is_peer(other)}
     print(benchmark.table(records))
     print(speed_up_lines(records))
     return records
+
+
+def share(flops: float, seconds_per_flop: Sequence[float], record: benchmark.Record) -> float:
+    """The time of the products at the rates of the rounds over that of the record, the median."""
+    pairs = zip(seconds_per_flop, record.round_seconds, strict=True)
+    return statistics.median(flops * best / mine for best, mine in pairs)
 
 
 def cached_ceiling(rows: int, width: int) -> benchmark.Ceiling:

@@ -1,0 +1,50 @@
+"""The whole-step benchmark's report: ratios within rounds, shares of the ceilings, the worst case kept."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import bench_edge_message as bench
+import benchmark
+import pytest
+
+
+def record(impl: str, seconds: tuple[float, ...], edges: int = 10, **values: object) -> bench.StepRecord:
+    settings: dict = {"op": "direct step", "shape": {"E": edges, "F": 64}, "dtype": "float32", **values}
+    return bench.StepRecord(impl=impl, seconds=sorted(seconds)[1], round_seconds=seconds, **settings)
+
+
+def test_speed_up_and_share_are_taken_within_rounds() -> None:
+    """Every round twice as slow as the one before, for all: the ratios of a round stay."""
+    ours, peer = record("megagnn save", (1.0, 2.0, 4.0)), record("usual index_add", (3.0, 6.0, 12.0))
+    assert bench.speed_up(ours, peer) == 3
+    assert bench.share(100.0, [0.008, 0.016, 0.032], ours) == pytest.approx(0.8)
+
+
+def test_timed_fills_in_the_arithmetic_of_each() -> None:
+    works = {"megagnn save": lambda: sum(range(1000)), "usual index_add": lambda: sum(range(2000))}
+    case = benchmark.Case("direct step", {"E": 256, "F": 64}, "float32", works)
+    args = Namespace(rounds=5, seconds=0.0)
+    ours, peer, *ceilings = bench.timed(case, 64, {"megagnn save": 1e6, "usual index_add": 2e6}, args)
+    assert [c.note for c in ceilings] == ["ceiling", "ceiling"]
+    assert len(ours.round_seconds) == len(ceilings[0].round_seconds) == ours.rounds
+    assert ours.speed_up == {"usual index_add": bench.speed_up(ours, peer)}
+    assert peer.speed_up == {"usual index_add": 1.0}
+    for mine, flops in ((ours, 1e6), (peer, 2e6)):
+        assert mine.gflop_per_s == pytest.approx(flops / (mine.seconds or 0.0) / 1e9)
+        large = [t / (2.0 * 256 * 64 * 64) for t in ceilings[0].round_seconds]
+        assert mine.share_of_product == pytest.approx(bench.share(flops, large, mine))
+        assert (mine.share_of_ceiling or 1) <= (mine.share_of_product or 0)
+
+
+def test_summary_keeps_the_worst() -> None:
+    memory = [{"peak_bytes": 10.0}, {"peak_bytes": 30.0}]
+    ours = [
+        record("megagnn save", (1.0, 1.0, 1.0), edges, speed_up={"usual index_add": up}, **kept)
+        for edges, up, kept in zip((10, 20), (2.5, 1.5), memory, strict=True)
+    ]
+    peers = [record("usual index_add", (2.0, 2.0, 2.0), edges, peak_bytes=100.0) for edges in (10, 20)]
+    (line,) = [line for line in bench.summary([*ours, *peers]).splitlines() if "megagnn" in line]
+    assert line == "| direct step | 64 | megagnn save | 1.50 | - | - | - | 0.30 |"
+    assert bench.memory_share(ours[1], [*ours, *peers]) == pytest.approx(0.3)
+    assert bench.summary(peers) == ""
