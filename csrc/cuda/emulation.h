@@ -1,26 +1,25 @@
 // Emulates CUDA threads on the processor, so that the kernels, the same sources, run in tests on machines
 // without a GPU: compat.h includes this header where the compiler is not nvcc. A block's threads are fibers
-// that take turns; blocks run one after another. It is some hundred times slower than the processor's own
-// kernels.
+// that take turns; blocks run one after another. Some hundred times slower than the CPU kernels.
 //
-// What it finds, always by a message that names kernel, block, thread and line (megagnn_cuda_error_string):
-// - a barrier that is missing, as a wrong result: threads and blocks run in forward, reverse or random order,
-// one
-//   to its next barrier before another starts, and shared memory is full of NaN when a block starts;
+// What it finds, by a message that names kernel, block, thread and line (megagnn_cuda_error_string):
 // - barriers or warp exchanges in divergent code; masks that name lanes absent or gone, or not the caller;
 // - launches outside the limits of a device, more dynamic shared memory than was asked for.
-// Compiled with -fsanitize=address,bounds,alignment also accesses outside a buffer or an array, and
-// misaligned ones.
+// A missing barrier shows as a wrong result: threads and blocks run in forward, reverse or random order, one
+// to its next barrier before another starts, and shared memory is full of NaN when a block starts.
+// Compiled with -fsanitize=address,bounds,alignment: accesses outside a buffer or an array, misaligned ones.
+// Compiled with -fsanitize=thread: races, within a block and between blocks; see race.h.
 //
-// What it cannot show: speed, rounding of the fast intrinsics, missing atomics or fences (only one thread
-// runs at a time), more static shared memory than 48 KiB (ptxas refuses that by itself). It has no inline
-// PTX, no tensor cores, no asynchronous copies, no cooperative groups, no streams that overlap.
+// What it cannot show: speed, rounding of the fast intrinsics, missing fences, more static shared memory than
+// 48 KiB (ptxas refuses that by itself). It has no inline PTX, no tensor cores, no asynchronous copies, no
+// cooperative groups, no streams that overlap.
 #pragma once
 
 // Before the macros below, some of which are names that the standard library also uses.
 #include "cuda/emulation/device.h"
 #include "cuda/emulation/fiber.h"
 #include "cuda/emulation/launch.h"
+#include "cuda/emulation/race.h"
 #include "cuda/emulation/scheduler.h"
 #include "cuda/emulation/types.h"
 

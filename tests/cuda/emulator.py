@@ -26,7 +26,12 @@ FLAGS = [
     *("-ffp-contract=off", "-fno-gnu-unique", f"-I{CUDA.parent}"),
 ]
 SANITIZE = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=bounds,alignment"]
-VARIANTS = {"plain": [], "sanitized": SANITIZE, "ucontext": ["-DMEGAGNN_EMULATION_UCONTEXT"]}
+VARIANTS = {
+    "plain": [],
+    "sanitized": SANITIZE,
+    "races": ["-fsanitize=thread"],
+    "ucontext": ["-DMEGAGNN_EMULATION_UCONTEXT"],
+}
 
 ORDERS = ("forward", "reverse", "random")
 SCALARS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -48,14 +53,16 @@ def find_compiler() -> list[str] | None:
     return command if sys.platform == "linux" and shutil.which(command[0]) else None
 
 
-def preloaded() -> dict[str, str]:
-    """Environment in which a Python process can load a sanitized library."""
+def preloaded(variant: str) -> dict[str, str]:
+    """Environment in which a Python process can load a library of the variant sanitized, or races."""
+    name = {"sanitized": "asan", "races": "tsan"}[variant]
     compiler = find_compiler()
     assert compiler
     library = subprocess.run(
-        [*compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+        [*compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    return {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:history_size=4"}
+    return {**os.environ, "LD_PRELOAD": library, **options}
 
 
 def digest(command: list[str], source: Path) -> str:

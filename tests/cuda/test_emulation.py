@@ -134,6 +134,18 @@ def test_largest_launches(build_folder: Path) -> None:
     emulator("launch", 1, 1, 1024, 1, 232448, 232448)
 
 
+def run_sanitized(library: Path, variant: str, call: str) -> subprocess.CompletedProcess[str]:
+    """Calls a launcher on numbers, 64 floats, in a process of its own."""
+    program = f"""
+import ctypes
+library, numbers = ctypes.CDLL({str(library)!r}), (ctypes.c_float * 64)()
+raise SystemExit(library.{call})
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program], env=preloaded(variant), capture_output=True, text=True, cwd=ROOT
+    )
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -146,11 +158,38 @@ def test_largest_launches(build_folder: Path) -> None:
 )
 def test_sanitizers_name_the_line(build_folder: Path, how: int, message: str | None) -> None:
     library = build("wrong", WRONG, build_folder, "sanitized")
-    program = f"import ctypes; raise SystemExit(ctypes.CDLL({str(library)!r}).access({how}))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=preloaded(), capture_output=True, text=True, cwd=ROOT
-    )
+    done = run_sanitized(library, "sanitized", f"access({how})")
     assert (done.returncode == 0) == (message is None), done.stderr
     if message:
         assert re.search(message, done.stderr, re.DOTALL), done.stderr
         assert "wrong_kernels.cu:" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "lines"),
+    [
+        ("reverse(0, numbers)", None),
+        ("warp_sum(1, numbers)", None),
+        ("total(0, numbers)", None),
+        ("reverse(1, numbers)", ["tile[me] = numbers[me];", "numbers[me] = tile[size - 1 - me];"]),
+        (
+            "warp_sum(0, numbers)",
+            ["tile[me] = numbers[me];", "for (int i = 0; i < warpSize; ++i) sum += tile[i];"],
+        ),
+        ("total(1, numbers)", ["numbers[0] += numbers[i];"] * 2),
+        ("total(2, numbers)", ["numbers[0] += numbers[i];"] * 2),
+        (
+            "running_sum(3, numbers)",
+            ["if (blockIdx.x > 0) numbers[blockIdx.x] += numbers[blockIdx.x - 1];"] * 2,
+        ),
+    ],
+)
+def test_races(build_folder: Path, call: str, lines: list[str] | None) -> None:
+    done = run_sanitized(build("wrong", WRONG, build_folder, "races"), "races", call)
+    assert (done.returncode == 0) == (lines is None), done.stderr
+    if lines is None:
+        return
+    assert "ThreadSanitizer: data race" in done.stderr
+    source = WRONG[0].read_text().splitlines()
+    numbers = re.findall(r"#0 .*wrong_kernels.cu:(\d+)", done.stderr)[:2]
+    assert sorted(source[int(number) - 1].strip() for number in numbers) == sorted(lines), done.stderr

@@ -1,4 +1,4 @@
-"""The tests of the kernels once more, with kernels that check every access to memory."""
+"""The tests of the kernels once more, with every access of the kernels checked."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from pathlib import Path
 
 from tests.cuda.emulator import ROOT, preloaded
 
+HERE = Path(__file__).parent
 
-def test_kernels_under_sanitizers(build_folder: Path) -> None:
-    """An access outside a buffer or array, or a misaligned one, ends the process: see test_emulation.py."""
-    here = Path(__file__).parent
-    tests = [str(path) for path in sorted(here.glob("test_*.py"))]
-    for other in ("test_emulation.py", Path(__file__).name):
-        tests.remove(str(here / other))
-    assert tests
-    options = ["--emulation", "sanitized", "-x", "-q", "-o", f"cache_dir={build_folder / 'sanitized'}"]
+
+def run_again(build_folder: Path, variant: str, tests: list[Path], *options: str) -> None:
+    """Runs test files on another build of the kernels, in a process of its own."""
+    command = [sys.executable, "-m", "pytest", *map(str, tests), "--emulation", variant, "-x", "-q"]
+    cache = ["-o", f"cache_dir={build_folder / variant}"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", *tests, *options],
-        env=preloaded(),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
+        [*command, *cache, *options], env=preloaded(variant), capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert " passed" in done.stdout
+
+
+def test_accesses(build_folder: Path) -> None:
+    """One outside a buffer or array, or misaligned, ends the process: see test_emulation.py."""
+    others = (HERE / "test_emulation.py", Path(__file__))
+    run_again(build_folder, "sanitized", [path for path in HERE.glob("test_*.py") if path not in others])
+
+
+def test_races(build_folder: Path) -> None:
+    """A race between two CUDA threads ends the process. Slow, so only the tests of a few blocks are run."""
+    run_again(build_folder, "races", [HERE / "test_segment.py"], "-k", "few_blocks")

@@ -120,6 +120,16 @@ def test_rows_without_entries(cuda: Emulator) -> None:
     assert torch.equal(segment_sum(cuda, torch.ones(0, 9), segments), torch.zeros(5, 9))
 
 
+@pytest.mark.parametrize("width", [5, 8])
+def test_few_blocks(cuda: Emulator, width: int) -> None:
+    """Small enough to be run where races are looked for: see test_sanitized.py."""
+    segments = random_segments(6, 30, perm=True)
+    values = torch.randn(30, width)
+    sums = segment_sum(cuda, values, segments)
+    assert_close(sums, exact_sum(values, segments))
+    assert torch.equal(gather(cuda, sums, segments.index), sums[segments.index])
+
+
 def test_bfloat16_is_summed_in_float32(cuda: Emulator) -> None:
     """1 + 300 x 2^-9: every addition in bfloat16 would round back to 1."""
     values = torch.full((301, 1), 2.0**-9, dtype=torch.bfloat16)

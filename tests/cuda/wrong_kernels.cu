@@ -60,6 +60,19 @@ __global__ void running_sum_kernel(float* numbers) {
   if (blockIdx.x > 0) numbers[blockIdx.x] += numbers[blockIdx.x - 1];
 }
 
+enum Total { kAtomic, kOneBlock, kManyBlocks };
+
+// Adds all numbers but the first to it.
+template <Total HOW>
+__global__ void total_kernel(float* numbers) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x + 1;
+  if (HOW == kAtomic) {
+    atomicAdd(numbers, numbers[i]);
+  } else {
+    numbers[0] += numbers[i];
+  }
+}
+
 enum Access { kInside, kGlobal, kStaticShared, kDynamicShared, kMisaligned };
 
 template <Access HOW>
@@ -107,6 +120,13 @@ extern "C" int shuffle(int how, int num_threads, float* numbers) {
   CASE(kTwoCalls, shuffle_kernel, num_threads, 0, numbers);
   CASE(kBadWidth, shuffle_kernel, num_threads, 0, numbers);
   CASE(kReturnsLater, shuffle_kernel, num_threads, 0, numbers);
+  return int(cudaGetLastError());
+}
+
+extern "C" int total(int how, float* numbers) {
+  if (how == kAtomic) MEGAGNN_LAUNCH(total_kernel<kAtomic>, 7, 8, 0, nullptr, numbers);
+  if (how == kOneBlock) MEGAGNN_LAUNCH(total_kernel<kOneBlock>, 1, 56, 0, nullptr, numbers);
+  if (how == kManyBlocks) MEGAGNN_LAUNCH(total_kernel<kManyBlocks>, 56, 1, 0, nullptr, numbers);
   return int(cudaGetLastError());
 }
 

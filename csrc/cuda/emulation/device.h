@@ -42,6 +42,7 @@ using Same = std::common_type_t<T>;
 // One thread runs at a time, so nothing can come between the read and the write; returns what was there.
 template <class T, class Change>
 T update(T* address, Change change) {
+  const Unseen unseen;
   const T old = *address;
   *address = change(old);
   return old;

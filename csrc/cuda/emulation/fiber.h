@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <new>
 
+#include "cuda/emulation/race.h"
+
 #if !defined(__x86_64__) && !defined(MEGAGNN_EMULATION_UCONTEXT)
 #define MEGAGNN_EMULATION_UCONTEXT
 #endif
@@ -65,12 +67,14 @@ class Fiber {
   Fiber() = default;
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
-  ~Fiber() {
-    if (stack_) munmap(stack_ - kGuardBytes, kGuardBytes + kStackBytes);
-  }
+  ~Fiber() { release(); }
 
   // The next switch to this fiber calls entry, which must never return.
   void prepare(void (*entry)()) {
+#ifdef __SANITIZE_THREAD__
+    release();  // another thread, and memory that none has touched
+    thread_ = __tsan_create_fiber(0);
+#endif
     if (!stack_) allocate();
 #ifdef __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(stack_, kStackBytes);  // it may have been left in the middle of a function
@@ -96,6 +100,10 @@ class Fiber {
 #ifdef __SANITIZE_ADDRESS__
     void* fake_stack = nullptr;
     __sanitizer_start_switch_fiber(&fake_stack, other.bottom_, other.size_);
+#endif
+#ifdef __SANITIZE_THREAD__
+    if (!stack_) thread_ = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(other.thread_, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef MEGAGNN_EMULATION_UCONTEXT
     swapcontext(&context_, &other.context_);
@@ -130,7 +138,19 @@ class Fiber {
 #endif
   }
 
+  void release() {
+    if (!stack_) return;
+    munmap(stack_ - kGuardBytes, kGuardBytes + kStackBytes);
+    stack_ = nullptr;
+#ifdef __SANITIZE_THREAD__
+    __tsan_destroy_fiber(thread_);
+#endif
+  }
+
   char* stack_ = nullptr;
+#ifdef __SANITIZE_THREAD__
+  void* thread_ = nullptr;
+#endif
 #ifdef MEGAGNN_EMULATION_UCONTEXT
   ucontext_t context_ = {};
 #else

@@ -12,13 +12,12 @@ namespace megagnn::emulation {
 constexpr size_t kDefaultSharedBytes = size_t(48) << 10;
 constexpr size_t kLargestSharedBytes = size_t(227) << 10;  // compute capability 9.0; 8.0 has 163 KiB
 
-// Marks the library's thread-local memory, where static shared variables live: see fill_shared.
+// Static shared variables are thread-local ones, because those of one library lie in one piece that can be
+// found. This one has it mapped, which is done at its first use.
 inline thread_local char shared_anchor;
 
-// Static shared variables are thread-local ones, because those of one library lie in one piece that can be
-// found. Every block finds them full of 0xff, which is NaN as a number: a device promises nothing about them.
-inline void fill_static_shared() {
-  static const auto find = [](dl_phdr_info* info, size_t, void* found) {
+inline std::pair<char*, size_t> find_static_shared() {
+  static const auto visit = [](dl_phdr_info* info, size_t, void* found) {
     const auto address = reinterpret_cast<uintptr_t>(&state);
     bool ours = false;
     size_t bytes = 0;
@@ -28,13 +27,14 @@ inline void fill_static_shared() {
       ours |= header.p_type == PT_LOAD && begin <= address && address < begin + header.p_memsz;
       if (header.p_type == PT_TLS) bytes = header.p_memsz;
     }
-    if (ours) *static_cast<std::pair<void*, size_t>*>(found) = {info->dlpi_tls_data, bytes};
+    auto* const memory = static_cast<char*>(info->dlpi_tls_data);
+    if (ours && memory) *static_cast<std::pair<char*, size_t>*>(found) = {memory, bytes};
     return int(ours);
   };
-  shared_anchor = 1;  // maps the memory, which is done at its first use
-  static std::pair<void*, size_t> block;
-  if (!block.first) dl_iterate_phdr(find, &block);
-  if (block.first) std::memset(block.first, 0xff, block.second);
+  shared_anchor = 1;
+  std::pair<char*, size_t> memory = {};
+  dl_iterate_phdr(visit, &memory);
+  return memory;
 }
 
 inline bool fail(cudaError_t error, const std::string& what) {
@@ -79,21 +79,33 @@ inline void arrange_threads(dim3 block) {
   }
 }
 
+// Every block finds its shared memory full of 0xff, NaN as a number: a device promises nothing about it.
 inline void run_grid(size_t shared_bytes) {
+  constexpr char kFill = char(0xff);
+  const Unseen unseen;
+  static const auto static_shared = find_static_shared();
   std::vector<uint64_t> turns(uint64_t(gridDim.x) * gridDim.y * gridDim.z);
   arrange(turns);
-  state.dynamic_shared.reset(new char[shared_bytes]);  // just as long: AddressSanitizer sees what lies beyond
+  state.meetings.clear();
   for (const uint64_t i : turns) {
     const uint64_t in_plane = uint64_t(gridDim.x) * gridDim.y;
     blockIdx = {unsigned(i % gridDim.x), unsigned(i / gridDim.x % gridDim.y), unsigned(i / in_plane)};
-    std::memset(state.dynamic_shared.get(), 0xff, shared_bytes);
-    fill_static_shared();
+    state.dynamic_shared.reset(
+        new char[shared_bytes]);  // just as long: AddressSanitizer sees what lies beyond
+    std::memset(state.dynamic_shared.get(), kFill, shared_bytes);
+    if (static_shared.first) std::memset(static_shared.first, kFill, static_shared.second);
+    if (!kFindsRaces) state.meetings.clear();
     run_block();
     if (state.faulted) {
       state.last_error = cudaErrorLaunchFailure;
       return;
     }
+    // Static shared memory is the same for all blocks, which is no race: such blocks are put in order.
+    char* const end = static_shared.first + static_shared.second;
+    const bool used = std::any_of(static_shared.first, end, [](char byte) { return byte != kFill; });
+    if (kFindsRaces && used) depart(&state.meetings.back()->end);
   }
+  for (const auto& meeting : state.meetings) depart(&meeting->end);
 }
 
 // As "segment_sum_kernel<T, 4> [with T = float]": the arguments are those of the function that launches it.

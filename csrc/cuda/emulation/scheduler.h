@@ -89,6 +89,14 @@ struct State {
   size_t num_threads = 0, num_returned = 0, num_at_barrier = 0;
   Thread* running = nullptr;
   size_t barrier_count = 0, barrier_result = 0;  // threads with a true predicate
+  size_t num_barriers = 0;                       // that were passed
+  std::vector<std::unique_ptr<Meeting>> meetings;
+
+  State() = default;
+  ~State() {
+    const Unseen unseen;
+    threads.clear();
+  }
 };
 inline State state;
 
@@ -136,6 +144,7 @@ inline void release_block_barrier() {
       return report("divergent barrier: " + describe(first) + ", " + describe(other));
     }
   }
+  ++state.num_barriers;
   state.barrier_result = state.barrier_count;
   state.barrier_count = state.num_at_barrier = 0;
   for (size_t i = 0; i < state.num_threads; ++i) state.threads[i]->status = Status::ready;
@@ -155,7 +164,10 @@ inline void check_nobody_left() {
 
 // Waits for all threads of the block; returns for how many of them the predicate is true.
 inline size_t block_barrier(const char* operation, bool predicate, Site site) {
+  const Unseen unseen;
   Thread& me = *state.running;
+  char* const meeting = &state.meetings.back()->barrier[state.num_barriers % 2];
+  arrive(meeting);
   me.status = Status::at_block_barrier;
   me.operation = operation;
   me.site = site;
@@ -164,6 +176,7 @@ inline size_t block_barrier(const char* operation, bool predicate, Site site) {
   check_nobody_left();
   if (state.num_at_barrier == state.num_threads) release_block_barrier();
   yield();  // also where all have arrived: who goes first is for the scheduler to say
+  depart(meeting);
   return state.barrier_result;
 }
 
@@ -198,7 +211,10 @@ inline void release_exchange(const Thread& last) {
 // leaves their values undefined: here only calls that read none may name them.
 inline const Lanes& warp_exchange(const char* operation, unsigned mask, uint64_t value, Site site,
                                   bool reads = true) {
+  const Unseen unseen;
   Thread& me = *state.running;
+  char* const meeting = &state.meetings.back()->warp[me.warp];
+  if (!reads) arrive(meeting);
   if (!(mask >> me.lane & 1)) fault_at(operation, site, "its mask does not name the lane that calls");
   for (unsigned lane = 0; lane < warpSize && reads; ++lane) {
     const Thread* thread = mask >> lane & 1 ? lane_of(me.warp, lane) : &me;
@@ -215,11 +231,14 @@ inline const Lanes& warp_exchange(const char* operation, unsigned mask, uint64_t
   me.value = value;
   release_exchange(me);
   yield();
+  if (!reads) depart(meeting);
   return me.lanes;
 }
 
 // What the return of a thread means for those that wait for it.
 inline void leave(Thread& me) {
+  const Unseen unseen;
+  arrive(&state.meetings.back()->end);
   me.status = Status::returned;
   ++state.num_returned;
   check_nobody_left();
@@ -270,7 +289,8 @@ inline void run_block() {
     state.threads[i]->fiber.prepare(thread_entry);
     state.threads[i]->status = Status::ready;
   }
-  state.num_returned = state.num_at_barrier = state.barrier_count = 0;
+  state.num_returned = state.num_at_barrier = state.barrier_count = state.num_barriers = 0;
+  state.meetings.push_back(std::make_unique<Meeting>());
   std::vector<uint64_t> turns(state.num_threads);
   while (state.num_returned < state.num_threads && !state.faulted) {
     arrange(turns);
