@@ -115,7 +115,7 @@ def layer_case(num_edges: int, width: int, args: Any) -> list[benchmark.Record]:
     for part in layer_workload.PARTS:
         works = {name: layer.work(part) if layer else None for name, layer in layers.items()}
         expected = next(work for work in works.values() if work)()
-        case = benchmark.Case(f"layer {part}", shape, "float32", works, expected, 2e-3, 1.0)
+        case = benchmark.Case(f"layer {part}", shape, "float32", works, expected, 1e-4, 1.0)
         flops = {name: layer_workload.flops(name, part, width, num_atoms, exact_edges) for name in names}
         records += timed(case, width, flops, args)
     return records

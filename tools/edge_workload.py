@@ -202,7 +202,7 @@ def make_step(name: str, batch: Batch, config: ModelConfig, gradient_method: str
     return TrainingStep(PeerEGNN(build_potential(config, statistics()).model, layer), batch, gradient_method)
 
 
-def check_equal(steps: dict[str, TrainingStep], tolerance: float = 2e-3) -> float:
+def check_equal(steps: dict[str, TrainingStep], tolerance: float = 1e-4) -> float:
     """The largest difference of a loss or gradient from the first step's, relative to that gradient.
 
     Gradients far below the largest are taken relative to 1e-3 of it: rounding in float32 leaves that much.
