@@ -94,13 +94,14 @@ void max_parts(const void* parts_pointer, const int64_t* part_args, int64_t num_
 }
 
 template <class T>
-constexpr MaximumKernels kernels() {
+constexpr MaximumKernels maximum_of() {
   return {max_rows<T>, max_part<T>, max_parts<T>};
 }
 
 }  // namespace
 
 extern const MaximumKernels maximum[kNumScalars];
-const MaximumKernels maximum[kNumScalars] = {kernels<float>(), kernels<double>(), kernels<BFloat16>()};
+const MaximumKernels maximum[kNumScalars] = {maximum_of<float>(), maximum_of<double>(),
+                                             maximum_of<BFloat16>()};
 
 }  // namespace megagnn::cpu::MEGAGNN_SIMD

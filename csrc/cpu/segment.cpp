@@ -78,13 +78,14 @@ bool gather(const GatherInput& in, void* out_pointer, int64_t begin, int64_t end
 }
 
 template <class T>
-constexpr SegmentKernels kernels() {
+constexpr SegmentKernels segment_of() {
   return {{sum_rows_of<T>, sum_part_of<T>, sum_parts<T>}, gather<T>};
 }
 
 }  // namespace
 
 extern const SegmentKernels segment[kNumScalars];
-const SegmentKernels segment[kNumScalars] = {kernels<float>(), kernels<double>(), kernels<BFloat16>()};
+const SegmentKernels segment[kNumScalars] = {segment_of<float>(), segment_of<double>(),
+                                             segment_of<BFloat16>()};
 
 }  // namespace megagnn::cpu::MEGAGNN_SIMD

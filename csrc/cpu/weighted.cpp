@@ -60,13 +60,14 @@ bool dot(const DotInput& in, void* out_pointer, int64_t begin, int64_t end) {
 }
 
 template <class T>
-constexpr WeightedKernels kernels() {
+constexpr WeightedKernels weighted_of() {
   return {{weighted_rows<T>, weighted_part<T>, sum_parts<T>}, dot<T>};
 }
 
 }  // namespace
 
 extern const WeightedKernels weighted[kNumScalars];
-const WeightedKernels weighted[kNumScalars] = {kernels<float>(), kernels<double>(), kernels<BFloat16>()};
+const WeightedKernels weighted[kNumScalars] = {weighted_of<float>(), weighted_of<double>(),
+                                               weighted_of<BFloat16>()};
 
 }  // namespace megagnn::cpu::MEGAGNN_SIMD
