@@ -68,10 +68,6 @@ bool gather(const GatherInput& in, void* out_pointer, int64_t begin, int64_t end
       return gather_rows<3>(in, out, begin, end);
     case 16:
       return gather_rows<16>(in, out, begin, end);
-    case 32:
-      return gather_rows<32>(in, out, begin, end);
-    case 64:
-      return gather_rows<64>(in, out, begin, end);
     default:
       return gather_rows<0>(in, out, begin, end);
   }
