@@ -1,25 +1,24 @@
 // Runs the stages of the blockwise edge operation over the blocks of one worker (docs/kernels.md): before,
 // product, message, product, vector, and back. All memory of a block is this worker's scratch, reused from
-// block to block.
+// block to block. The same order serves every device: a Device has allocate<T>(count), kept as long as it
+// lives, zero(data, count), and gemm (see gemm.h).
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
-#include <memory>
+#include <algorithm>
 
-#include "cpu/edge_message.h"
+#include "edge_block.h"
 #include "gemm.h"
 
 namespace megagnn {
 
-// The weights of the three products and their gradients, (H, R), (M, H), (K, M).
+// The weights of the three products, (H, R), (M, H), (K, M), and their gradients (null: not wanted).
 template <class T>
 struct EdgeWeights {
   const T *w1c, *w2, *w3;
 };
 template <class T>
 struct EdgeWeightSums {
-  T *w1c_bar, *w2_bar, *w3_bar;  // null where not wanted
+  T *w1c_bar, *w2_bar, *w3_bar;
 };
 
 // Pre-activations kept for the backward, (planes * E, width), a block's values above its tangents; null: not
@@ -29,40 +28,50 @@ struct EdgeSaved {
   T *a, *c, *g;
 };
 
-template <class T>
+// One row of the plan.
+struct EdgeRange {
+  int64_t begin, end, first_row, end_row;
+};
+
+template <class T, class Device>
 class EdgeWorker {
  public:
-  EdgeWorker(const cpu::EdgeProblem<T>& problem, const cpu::EdgeKernels<T>& kernels,
-             const EdgeWeights<T>& weights, const EdgeSaved<T>& saved, bool pair, bool blas,
-             int64_t max_count)
-      : in_(problem), kernels_(kernels), weights_(weights), saved_(saved), pair_(pair), blas_(blas) {
+  EdgeWorker(Device& device, const EdgeProblem<T>& problem, const EdgeKernels<T>& kernels,
+             const EdgeWeights<T>& weights, const EdgeSaved<T>& saved, bool pair, int64_t max_count)
+      : device_(device), in_(problem), kernels_(kernels), weights_(weights), saved_(saved), pair_(pair) {
     const int64_t rows = max_count * (pair ? 2 : 1);
-    wide_ = rows * std::max({in_.hidden, in_.message, in_.vector, int64_t(2) * in_.vector / rows + 1});
-    rows_radial_ = rows * in_.radial;
-    scratch_.reset(static_cast<T*>(
-        allocate(size_t(kBuffers * pad(wide_) + 2 * pad(rows_radial_) + 4 * pad(max_count)))));
-    T* next = scratch_.get();
-    for (T*& buffer : buffer_) buffer = take(next, wide_);
-    for (T*& radial : radial_) radial = take(next, rows_radial_);
+    const int64_t wide =
+        pad(rows * std::max({in_.hidden, in_.message, in_.vector, int64_t(2) * in_.vector / rows + 1}));
+    const int64_t radial = pad(rows * in_.radial), narrow = pad(max_count);
+    T* next = device_.template allocate<T>(kBuffers * wide + 2 * radial + kNarrow * narrow);
+    const auto take = [&next](int64_t count) {
+      T* here = next;
+      next += count;
+      return here;
+    };
+    for (T*& buffer : buffer_) buffer = take(wide);
+    for (T*& buffer : radial_) buffer = take(radial);
     for (int plane = 0; plane < 2; ++plane) {
-      block_.d[plane] = take(next, max_count);
-      block_.d_bar[plane] = take(next, max_count);
+      block_.d[plane] = take(narrow);
+      block_.d_bar[plane] = take(narrow);
+      block_.w_bar[plane] = take(narrow);
     }
   }
 
-  void forward(int64_t begin, int64_t end) {
-    start(begin, end);
+  void forward(int64_t index, const EdgeRange& range) {
+    start(index, range);
     before(nullptr);
     message(nullptr, in_.vector ? buffer_[2] : nullptr);
     if (!in_.vector) return;
-    product(block_.m, in_.message, weights_.w3, in_.vector,
-            block_.g = kept(saved_.g, in_.vector, buffer_[3]));
+    block_.g = kept(saved_.g, in_.vector, buffer_[3]);
+    product(block_.m, in_.message, weights_.w3, in_.vector, block_.g);
     kernels_.vector(in_, block_);
   }
 
-  void backward(int64_t begin, int64_t end, const cpu::EdgeSums<T>& sums,
+  void backward(int64_t index, const EdgeRange& range, const EdgeSums<T>& sums,
                 const EdgeWeightSums<T>& weight_sums) {
-    start(begin, end);
+    start(index, range);
+    for (T* d_bar : block_.d_bar) device_.zero(d_bar, block_.count);
     before(buffer_[1]);
     message(buffer_[3], buffer_[2]);
     block_.m_bar = buffer_[5];
@@ -80,23 +89,17 @@ class EdgeWorker {
   }
 
  private:
-  static constexpr int kBuffers = 6;
+  static constexpr int kBuffers = 6, kNarrow = 6;
   static int64_t pad(int64_t count) { return (count + 15) / 16 * 16; }
-  static void* allocate(size_t count) { return std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64); }
-  T* take(T*& next, int64_t count) {
-    T* here = next;
-    next += pad(count);
-    return here;
-  }
 
-  void start(int64_t begin, int64_t end) {
-    block_.begin = begin;
-    block_.count = end - begin;
+  void start(int64_t index, const EdgeRange& range) {
+    block_.index = index;
+    block_.begin = range.begin;
+    block_.count = range.end - range.begin;
+    block_.first_row = range.first_row;
+    block_.num_rows = range.end_row - range.first_row;
     block_.rho = radial_[0];
     kernels_.radial(in_, block_);
-    for (int plane = 0; plane < 2; ++plane) {
-      std::memset(block_.d_bar[plane], 0, size_t(block_.count) * sizeof(T));
-    }
   }
 
   int64_t rows() const { return block_.count * (pair_ ? 2 : 1); }
@@ -127,10 +130,10 @@ class EdgeWorker {
     kernels_.message(in_, block_);
   }
 
-  void vector_backward(const cpu::EdgeSums<T>& sums, const EdgeWeightSums<T>& weight_sums) {
+  void vector_backward(const EdgeSums<T>& sums, const EdgeWeightSums<T>& weight_sums) {
     block_.g = kept(saved_.g, in_.vector, buffer_[4]);
     block_.g_bar = buffer_[4];
-    block_.z_bar = block_.m_bar;  // as a row of scratch
+    block_.u = block_.m_bar;  // free until m_bar is made
     if (!saved_.g) product(block_.m, in_.message, weights_.w3, in_.vector, block_.g);
     kernels_.vector_backward(in_, block_, sums);
     gradient(block_.g_bar, in_.vector, block_.m, in_.message, weight_sums.w3_bar);
@@ -138,30 +141,26 @@ class EdgeWorker {
   }
 
   // y (rows, to) = x (rows, from) w^T, w (to, from).
-  void product(const T* x, int64_t from, const T* w, int64_t to, T* y) const {
-    gemm<T>({x, rows(), from}, {w, to, from, true}, T(0), y, blas_);
+  void product(const T* x, int64_t from, const T* w, int64_t to, T* y) {
+    device_.gemm(Matrix<T>{x, rows(), from}, Matrix<T>{w, to, from, true}, T(0), y);
   }
   // x_bar (rows, from) = y_bar (rows, to) w.
-  void back_product(const T* y_bar, int64_t to, const T* w, int64_t from, T* x_bar) const {
-    gemm<T>({y_bar, rows(), to}, {w, to, from}, T(0), x_bar, blas_);
+  void back_product(const T* y_bar, int64_t to, const T* w, int64_t from, T* x_bar) {
+    device_.gemm(Matrix<T>{y_bar, rows(), to}, Matrix<T>{w, to, from}, T(0), x_bar);
   }
   // w_bar (to, from) += y_bar^T x.
-  void gradient(const T* y_bar, int64_t to, const T* x, int64_t from, T* w_bar) const {
-    if (w_bar) gemm<T>({y_bar, rows(), to, true}, {x, rows(), from}, T(1), w_bar, blas_);
+  void gradient(const T* y_bar, int64_t to, const T* x, int64_t from, T* w_bar) {
+    if (w_bar) device_.gemm(Matrix<T>{y_bar, rows(), to, true}, Matrix<T>{x, rows(), from}, T(1), w_bar);
   }
 
-  struct Free {
-    void operator()(T* memory) const { std::free(memory); }
-  };
-  const cpu::EdgeProblem<T>& in_;
-  const cpu::EdgeKernels<T>& kernels_;
+  Device& device_;
+  const EdgeProblem<T>& in_;
+  const EdgeKernels<T>& kernels_;
   EdgeWeights<T> weights_;
   EdgeSaved<T> saved_;
-  bool pair_, blas_;
-  int64_t wide_, rows_radial_;
-  std::unique_ptr<T, Free> scratch_;
+  bool pair_;
   T *buffer_[kBuffers], *radial_[2];
-  cpu::EdgeBlock<T> block_{};
+  EdgeBlock<T> block_{};
 };
 
 }  // namespace megagnn

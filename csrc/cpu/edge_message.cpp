@@ -266,7 +266,7 @@ inline void scalar_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block,
 template <class T, bool PAIR, int ACTIVATION>
 void vector_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const EdgeSums<T>& sums) {
   const int64_t width = in.vector, plane = block.count * width;
-  T* u = block.z_bar;  // free until z_bar is made: one row of 2 K, which the driver provides for
+  T* u = block.u;  // one row, used again by every edge
   for (int64_t k = 0; k < block.count; ++k) {
     T w[2], w_bar[2];
     scalar_of_row<T, PAIR, ACTIVATION, true>(in, block, k, u, w);

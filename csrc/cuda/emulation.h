@@ -30,6 +30,7 @@
 #define __grid_constant__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes) alignas(bytes)
 #define __shared__ static thread_local  // one block runs at a time: see fill_static_shared
 

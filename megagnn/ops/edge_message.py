@@ -80,20 +80,33 @@ class EdgeGraph:
 
     destination: Segments
     source: Segments
-    _plans: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
-    def plan(self, block_edges: int, num_workers: int) -> tuple[Tensor, Tensor]:
-        """Bounds of the blocks, and each worker's share, made once; see [Note: plan] in csrc."""
+    def plan(self, block_edges: int, num_workers: int) -> tuple[Tensor, ...]:
+        """Blocks and workers, and on CUDA the blocks' edges by source; see [Note: plan] in csrc. Made once."""
         key = (block_edges, num_workers)
         if key not in self._plans:
             if self.destination.perm is not None:
                 raise ValueError(
                     "edge_message: edges must be sorted by destination, got destination segments with a perm"
                 )
-            self._plans[key] = _OPS.edge_plan(
-                self.destination.index, self.source.index, self.destination.ptr, self.source.num_rows, *key
-            )
+            ends = [t.cpu() for t in (self.destination.index, self.source.index, self.destination.ptr)]
+            blocks, workers = _OPS.edge_plan(*ends, self.source.num_rows, *key)
+            on_cpu = self.destination.index.is_cpu
+            runs = (blocks.new_empty(0),) * 3 if on_cpu else self._runs(blocks)
+            self._plans[key] = (blocks, workers, *runs)
         return self._plans[key]
+
+    def _runs(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each block's edges in the order of their sources; first run of each block; first edge of each run."""
+        block_edges = blocks.view(-1, 4)[:, 1] - blocks.view(-1, 4)[:, 0]
+        block_E = torch.repeat_interleave(block_edges.to(self.source.index.device))
+        key_E, order_E = (block_E * self.source.num_rows + self.source.index).sort(stable=True)
+        _, run_E, counts = key_E.unique_consecutive(return_inverse=True, return_counts=True)
+        run_begin = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        first_edges = torch.cat([block_edges.new_zeros(1), block_edges.cumsum(0)]).to(run_E.device)
+        runs = torch.cat([run_E, run_E.new_tensor([len(counts)])])[first_edges]
+        return order_E, runs, run_begin
 
 
 def edge_message(
@@ -209,7 +222,8 @@ def _graph_arguments(
     block = spec.block_edges or default_block_edges(width, w2_MH.element_size(), planes)
     flops = 2.0 * graph.destination.num_entries * w2_MH.numel()
     workers = max(1, min(torch.get_num_threads(), int(flops // _WORKER_FLOPS)))
-    return [graph.destination.index, graph.source.index, *graph.plan(block, workers)]
+    destination = graph.destination
+    return [destination.index, graph.source.index, destination.ptr, *graph.plan(block, workers)]
 
 
 def _arguments(
