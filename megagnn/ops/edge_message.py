@@ -83,7 +83,7 @@ class EdgeGraph:
     _plans: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def plan(self, block_edges: int, num_workers: int) -> tuple[Tensor, ...]:
-        """Blocks and workers, and on CUDA the blocks' edges by source; see [Note: plan] in csrc. Made once."""
+        """Blocks and workers, on CUDA also the blocks' edges by source; see [Note: plan] in csrc. Made once."""
         key = (block_edges, num_workers)
         if key not in self._plans:
             if self.destination.perm is not None:
@@ -98,7 +98,7 @@ class EdgeGraph:
         return self._plans[key]
 
     def _runs(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each block's edges in the order of their sources; first run of each block; first edge of each run."""
+        """Each block's edges in the order of their sources; each block's first run; each run's first edge."""
         block_edges = blocks.view(-1, 4)[:, 1] - blocks.view(-1, 4)[:, 0]
         block_E = torch.repeat_interleave(block_edges.to(self.source.index.device))
         key_E, order_E = (block_E * self.source.num_rows + self.source.index).sort(stable=True)
@@ -120,8 +120,8 @@ def edge_message(
 ) -> tuple[Tensor, Tensor | None]:
     """sum (N, M) and vec (N, 3), Å (None without a vector branch), of the module's equations.
 
-    Twice differentiable in every tensor but the centres. float32 and float64 on the CPU run the kernels;
-    anything else runs `edge_reference.edge_message`.
+    Twice differentiable in every tensor but the centres. float32 and float64 run the kernels; anything else
+    runs `edge_reference.edge_message`.
 
     Args:
         p_NH: what the receiver adds to the hidden layer, its bias included.
@@ -174,7 +174,8 @@ def _non_leaf(tensor: Tensor | None) -> Tensor | None:
 
 def has_kernels(values: Tensor) -> bool:
     """Whether the blockwise kernels serve tensors like this one."""
-    return extension.has_cpu and values.is_cpu and values.dtype in (torch.float32, torch.float64)
+    there = (extension.has_cpu and values.is_cpu) or (extension.has_cuda and values.is_cuda)
+    return there and values.dtype in (torch.float32, torch.float64)
 
 
 def _pair_reference(
@@ -204,8 +205,13 @@ def _cache_bytes() -> int:
     return size if size > 0 else 2**20
 
 
-def default_block_edges(width: int, element_size: int, planes: int) -> int:
-    """Edges whose six buffers of `width` fill the second-level cache once, between 64 and 512."""
+def default_block_edges(width: int, element_size: int, planes: int, on_cpu: bool = True) -> int:
+    """CPU: edges whose six buffers of `width` fill the second-level cache once, between 64 and 512.
+
+    CUDA: enough rows to occupy the device; a buffer takes up to 64 MiB.
+    """
+    if not on_cpu:
+        return max(4096, 2**26 // (planes * width * element_size))
     fitting = _cache_bytes() // (6 * planes * width * element_size)
     return max(64, min(512, fitting // 32 * 32))
 
@@ -219,9 +225,9 @@ def _graph_arguments(
 ) -> list[Tensor]:
     w2_MH = weights[2]
     width = max(w2_MH.shape)
-    block = spec.block_edges or default_block_edges(width, w2_MH.element_size(), planes)
+    block = spec.block_edges or default_block_edges(width, w2_MH.element_size(), planes, w2_MH.is_cpu)
     flops = 2.0 * graph.destination.num_entries * w2_MH.numel()
-    workers = max(1, min(torch.get_num_threads(), int(flops // _WORKER_FLOPS)))
+    workers = max(1, min(torch.get_num_threads(), int(flops // _WORKER_FLOPS))) if w2_MH.is_cpu else 1
     destination = graph.destination
     return [destination.index, graph.source.index, destination.ptr, *graph.plan(block, workers)]
 
