@@ -83,7 +83,7 @@ class EdgeGraph:
     _plans: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def plan(self, block_edges: int, num_workers: int) -> tuple[Tensor, ...]:
-        """Blocks and workers, on CUDA also the blocks' edges by source; see [Note: plan] in csrc. Made once."""
+        """Blocks and workers, on CUDA also the blocks' edges by source; [Note: plan] in csrc. Made once."""
         key = (block_edges, num_workers)
         if key not in self._plans:
             if self.destination.perm is not None:
