@@ -80,7 +80,7 @@ class EdgeGraph:
 
     destination: Segments
     source: Segments
-    _plans: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def plan(self, block_edges: int, num_workers: int) -> tuple[Tensor, ...]:
         """Blocks and workers, on CUDA also the blocks' edges by source; [Note: plan] in csrc. Made once."""
@@ -131,7 +131,7 @@ def edge_message(
 
     Raises:
         RuntimeError: shapes or types that do not fit, with the names.
-        ValueError: edges that are not sorted by destination.
+        ValueError: edges that are not sorted by destination; p or q without one row per atom.
     """
     if not has_kernels(p_NH):
         return edge_reference.edge_message(p_NH, q_NH, r_E3, f_E, weights, graph, spec)
@@ -159,7 +159,12 @@ def edge_message_pair(
     """`edge_message` of (p, q, r, f) and its derivative along their tangents, in one pass.
 
     The weights have no tangents. Once differentiable: this is what a loss on forces needs (docs/kernels.md).
+    Raises like `edge_message`, and ValueError for the tangent of an absent envelope.
     """
+    if values[3] is None and tangents[3] is not None:
+        raise ValueError(
+            "edge_message_pair: an absent envelope has no tangent, got one; pass an envelope of ones with it"
+        )
     if not has_kernels(values[0]):
         return _pair_reference(values, tangents, weights, graph, spec)
     return EdgePair(*_EdgeMessage.apply(graph, spec, True, *map(_non_leaf, (*values, *tangents, *weights))))
@@ -236,6 +241,7 @@ def _arguments(
     graph: EdgeGraph, spec: EdgeSpec, pair: bool, tensors: tuple[Tensor | None, ...]
 ) -> tuple[Any, ...]:
     """Lists of the compiled operations; an absent tensor is an empty one."""
+    _check_rows(graph, *tensors[:2])
     none = torch.empty(0)
     present = [none if t is None else t.detach() for t in tensors]
     num_inputs = _NUM_INPUTS * (2 if pair else 1)
@@ -252,6 +258,17 @@ def _arguments(
     ]
     graph_arguments = _graph_arguments(graph, spec, weights, 2 if pair else 1)
     return inputs, list(weights), graph_arguments, integers, [spec.epsilon**2, spec.cutoff, spec.spread]
+
+
+def _check_rows(graph: EdgeGraph, p_NH: Tensor | None, q_NH: Tensor | None) -> None:
+    """What the kernels cannot see: they know the edges' ends, and not how many atoms the graph has."""
+    for name, tensor, segments in (("p", p_NH, graph.destination), ("q", q_NH, graph.source)):
+        if tensor is None or tensor.dim() != 2 or tensor.shape[0] != segments.num_rows:
+            got = "None" if tensor is None else f"shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"edge_message (compiled): {name} must be a matrix of one row per atom of the graph, "
+                f"{segments.num_rows}, got {got}"
+            )
 
 
 def _or_none(tensor: Tensor) -> Tensor | None:
@@ -280,7 +297,35 @@ class _EdgeMessage(torch.autograd.Function):
             gradients = _EdgeBackward.apply(ctx.graph, ctx.spec, wanted, *bars, *ctx.saved_tensors)
         else:
             gradients = _backward(ctx.graph, ctx.spec, ctx.pair, wanted, bars, ctx.saved_tensors)[0]
+            gradients = _last_derivative(gradients, (*bars, *ctx.saved_tensors))
         return (None, None, None, *gradients)
+
+
+def _last_derivative(
+    gradients: list[Tensor | None], made_of: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """Gradients whose own derivative is an error, where a graph of them is asked for.
+
+    once_differentiable would leave constants where the cotangents are, and a derivative silently incomplete.
+    """
+    if not torch.is_grad_enabled():
+        return gradients
+    return list(_Last.apply(len(gradients), *gradients, *made_of))
+
+
+class _Last(torch.autograd.Function):
+    """count, gradients (count), what they were made of -> the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor | None) -> Any:
+        return tuple(None if t is None else t.detach() for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *tangents: Tensor | None) -> Any:
+        raise RuntimeError(
+            "edge_message: its second derivatives, and those of edge_message_pair, cannot be differentiated; "
+            "use edge_reference.edge_message for higher ones"
+        )
 
 
 def _wanted(ctx: Any, num_inputs: int) -> tuple[bool, bool]:
@@ -323,8 +368,15 @@ def _backward(
     if has_vector and weights[5] is not None:
         weights[5] = weights[5].reshape(tensors[num_inputs + 6].shape)  # type: ignore[union-attr]
     gradients = [*map(_or_none, result[:num_inputs]), None, *weights]
-    gradients = [None if t is None else g for g, t in zip(gradients, tensors, strict=True)]
+    gradients = [_gradient_of(t, g) for g, t in zip(gradients, tensors, strict=True)]
     return gradients, [_or_none(t) for t in result[2 * _NUM_INPUTS : 2 * _NUM_INPUTS + 4]]
+
+
+def _gradient_of(tensor: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """None of an absent tensor; the envelope of no edges looks absent to the kernels and is not."""
+    if tensor is None:
+        return None
+    return torch.zeros_like(tensor) if tensor.numel() == 0 else gradient
 
 
 class _EdgeBackward(torch.autograd.Function):
@@ -341,14 +393,14 @@ class _EdgeBackward(torch.autograd.Function):
         return tuple(_backward(graph, spec, False, wanted, bars, saved)[0])
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *tangents: Tensor | None) -> Any:
         if all(t is None for t in tangents):
-            return (None,) * 18
+            return (None,) * (len(ctx.saved_tensors) + 6)
         bars, tensors = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
+        made_of = (*ctx.saved_tensors, *tangents)
         if any(t is not None for t in tangents[_NUM_INPUTS:]):
             gradients = _double_backward_reference(ctx.graph, ctx.spec, bars, tensors, tangents)
-            return (None, None, None, *gradients, None, None, None)
+            return (None, None, None, *_last_derivative(gradients, made_of), None, None, None)
         values = tensors[:_NUM_INPUTS]
         filled = [
             None if x is None else torch.zeros_like(x) if t is None else t
@@ -361,7 +413,8 @@ class _EdgeBackward(torch.autograd.Function):
         )
         bar_gradients = [None if bar is None else out for bar, out in zip(bars, outputs[2:], strict=True)]
         of_values = [*gradients[:_NUM_INPUTS], *gradients[2 * _NUM_INPUTS :]]
-        return (None, None, None, *bar_gradients, *of_values, None, None, None)
+        second = _last_derivative([*bar_gradients, *of_values], made_of)
+        return (None, None, None, *second, None, None, None)
 
 
 def _double_backward_reference(

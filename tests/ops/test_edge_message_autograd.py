@@ -67,7 +67,7 @@ def test_numeric_derivatives(spec: EdgeSpec, vector: bool) -> None:
     case = tiny_case(spec, vector=vector, envelope=vector).leaves()
     function, leaves = function_of(case, spec), tuple(case.differentiable())
     assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves, atol=1e-4, check_undefined_grad=False)
+    assert torch.autograd.gradgradcheck(function, leaves, atol=1e-4)
 
 
 def test_gradients_of_weights_are_differentiated_on_the_reference() -> None:
@@ -79,6 +79,20 @@ def test_gradients_of_weights_are_differentiated_on_the_reference() -> None:
         first = torch.autograd.grad(waves(outputs), case.differentiable(), create_graph=True)
         results.append(torch.autograd.grad(waves(first), case.differentiable()))
     assert largest_error(*results) <= 30 * RELATIVE[torch.float64]
+
+
+@compiled
+def test_third_derivative_is_an_error() -> None:
+    """Also where nothing but the inputs, and no cotangent, requires a gradient."""
+    for loss in (lambda outputs: outputs[0].sum(), waves):
+        case = random_case(random_graph(12, 60)).leaves()
+        outputs = edge_message(*case.inputs, case.weights, case.graph, EdgeSpec())
+        (first,) = torch.autograd.grad(loss(outputs), case.inputs[0], create_graph=True)
+        (second,) = torch.autograd.grad(first.sum(), case.inputs[0], create_graph=True)
+        with pytest.raises(
+            RuntimeError, match=r"second derivatives.* cannot be differentiated; use edge_ref"
+        ):
+            torch.autograd.grad((second + case.inputs[0]).sum(), case.inputs[0])
 
 
 @pytest.mark.parametrize("memory", ["recompute", "save"])

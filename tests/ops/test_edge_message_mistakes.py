@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagnn.ops import EdgeSpec, activation, edge_message, edge_message_pair, edge_reference
+from megagnn.ops import EdgeSpec, activation, edge_message, edge_message_pair, edge_reference, extension
 from tests.ops.edge_cases import (
     Case,
     first_order,
@@ -108,6 +108,7 @@ def test_a_mistake_in_the_spec_is_seen(change: dict[str, Any]) -> None:
     assert largest_error(second_order(edge_message, case, SPEC), right) <= 30 * RELATIVE[torch.float64]
 
 
+@pytest.mark.skipif(extension.module is None, reason="the extension is not built")
 def test_a_missing_second_derivative_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tangent line of the activation has its value and its slope: only second derivatives tell."""
     case = random_case(random_graph(15, 80))

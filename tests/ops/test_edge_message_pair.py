@@ -157,3 +157,14 @@ def test_force_loss_by_one_pair_equals_create_graph(row: dict[str, Any]) -> None
     behind = waves([*(torch.zeros_like(t) for t in forces), *values])
     got = torch.autograd.grad(product + behind, leaves.differentiable())
     assert largest_error(list(got), want) <= 1e-12
+
+
+@compiled
+def test_pair_is_differentiated_once() -> None:
+    case = random_case(random_graph(12, 60)).leaves()
+    outputs = pair(case, tangents_of(case), SPEC)
+    (first,) = torch.autograd.grad(outputs[2].sum(), case.inputs[0], create_graph=True)
+    with pytest.raises(
+        RuntimeError, match=r"edge_message_pair, cannot be differentiated; use edge_reference"
+    ):
+        torch.autograd.grad((first + case.inputs[0]).sum(), case.inputs[0])

@@ -65,6 +65,23 @@ def test_against_reference(name: str, block_edges: int) -> None:
             assert largest_error(got, want) <= 30 * RELATIVE[torch.float64]
 
 
+@pytest.mark.parametrize("vector", [True, False])
+@pytest.mark.parametrize("num_atoms", [0, 5])
+def test_no_edges(num_atoms: int, vector: bool) -> None:
+    """All is zero and has its shape, the derivatives as well; the envelope's is there and empty."""
+    none = torch.empty(0, dtype=torch.int64)
+    case = random_case(graph_of(none, none, num_atoms), vector=vector)
+    for memory in ("recompute", "save"):
+        spec = EdgeSpec(memory=memory)  # type: ignore[arg-type]
+        for order in (first_order, second_order):
+            got, want = order(edge_message, case, spec), order(edge_reference.edge_message, case, spec)
+            assert [t.shape for t in got] == [t.shape for t in want]
+            assert all((t == 0).all() for t in got)
+        values = case.inputs
+        pair = edge_message_pair(values, tangents_of(case), case.weights, case.graph, spec)
+        assert pair.sum_tangent_NM.shape == (num_atoms, 8)
+
+
 def test_coincident_atoms() -> None:
     """r = 0 on some edges, and on all: finite to second order, and the reference's numbers."""
     for rows in (slice(0, 40, 7), slice(None)):
@@ -104,6 +121,7 @@ def test_structures_of_a_batch_do_not_see_one_another() -> None:
             assert largest_error([both[k]], [want]) <= RELATIVE[torch.float64]  # type: ignore[list-item]
 
 
+@compiled
 def test_not_contiguous() -> None:
     case = random_case()
     p_NH, q_NH, r_E3, f_E = case.inputs
@@ -182,6 +200,19 @@ def test_source_out_of_range(wrong: int) -> None:
         edge_message(*case.inputs, case.weights, graph, EdgeSpec())
 
 
+@compiled
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize("num_rows", [0, 19, 21])
+def test_one_row_per_atom(position: int, num_rows: int) -> None:
+    """The kernels would write past the end of the sums."""
+    case, name = random_case(), "pq"[position]
+    inputs: Any = list(case.inputs)
+    inputs[position] = torch.zeros(num_rows, 8, dtype=torch.float64)
+    message = rf"{name} must be a matrix of one row per atom of the graph, 20, got shape \({num_rows}, 8\)"
+    with pytest.raises(ValueError, match=r"edge_message \(compiled\): " + message):
+        edge_message(*inputs, case.weights, case.graph, EdgeSpec())
+
+
 INPUTS = {"p": 0, "q": 1, "r": 2, "f": 3}
 WEIGHTS = {"centres": 0, "w1c": 1, "w2": 2, "b2": 3, "w3": 4, "b3": 5, "w4": 6, "b4": 7}
 B4 = pytest.param("b4", marks=pytest.mark.xfail(reason="b4 is read without a check of its type and size"))
@@ -196,7 +227,9 @@ def test_wrong_type(name: str) -> None:
     weights = EdgeWeights(
         *[t.float() if k == WEIGHTS.get(name) else t for k, t in enumerate(case.weights)]  # type: ignore[union-attr,arg-type]
     )
-    with pytest.raises(RuntimeError, match=rf"edge_message \(cpu\): {name} must .*type Double, got .*Float"):
+    with pytest.raises(
+        RuntimeError, match=rf"edge_message \(compiled\): {name} must .*type Double, got .*Float"
+    ):
         edge_message(*inputs, weights, case.graph, EdgeSpec())
 
 
@@ -229,7 +262,7 @@ def test_wrong_shape(name: str, shape: tuple[int, ...], message: str) -> None:
         inputs[INPUTS[name]] = wrong
     else:
         weights[WEIGHTS[name]] = wrong
-    with pytest.raises(RuntimeError, match=r"edge_message \(cpu\): " + message):
+    with pytest.raises(RuntimeError, match=r"edge_message \(compiled\): " + message):
         edge_message(*inputs, EdgeWeights(*weights), case.graph, EdgeSpec())
 
 
@@ -237,7 +270,7 @@ def test_wrong_shape(name: str, shape: tuple[int, ...], message: str) -> None:
 def test_parts_that_are_missing() -> None:
     case = random_case()
     for name, message in (("w4_K", "w4 must have shape"), ("b3_K", "b3 must have shape")):
-        with pytest.raises(RuntimeError, match=rf"edge_message \(cpu\): {message}"):
+        with pytest.raises(RuntimeError, match=rf"edge_message \(compiled\): {message}"):
             edge_message(*case.inputs, case.weights._replace(**{name: None}), case.graph, EdgeSpec())
     with pytest.raises(RuntimeError, match=r"centres must have shape \(6\)"):
         edge_message(*case.inputs, case.weights._replace(centres_R=None), case.graph, EdgeSpec())
@@ -257,8 +290,17 @@ def test_tangents_that_do_not_fit() -> None:
         "f_tangent": (p_NH, q_NH, r_E3, f_E[1:]),
     }
     for name, tangents in wrong.items():
-        with pytest.raises(RuntimeError, match=rf"edge_message \(cpu\): {name} must have shape"):
+        with pytest.raises(RuntimeError, match=rf"edge_message \(compiled\): {name} must have shape"):
             edge_message_pair(case.inputs, tangents, case.weights, case.graph, EdgeSpec())
+
+
+def test_tangent_of_an_absent_envelope() -> None:
+    """The kernels would use it, and the reference would not."""
+    case, tangents = random_case(envelope=False), tangents_of(random_case())
+    with pytest.raises(
+        ValueError, match="an absent envelope has no tangent, got one; pass an envelope of on"
+    ):
+        edge_message_pair(case.inputs, tangents, case.weights, case.graph, EdgeSpec())
 
 
 @compiled
