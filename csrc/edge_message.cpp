@@ -131,6 +131,7 @@ EdgeCall check_edges(Tensors inputs, Tensors weights, Tensors graph, std::vector
     check_shape("w3", w3, p, {K, M});
     check_shape("b3", call.weights[kB3], p, {K});
     check_shape("w4", call.weights[kW4], p, {K});
+    if (!absent(call.weights[kB4])) check_shape("b4", call.weights[kB4], p, {1});
   }
   call.none = new_result(call.graph[kBlocks], 0);
   return call;

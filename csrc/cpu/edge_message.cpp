@@ -47,7 +47,11 @@ inline T square_root(T x) {
 
 template <class T>
 inline T hyperbolic_tangent(T x) {
-  return T(2) * logistic<T>(broadcast(T(2) * x))[0] - T(1);
+  if constexpr (sizeof(T) == 4) {
+    return __builtin_tanhf(x);
+  } else {
+    return __builtin_tanh(x);
+  }
 }
 
 template <class T>
@@ -101,11 +105,24 @@ void radial(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   }
 }
 
+constexpr int64_t kAhead = 4;  // edges whose source row is fetched before its turn: sources are in no order
+
+template <class T, bool PAIR>
+inline void prefetch_source(const EdgeProblem<T>& in, const EdgeBlock<T>& block, int64_t k) {
+  if (k + kAhead >= block.count) return;
+  const int64_t from = in.source[block.begin + k + kAhead] * in.hidden;
+  for (int64_t c = 0; c < in.hidden; c += 64 / int64_t(sizeof(T))) {
+    __builtin_prefetch(in.q[0] + from + c);
+    if (PAIR) __builtin_prefetch(in.q[1] + from + c);
+  }
+}
+
 template <class T, bool PAIR, int ACTIVATION, bool SLOPE>
 void before_rows(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   const int64_t width = in.hidden, plane = block.count * width;
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t e = block.begin + k, to = in.destination[e] * width, from = in.source[e] * width;
+    if (!block.a_complete) prefetch_source<T, PAIR>(in, block, k);
     for_columns<T>(width, [&](int64_t c, auto lanes) {
       const int64_t at = k * width + c;
       Vec<T> a = load(block.a + at, lanes);

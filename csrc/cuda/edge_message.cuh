@@ -43,10 +43,8 @@ __device__ __forceinline__ Jet<T> activate(T x) {
   }
 }
 
-template <class T>
-__device__ __forceinline__ T hyperbolic_tangent(T x) {
-  return T(2) * inverse(T(1) + exponential(T(-2) * x)) - T(1);
-}
+__device__ __forceinline__ float hyperbolic_tangent(float x) { return tanhf(x); }
+__device__ __forceinline__ double hyperbolic_tangent(double x) { return tanh(x); }
 
 template <class T>
 __device__ __forceinline__ Jet<T> direction_factor(int direction, T d) {

@@ -11,6 +11,10 @@ namespace megagnn::cuda {
 constexpr int kWarps = kBlockThreads / kWarp;
 
 // Entry k of ptr's order: where it lies, and what it is multiplied by.
+// Blocks that a multiprocessor must hold. Left to itself the compiler aims for more, and spills a register or
+// two.
+constexpr int kMinBlocks = 4;
+
 template <class Scalar>
 struct PlainEntries {
   using T = Scalar;
@@ -60,7 +64,7 @@ __device__ __forceinline__ void sum_entries(const Entries& entries, int64_t firs
 // One warp per row; its lanes are (32 / LANES) entries x LANES packs of columns, so that narrow rows read
 // several entries at once. Rows longer than kSplitEntries are left to the two kernels below.
 template <int VECTOR, int LANES, class Entries>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks)
     row_sum_kernel(Entries entries, const int64_t* __restrict__ ptr, typename Entries::T* __restrict__ out,
                    int64_t num_rows, bool mean) {
   using T = typename Entries::T;
@@ -102,7 +106,7 @@ __device__ __forceinline__ int64_t row_of(const int64_t* ptr, int64_t num_rows, 
 // One block per piece; its warps take entries in turn, lanes as in row_sum_kernel, and the warps' sums are
 // added in order. Blocks without a long row leave at once.
 template <int VECTOR, int LANES, class Entries>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks)
     split_row_kernel(Entries entries, const int64_t* __restrict__ ptr,
                      Accumulator<typename Entries::T>* __restrict__ parts, int64_t num_rows,
                      int64_t num_entries) {
@@ -140,7 +144,7 @@ __global__ void __launch_bounds__(kBlockThreads)
 // One block per piece, one thread per column in turn: where a long row begins in the piece, adds its parts in
 // order and writes the row; see [Note: giant rows].
 template <class T>
-__global__ void __launch_bounds__(kBlockThreads)
+__global__ void __launch_bounds__(kBlockThreads, kMinBlocks)
     join_row_kernel(const Accumulator<T>* __restrict__ parts, const int64_t* __restrict__ ptr,
                     T* __restrict__ out, int64_t num_rows, int64_t num_entries, int64_t width, bool mean) {
   const int64_t piece = blockIdx.x, first = piece * kSplitEntries;

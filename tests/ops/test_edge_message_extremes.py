@@ -149,16 +149,7 @@ def test_gaussian(dtype: torch.dtype) -> None:
     assert first.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        pytest.param(
-            torch.float32, marks=pytest.mark.xfail(reason="tanh w is 2/(1 + exp(-2w)) - 1: w cancels")
-        ),
-        pytest.param(torch.float64, marks=pytest.mark.xfail(reason="the same, twelve digits down")),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bounded_scalar_near_zero(dtype: torch.dtype) -> None:
     """tanh of a scalar of 1e-4, where a coordinate branch starts, is as accurate as the scalar."""
     case = random_case(bias=False)
