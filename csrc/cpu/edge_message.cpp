@@ -15,8 +15,9 @@ struct Jet {
 template <class T, int ACTIVATION>
 inline __attribute__((always_inline)) Jet<T> activate(Vec<T> x) {
   if constexpr (ACTIVATION == kSiLU) {
-    const Vec<T> s = logistic<T>(x), y = x * s, rest = s - s * s;
-    return {y, s + x * rest, rest * (T(2) + x - T(2) * y)};
+    const Logistic<T> s = logistic<T>(x);
+    const Vec<T> y = x * s.value, product = s.value * s.rest;
+    return {y, s.value + x * product, product * (T(2) + x - T(2) * y)};
   } else {
     const Vec<T> zero = {}, one = broadcast(T(1));
     return {x < T(0) ? zero : x, x > T(0) ? one : zero, zero};

@@ -136,9 +136,16 @@ inline Vec<float> reciprocal(Vec<float> x) {
 #endif
 }
 
+// s = 1 / (1 + e^-x) and 1 - s, which is made without a difference.
 template <class T>
-inline Vec<T> logistic(Vec<T> x) {
-  return reciprocal(T(1) + exponential(-x));
+struct Logistic {
+  Vec<T> value, rest;
+};
+
+template <class T>
+inline Logistic<T> logistic(Vec<T> x) {
+  const Vec<T> e = exponential(-x), s = reciprocal(T(1) + e);
+  return {s, e * s};
 }
 
 // sin and cos of x >= 0, |x| up to some thousands.

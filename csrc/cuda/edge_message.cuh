@@ -36,8 +36,9 @@ struct Jet {
 template <class T, int ACTIVATION>
 __device__ __forceinline__ Jet<T> activate(T x) {
   if constexpr (ACTIVATION == kSiLU) {
-    const T s = inverse(T(1) + exponential(-x)), y = x * s, rest = s - s * s;
-    return {y, s + x * rest, rest * (T(2) + x - T(2) * y)};
+    const T e = exponential(x < T(-87) ? T(87) : -x), s = inverse(T(1) + e);
+    const T y = x * s, product = s * (e * s);  // s (1 - s), without a difference
+    return {y, s + x * product, product * (T(2) + x - T(2) * y)};
   } else {
     return {x < T(0) ? T(0) : x, x > T(0) ? T(1) : T(0), T(0)};
   }
