@@ -61,7 +61,8 @@ struct EdgeBlock {
   T* c;
   T *m, *c_slope;  // m null where nothing reads it
   T* g;
-  T *u, *w_bar[2];                     // act(g), below, act'(g) g', and the cotangents of w: (count)
+  T *w[2], *w_bar[2];                  // (count): w4 . act(g + b3), without b4, and the cotangents
+  T* u;                                // act(g + b3), below, act'(g + b3) g'; null where no backward follows
   T *g_bar, *m_bar, *z_bar, *rho_bar;  // m_bar becomes c_bar, z_bar a_bar in place
 };
 
@@ -75,9 +76,13 @@ struct EdgeKernels {
   void (*before)(const EdgeProblem<T>&, const EdgeBlock<T>&);
   // m = act(c + b2); sum_i += f m.
   void (*message)(const EdgeProblem<T>&, const EdgeBlock<T>&);
-  // w = w4 . act(g + b3) + b4; vec_i += f tanh(w) t(d) r.
+  // w = w4 . act(g + b3), and where u is wanted, that and in g_bar act'(g + b3), below, act''(g + b3) g'. A
+  // worker with a part of the channels makes a part of w, to be summed before the next stage.
+  void (*scalar)(const EdgeProblem<T>&, const EdgeBlock<T>&);
+  // vec_i += f tanh(w + b4) t(d) r.
   void (*vector)(const EdgeProblem<T>&, const EdgeBlock<T>&);
-  // From vec_bar: g_bar, r_bar, f_bar, d_bar, and the sums for b3, w4, b4.
+  // From vec_bar, w, u and the slopes: g_bar, r_bar, f_bar, d_bar, and the sums for b3, w4, b4; with vec,
+  // that, too.
   void (*vector_backward)(const EdgeProblem<T>&, const EdgeBlock<T>&, const EdgeSums<T>&);
   // From sum_bar and m_bar = g_bar W3: c_bar in place of m_bar, f_bar, and the sum for b2.
   void (*message_backward)(const EdgeProblem<T>&, const EdgeBlock<T>&, const EdgeSums<T>&);

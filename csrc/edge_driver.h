@@ -1,7 +1,7 @@
 // Runs the stages of the blockwise edge operation over the blocks of one worker (docs/kernels.md): before,
-// product, message, product, vector, and back. All memory of a block is this worker's scratch, reused from
-// block to block. The same order serves every device: a Device has allocate<T>(count), kept as long as it
-// lives, zero(data, count), and gemm (see gemm.h).
+// product, message, product, scalar, vector, and back. All memory of a block is this worker's scratch, reused
+// from block to block. The same order serves every device: a Device has allocate<T>(count), kept as long as
+// it lives, zero(data, count), and gemm (see gemm.h).
 #pragma once
 
 #include <algorithm>
@@ -40,8 +40,7 @@ class EdgeWorker {
              const EdgeWeights<T>& weights, const EdgeSaved<T>& saved, bool pair, int64_t max_count)
       : device_(device), in_(problem), kernels_(kernels), weights_(weights), saved_(saved), pair_(pair) {
     const int64_t rows = max_count * (pair ? 2 : 1);
-    const int64_t wide =
-        pad(rows * std::max({in_.hidden, in_.message, in_.vector, int64_t(2) * in_.vector / rows + 1}));
+    const int64_t wide = pad(rows * std::max({in_.hidden, in_.message, in_.vector}));
     const int64_t radial = pad(rows * in_.radial), narrow = pad(max_count);
     T* next = device_.template allocate<T>(kBuffers * wide + 2 * radial + kNarrow * narrow);
     const auto take = [&next](int64_t count) {
@@ -54,6 +53,7 @@ class EdgeWorker {
     for (int plane = 0; plane < 2; ++plane) {
       block_.d[plane] = take(narrow);
       block_.d_bar[plane] = take(narrow);
+      block_.w[plane] = take(narrow);
       block_.w_bar[plane] = take(narrow);
     }
   }
@@ -65,6 +65,7 @@ class EdgeWorker {
     if (!in_.vector) return;
     block_.g = kept(saved_.g, in_.vector, buffer_[3]);
     product(block_.m, in_.message, weights_.w3, in_.vector, block_.g);
+    kernels_.scalar(in_, block_);
     kernels_.vector(in_, block_);
   }
 
@@ -89,7 +90,7 @@ class EdgeWorker {
   }
 
  private:
-  static constexpr int kBuffers = 6, kNarrow = 6;
+  static constexpr int kBuffers = 6, kNarrow = 8;
   static int64_t pad(int64_t count) { return (count + 15) / 16 * 16; }
 
   void start(int64_t index, const EdgeRange& range) {
@@ -135,6 +136,7 @@ class EdgeWorker {
     block_.g_bar = buffer_[4];
     block_.u = block_.m_bar;  // free until m_bar is made
     if (!saved_.g) product(block_.m, in_.message, weights_.w3, in_.vector, block_.g);
+    kernels_.scalar(in_, block_);
     kernels_.vector_backward(in_, block_, sums);
     gradient(block_.g_bar, in_.vector, block_.m, in_.message, weight_sums.w3_bar);
     back_product(block_.g_bar, in_.vector, weights_.w3, in_.message, block_.m_bar);

@@ -1,12 +1,10 @@
 // The blockwise edge operation: schemas, checks, division over workers. The mathematics is in
 // docs/kernels.md, the kernels in cpu/edge_message.cpp and cuda/edge_message.cuh, their order in
 // edge_driver.h, the plan in edge_plan.cpp.
-#include <string>
-
-#include "binding.h"
 #include "cpu/edge_message.h"
+#include "binding.h"
 #include "devices.h"
-#include "edge_driver.h"
+#include "edge_call.h"
 #ifdef MEGAGNN_WITH_CUDA
 #include "cuda/edge_message.h"
 #endif
@@ -14,154 +12,19 @@
 namespace megagnn {
 namespace {
 
-using Tensors = std::vector<Tensor>;
-
-constexpr const char *kName = "edge_message", *kAny = "compiled";
-
-// Positions in the lists of the operation, as in megagnn/ops/edge_message.py.
-enum Input { kP, kQ, kR, kF, kNumInputs };  // then the same again for the tangents
-enum Weight { kCentres, kW1c, kW2, kB2, kW3, kB3, kW4, kB4, kNumWeights };
-enum Graph { kDestination, kSource, kPtr, kBlocks, kWorkers, kOrder, kRuns, kRunBegin, kNumGraph };
-enum Spec { kFeature, kDirection, kActivation, kBounded, kPair, kBlas, kNumSpec };
-enum Real { kEpsilon2, kCutoff, kSpread, kNumReals };
-enum Bar { kSumBar, kVecBar, kSumTangentBar, kVecTangentBar, kNumBars };
-constexpr int64_t kFields = 4;  // of a block and of a worker in the plan, see edge_plan.cpp
-
-// Absent tensors are empty vectors.
-bool absent(const Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == 0; }
-
-Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return absent(tensor) ? nullptr : static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-T* out_data(const Tensor& tensor) {
-  return absent(tensor) ? nullptr : static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-}
-
-// The checked arguments. Lists are held here because contiguous() may have made their tensors.
-struct EdgeCall {
-  Tensors inputs, weights, graph;
-  std::vector<int64_t> spec;
-  std::vector<double> reals;
-  int64_t num_atoms, num_sources, num_edges, hidden, message, vector, radial, num_workers;
-  bool pair;
-  Tensor none;  // (0): stands for an absent tensor
-
-  int64_t planes() const { return pair ? 2 : 1; }
-  const int64_t* integers(Graph which) const {
-    return static_cast<const int64_t*>(graph[which].const_data_ptr());
-  }
-};
-
-void check_shape(const char* name, const Tensor& tensor, const Tensor& like, std::vector<int64_t> sizes) {
-  bool fits = tensor.dim() == int64_t(sizes.size()) && tensor.scalar_type() == like.scalar_type();
-  std::string wanted;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    fits = fits && tensor.size(int64_t(d)) == sizes[d];
-    wanted += (d ? ", " : "") + std::to_string(sizes[d]);
-  }
-  std::string got;
-  for (int64_t d = 0; d < tensor.dim(); ++d) got += (d ? ", " : "") + std::to_string(tensor.size(d));
-  check(fits, kName, kAny, name, " must have shape (", wanted, ") and type ",
-        torch::headeronly::toString(like.scalar_type()), ", got (", got, ") and ",
-        torch::headeronly::toString(tensor.scalar_type()));
-}
+constexpr const char* kName = "edge_message";
 
 EdgeCall check_edges(Tensors inputs, Tensors weights, Tensors graph, std::vector<int64_t> spec,
                      std::vector<double> reals) {
-  check(inputs.size() == 2 * kNumInputs && weights.size() == kNumWeights && graph.size() == kNumGraph &&
-            spec.size() == kNumSpec && reals.size() == kNumReals,
-        kName, kAny, "the lists must have 8, 8, 8, 6 and 3 elements, got ", inputs.size(), ", ",
-        weights.size(), ", ", graph.size(), ", ", spec.size(), ", ", reals.size());
-  for (Tensors* list : {&inputs, &weights, &graph}) {
-    for (Tensor& tensor : *list) tensor = make_contiguous(tensor);
-  }
-  EdgeCall call{std::move(inputs),
-                std::move(weights),
-                std::move(graph),
-                std::move(spec),
-                std::move(reals),
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                0,
-                false,
-                Tensor()};
-  const Tensor &p = call.inputs[kP], &w1c = call.weights[kW1c], &w2 = call.weights[kW2],
-               &w3 = call.weights[kW3];
-  check(p.dim() == 2 && w1c.dim() == 2 && w2.dim() == 2, kName, kAny, "p, w1c and w2 must be matrices, got ",
-        p.dim(), ", ", w1c.dim(), " and ", w2.dim(), " dimensions");
-  check(p.scalar_type() == ScalarType::Float || p.scalar_type() == ScalarType::Double, kName, kAny,
-        "p must be float32 or float64, got ", torch::headeronly::toString(p.scalar_type()));
-  call.num_atoms = p.size(0), call.num_sources = call.inputs[kQ].size(0);
-  call.num_edges = call.graph[kDestination].size(0);
-  call.hidden = p.size(1), call.message = w2.size(0), call.radial = w1c.size(1);
-  call.vector = absent(w3) ? 0 : w3.size(0);
-  call.pair = call.spec[kPair] != 0;
-  call.num_workers = call.graph[kWorkers].size(0) / kFields;
-  check(call.graph[kBlocks].is_cpu() && call.graph[kWorkers].is_cpu(), kName, kAny,
-        "the plan must be on the CPU, got another device");
-  const int64_t E = call.num_edges, H = call.hidden, M = call.message, K = call.vector;
-  for (int plane = 0; plane < call.planes(); ++plane) {
-    const Tensor* in = &call.inputs[size_t(plane) * kNumInputs];
-    check_shape(plane ? "p_tangent" : "p", in[kP], p, {call.num_atoms, H});
-    check_shape(plane ? "q_tangent" : "q", in[kQ], p, {call.num_sources, H});
-    check_shape(plane ? "r_tangent" : "r", in[kR], p, {E, 3});
-    if (!absent(in[kF])) check_shape(plane ? "f_tangent" : "f", in[kF], p, {E});
-  }
-  check_shape("w1c", w1c, p, {H, call.radial});
-  check_shape("w2", w2, p, {M, H});
-  check_shape("b2", call.weights[kB2], p, {M});
-  if (call.spec[kFeature] == kBessel || call.spec[kFeature] == kGaussian) {
-    check_shape("centres", call.weights[kCentres], p, {call.radial});
-  } else {
-    check(call.radial == 1, kName, kAny, "w1c must have one column for a distance as feature, got ",
-          call.radial);
-  }
-  if (K) {
-    check_shape("w3", w3, p, {K, M});
-    check_shape("b3", call.weights[kB3], p, {K});
-    check_shape("w4", call.weights[kW4], p, {K});
-    if (!absent(call.weights[kB4])) check_shape("b4", call.weights[kB4], p, {1});
-  }
-  call.none = new_result(call.graph[kBlocks], 0);
+  EdgeCall call = take_lists(kName, std::move(inputs), std::move(weights), std::move(graph), std::move(spec),
+                             std::move(reals));
+  const Tensor &w2 = call.weights[kW2], &w3 = call.weights[kW3];
+  check(w2.dim() == 2, kName, kAny, "w2 must be a matrix, got none");
+  call.message = w2.size(0), call.vector = absent(w3) ? 0 : w3.size(0);
+  check_shape(call, "w2", w2, {call.message, call.hidden});
+  if (call.vector) check_shape(call, "w3", w3, {call.vector, call.message});
+  check_inputs(call);
   return call;
-}
-
-template <class T>
-EdgeProblem<T> problem_of(const EdgeCall& call) {
-  EdgeProblem<T> in{};
-  in.hidden = call.hidden, in.message = call.message, in.vector = call.vector, in.radial = call.radial;
-  in.feature = int(call.spec[kFeature]), in.direction = int(call.spec[kDirection]);
-  in.activation = int(call.spec[kActivation]), in.bounded = call.spec[kBounded] != 0;
-  in.epsilon2 = T(call.reals[kEpsilon2]), in.cutoff = T(call.reals[kCutoff]),
-  in.spread = T(call.reals[kSpread]);
-  in.centres = data<T>(call.weights[kCentres]);
-  in.destination = call.integers(kDestination), in.source = call.integers(kSource),
-  in.ptr = call.integers(kPtr);
-  in.order = call.integers(kOrder), in.runs = call.integers(kRuns), in.run_begin = call.integers(kRunBegin);
-  for (int plane = 0; plane < call.planes(); ++plane) {
-    const Tensor* inputs = &call.inputs[size_t(plane) * kNumInputs];
-    in.p[plane] = data<T>(inputs[kP]), in.q[plane] = data<T>(inputs[kQ]);
-    in.r[plane] = data<T>(inputs[kR]), in.f[plane] = data<T>(inputs[kF]);
-  }
-  in.b2 = data<T>(call.weights[kB2]), in.b3 = data<T>(call.weights[kB3]);
-  in.w4 = data<T>(call.weights[kW4]), in.b4 = data<T>(call.weights[kB4]);
-  return in;
-}
-
-EdgeRange range_of(const EdgeCall& call, int64_t block) {
-  const int64_t* fields = call.integers(kBlocks) + block * kFields;
-  return {fields[0], fields[1], fields[2], fields[3]};
 }
 
 int64_t longest_block(const EdgeCall& call) {
@@ -388,9 +251,8 @@ Tensors edge_backward(Tensors inputs, Tensors weights, Tensors graph, std::vecto
         "there must be 3 kept tensors and 4 cotangents, got ", saved.size(), " and ", bars.size());
   for (Tensor& bar : bars) bar = make_contiguous(bar);
   for (int plane = 0; plane < call.planes(); ++plane) {
-    check_shape("sum_bar", bars[size_t(2 * plane)], call.inputs[kP], {call.num_atoms, call.message});
-    if (call.vector)
-      check_shape("vec_bar", bars[size_t(2 * plane + 1)], call.inputs[kP], {call.num_atoms, 3});
+    check_shape(call, "sum_bar", bars[size_t(2 * plane)], {call.num_atoms, call.message});
+    if (call.vector) check_shape(call, "vec_bar", bars[size_t(2 * plane + 1)], {call.num_atoms, 3});
   }
   return call.inputs[kP].scalar_type() == ScalarType::Float
              ? backward<float>(call, saved, bars, geometry, weight_bars, outputs)

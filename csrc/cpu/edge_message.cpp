@@ -180,29 +180,46 @@ void message(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
                 : message_rows<T, PAIR, ACTIVATION, false>(in, block);
 }
 
-// w = w4 . act(g + b3) + b4 of row k and its tangent; with SLOPE, g is replaced by act'(g), below act''(g)
-// g', and act(g), act'(g) g' are kept in u (2, K).
 template <class T, bool PAIR, int ACTIVATION, bool SLOPE>
-inline void scalar_of_row(const EdgeProblem<T>& in, const EdgeBlock<T>& block, int64_t k, T* u, T w[2]) {
-  const int64_t width = in.vector;
-  T* g = block.g + k * width;
-  T* g_t = g + block.count * width;
-  T* slope = SLOPE ? block.g_bar + k * width : nullptr;
-  T* slope_t = SLOPE ? slope + block.count * width : nullptr;
-  Vec<T> sum = {}, sum_t = {};
-  for_columns<T>(width, [&](int64_t c, auto lanes) {
-    const Jet<T> jet = activate<T, ACTIVATION>(load(g + c, lanes) + load(in.b3 + c, lanes));
-    const Vec<T> weight = load(in.w4 + c, lanes);
-    sum += weight * jet.value;
-    if (SLOPE) store(u + c, jet.value, lanes), store(slope + c, jet.first, lanes);
-    if constexpr (PAIR) {
-      const Vec<T> g_tangent = load(g_t + c, lanes), u_t = jet.first * g_tangent;
-      sum_t += weight * u_t;
-      if (SLOPE) store(u + width + c, u_t, lanes), store(slope_t + c, Vec<T>(jet.second * g_tangent), lanes);
-    }
-  });
-  w[0] = sum_lanes<T>(sum) + (in.b4 ? in.b4[0] : T(0));
-  w[1] = PAIR ? sum_lanes<T>(sum_t) : T(0);
+void scalar_rows(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
+  const int64_t width = in.vector, plane = block.count * width;
+  for (int64_t k = 0; k < block.count; ++k) {
+    Vec<T> sum = {}, sum_t = {};
+    for_columns<T>(width, [&](int64_t c, auto lanes) {
+      const int64_t at = k * width + c;
+      const Jet<T> jet = activate<T, ACTIVATION>(load(block.g + at, lanes) + load(in.b3 + c, lanes));
+      const Vec<T> weight = load(in.w4 + c, lanes);
+      sum += weight * jet.value;
+      Vec<T> g_t = {}, u_t = {};
+      if constexpr (PAIR) {
+        g_t = load(block.g + plane + at, lanes), u_t = jet.first * g_t;
+        sum_t += weight * u_t;
+      }
+      if constexpr (SLOPE) {  // at last: the slopes may take the place of g
+        store(block.u + at, jet.value, lanes), store(block.g_bar + at, jet.first, lanes);
+        if (PAIR) store(block.u + plane + at, u_t, lanes);
+        if (PAIR) store(block.g_bar + plane + at, Vec<T>(jet.second * g_t), lanes);
+      }
+    });
+    block.w[0][k] = sum_lanes<T>(sum);
+    if (PAIR) block.w[1][k] = sum_lanes<T>(sum_t);
+  }
+}
+
+template <class T, bool PAIR, int ACTIVATION>
+void scalar(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
+  block.u ? scalar_rows<T, PAIR, ACTIVATION, true>(in, block)
+          : scalar_rows<T, PAIR, ACTIVATION, false>(in, block);
+}
+
+// tanh(w + b4) of edge k, or w + b4, and its tangent.
+template <class T, bool PAIR>
+inline void bounded_scalar(const EdgeProblem<T>& in, const EdgeBlock<T>& block, int64_t k, T w[2]) {
+  w[0] = block.w[0][k] + (in.b4 ? in.b4[0] : T(0));
+  w[1] = PAIR ? block.w[1][k] : T(0);
+  if (!in.bounded) return;
+  w[0] = hyperbolic_tangent(w[0]);
+  w[1] *= T(1) - w[0] * w[0];
 }
 
 // vec_i += kappa r and, of pairs, its tangent, for edge k of the block.
@@ -218,16 +235,12 @@ inline void add_vector(const EdgeProblem<T>& in, int64_t e, T kappa, T kappa_t) 
   }
 }
 
-template <class T, bool PAIR, int ACTIVATION>
+template <class T, bool PAIR>
 void vector(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t e = block.begin + k;
     T w[2];
-    scalar_of_row<T, PAIR, ACTIVATION, false>(in, block, k, nullptr, w);
-    if (in.bounded) {
-      w[0] = hyperbolic_tangent(w[0]);
-      w[1] *= T(1) - w[0] * w[0];
-    }
+    bounded_scalar<T, PAIR>(in, block, k, w);
     const ScalarJet<T> t = direction_factor(in.direction, block.d[0][k]);
     const T f = in.f[0] ? in.f[0][e] : T(1), f_t = PAIR && in.f[1] ? in.f[1][e] : T(0);
     const T t_t = PAIR ? t.first * block.d[1][k] : T(0);
@@ -239,15 +252,11 @@ void vector(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
 // Cotangents of w and its tangent for one edge, from those of vec = kappa r and its tangent
 // kappa_t r + kappa r_t, kappa = f tanh(w) t(d); adds to r_bar, f_bar and d_bar.
 template <class T, bool PAIR>
-inline void scalar_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, int64_t k, T w[2],
-                            T w_bar[2]) {
+inline void scalar_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, int64_t k, T w_bar[2]) {
   const int64_t e = block.begin + k, i = in.destination[e];
-  T slope = T(1);  // of tanh
-  if (in.bounded) {
-    w[0] = hyperbolic_tangent(w[0]);
-    slope = T(1) - w[0] * w[0];
-    w[1] *= slope;
-  }
+  T w[2];
+  bounded_scalar<T, PAIR>(in, block, k, w);
+  const T slope = in.bounded ? T(1) - w[0] * w[0] : T(1);
   const ScalarJet<T> t = direction_factor(in.direction, block.d[0][k]);
   const T f = in.f[0] ? in.f[0][e] : T(1), f_t = PAIR && in.f[1] ? in.f[1][e] : T(0);
   const T t_t = PAIR ? t.first * block.d[1][k] : T(0);
@@ -281,14 +290,13 @@ inline void scalar_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block,
   }
 }
 
-template <class T, bool PAIR, int ACTIVATION>
+template <class T, bool PAIR>
 void vector_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const EdgeSums<T>& sums) {
   const int64_t width = in.vector, plane = block.count * width;
-  T* u = block.u;  // one row, used again by every edge
   for (int64_t k = 0; k < block.count; ++k) {
-    T w[2], w_bar[2];
-    scalar_of_row<T, PAIR, ACTIVATION, true>(in, block, k, u, w);
-    scalar_backward<T, PAIR>(in, block, k, w, w_bar);
+    T w_bar[2];
+    scalar_backward<T, PAIR>(in, block, k, w_bar);
+    const T* u = block.u + k * width;
     const T bar = w_bar[0], bar_t = w_bar[1];
     if (sums.b4_bar) sums.b4_bar[0] += bar;
     for_columns<T>(width, [&](int64_t c, auto lanes) {
@@ -297,7 +305,7 @@ void vector_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const 
       Vec<T> g_bar = bar * weight * first, w4_bar = bar * load(u + c, lanes);
       if constexpr (PAIR) {
         g_bar += bar_t * weight * load(slope + plane, lanes);
-        w4_bar += bar_t * load(u + width + c, lanes);
+        w4_bar += bar_t * load(u + plane + c, lanes);
         store(slope + plane, Vec<T>(bar_t * weight * first), lanes);
       }
       store(slope, g_bar, lanes);
@@ -415,8 +423,9 @@ void radial_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   {radial<T, PAIR>,                               \
    before<T, PAIR, ACTIVATION>,                   \
    message<T, PAIR, ACTIVATION>,                  \
-   vector<T, PAIR, ACTIVATION>,                   \
-   vector_backward<T, PAIR, ACTIVATION>,          \
+   scalar<T, PAIR, ACTIVATION>,                   \
+   vector<T, PAIR>,                               \
+   vector_backward<T, PAIR>,                      \
    message_backward<T, PAIR>,                     \
    before_backward<T, PAIR>,                      \
    radial_backward<T, PAIR>}

@@ -38,14 +38,24 @@ void message(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
 }
 
 template <class T, bool PAIR, int ACTIVATION>
-void vector(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
-  MEGAGNN_STAGE((edge_vector<T, PAIR, ACTIVATION>), warps_for(block.num_rows), in, block);
+void scalar(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
+  if (block.u) {
+    MEGAGNN_STAGE((edge_scalar<T, PAIR, ACTIVATION, true>), warps_for(block.count), in, block);
+  } else {
+    MEGAGNN_STAGE((edge_scalar<T, PAIR, ACTIVATION, false>), warps_for(block.count), in, block);
+  }
 }
 
-template <class T, bool PAIR, int ACTIVATION>
+template <class T, bool PAIR>
+void vector(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
+  MEGAGNN_STAGE((edge_vector<T, PAIR>), warps_for(block.num_rows, 3 * kWarp), in,
+                block);  // a row of the grid per axis
+}
+
+template <class T, bool PAIR>
 void vector_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const EdgeSums<T>& sums) {
-  if (in.vec[0]) vector<T, PAIR, ACTIVATION>(in, block);
-  MEGAGNN_STAGE((edge_vector_backward<T, PAIR, ACTIVATION>), warps_for(block.count), in, block);
+  if (in.vec[0]) vector<T, PAIR>(in, block);
+  MEGAGNN_STAGE((edge_vector_backward<T, PAIR>), warps_for(block.count), in, block);
   if (!sums.w4_bar) return;
   const int64_t width = in.vector, plane = block.count * width;
   sum_columns<T>(in, block.u, block.w_bar[0], sums.w4_bar, block.count, width);
@@ -81,8 +91,9 @@ constexpr EdgeKernels<T> kernels() {
   return {radial<T, PAIR>,
           before<T, PAIR, ACTIVATION>,
           message<T, PAIR, ACTIVATION>,
-          vector<T, PAIR, ACTIVATION>,
-          vector_backward<T, PAIR, ACTIVATION>,
+          scalar<T, PAIR, ACTIVATION>,
+          vector<T, PAIR>,
+          vector_backward<T, PAIR>,
           message_backward<T, PAIR>,
           before_backward<T, PAIR>,
           radial_backward<T, PAIR>};

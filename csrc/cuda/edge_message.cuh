@@ -171,12 +171,12 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (PAIR && in.sum[1]) in.sum[1][row * width + c] += sum_t;
 }
 
-// w of edge k and its tangent on every lane of the warp that holds the edge; lanes share the channels. With
-// SLOPE, u and the slopes are written as on the CPU.
+// One warp per edge, lanes over channels.
 template <class T, bool PAIR, int ACTIVATION, bool SLOPE>
-__device__ __forceinline__ void scalar_of_edge(const EdgeProblem<T>& in, const EdgeBlock<T>& block, int64_t k,
-                                               T w[2]) {
-  const int64_t width = in.vector, plane = block.count * width;
+__global__ void __launch_bounds__(kBlockThreads)
+    edge_scalar(const __grid_constant__ EdgeProblem<T> in, const __grid_constant__ EdgeBlock<T> block) {
+  const int64_t k = warp_number(), width = in.vector, plane = block.count * width;
+  if (k >= block.count) return;
   T sum = 0, sum_t = 0;
 #pragma unroll 1
   for (int64_t c = threadIdx.x % kWarp; c < width; c += kWarp) {
@@ -190,12 +190,22 @@ __device__ __forceinline__ void scalar_of_edge(const EdgeProblem<T>& in, const E
     }
     if (SLOPE) block.u[at] = jet.value, block.g_bar[at] = jet.first;
   }
-  w[0] = warp_sum(sum) + (in.b4 ? in.b4[0] : T(0));
-  w[1] = PAIR ? warp_sum(sum_t) : T(0);
-  if (in.bounded) {
-    w[0] = hyperbolic_tangent(w[0]);
-    w[1] *= T(1) - w[0] * w[0];
-  }
+  sum = warp_sum(sum);
+  sum_t = PAIR ? warp_sum(sum_t) : T(0);
+  if (threadIdx.x % kWarp != 0) return;
+  block.w[0][k] = sum;
+  if (PAIR) block.w[1][k] = sum_t;
+}
+
+// tanh(w + b4) of edge k, or w + b4, and its tangent.
+template <class T, bool PAIR>
+__device__ __forceinline__ void bounded_scalar(const EdgeProblem<T>& in, const EdgeBlock<T>& block, int64_t k,
+                                               T w[2]) {
+  w[0] = block.w[0][k] + (in.b4 ? in.b4[0] : T(0));
+  w[1] = PAIR ? block.w[1][k] : T(0);
+  if (!in.bounded) return;
+  w[0] = hyperbolic_tangent(w[0]);
+  w[1] *= T(1) - w[0] * w[0];
 }
 
 // kappa = f tanh(w) t(d) of an edge, the factor of r in vec, and its tangent.
@@ -210,30 +220,30 @@ __device__ __forceinline__ void kappa_of_edge(const EdgeProblem<T>& in, const Ed
   kappa[1] = f_t * w[0] * t.value + f * (w[1] * t.value + w[0] * t_t);
 }
 
-// One warp per destination row: its lanes share the channels of one edge after another; lanes 0, 1, 2 own an
-// axis.
-template <class T, bool PAIR, int ACTIVATION>
+// One warp per destination row and axis, lanes over the row's edges; their sums meet by shuffles.
+template <class T, bool PAIR>
 __global__ void __launch_bounds__(kBlockThreads)
     edge_vector(const __grid_constant__ EdgeProblem<T> in, const __grid_constant__ EdgeBlock<T> block) {
   const int64_t row = block.first_row + warp_number();
-  const int lane = threadIdx.x % kWarp;
-  if (row >= block.first_row + block.num_rows) return;
+  const int lane = threadIdx.x % kWarp, axis = blockIdx.y;
+  if (warp_number() >= block.num_rows) return;
   int64_t first, end;
   row_edges(in, block, row, &first, &end);
   T vec = 0, vec_t = 0;
 #pragma unroll 1
-  for (int64_t k = first; k < end; ++k) {
-    const int64_t e = block.begin + k;
+  for (int64_t k = first + lane; k < end; k += kWarp) {
+    const int64_t at = 3 * (block.begin + k) + axis;
     T w[2], kappa[2];
-    scalar_of_edge<T, PAIR, ACTIVATION, false>(in, block, k, w);
+    bounded_scalar<T, PAIR>(in, block, k, w);
     kappa_of_edge<T, PAIR>(in, block, k, w, kappa);
-    if (lane < 3) {
-      vec += kappa[0] * in.r[0][3 * e + lane];
-      if (PAIR) vec_t += kappa[1] * in.r[0][3 * e + lane] + kappa[0] * in.r[1][3 * e + lane];
-    }
+    vec += kappa[0] * in.r[0][at];
+    if (PAIR) vec_t += kappa[1] * in.r[0][at] + kappa[0] * in.r[1][at];
   }
-  if (lane < 3) in.vec[0][3 * row + lane] += vec;
-  if (PAIR && lane < 3) in.vec[1][3 * row + lane] += vec_t;
+  vec = warp_sum(vec);
+  vec_t = PAIR ? warp_sum(vec_t) : T(0);
+  if (lane != 0) return;
+  in.vec[0][3 * row + axis] += vec;
+  if (PAIR) in.vec[1][3 * row + axis] += vec_t;
 }
 
 // Cotangents of w for one edge, from those of vec; lane 0 writes what belongs to the edge. As scalar_backward
@@ -275,14 +285,14 @@ __device__ __forceinline__ void scalar_backward(const EdgeProblem<T>& in, const 
 }
 
 // One warp per edge, lanes over channels. vec is added by edge_vector beforehand where it is asked for.
-template <class T, bool PAIR, int ACTIVATION>
+template <class T, bool PAIR>
 __global__ void __launch_bounds__(kBlockThreads)
     edge_vector_backward(const __grid_constant__ EdgeProblem<T> in,
                          const __grid_constant__ EdgeBlock<T> block) {
   const int64_t k = warp_number(), width = in.vector, plane = block.count * width;
   if (k >= block.count) return;
   T w[2], w_bar[2];
-  scalar_of_edge<T, PAIR, ACTIVATION, true>(in, block, k, w);
+  bounded_scalar<T, PAIR>(in, block, k, w);
   scalar_backward<T, PAIR>(in, block, k, w, w_bar);
 #pragma unroll 1
   for (int64_t c = threadIdx.x % kWarp; c < width; c += kWarp) {
