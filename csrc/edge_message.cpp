@@ -1,6 +1,6 @@
 // The blockwise edge operation: schemas, checks, division over workers. The mathematics is in
 // docs/kernels.md, the kernels in cpu/edge_message.cpp and cuda/edge_message.cuh, their order in
-// edge_driver.h, the plan in edge_plan.cpp.
+// edge_driver.h, the plan in edge_plan.cpp, single stages in edge_stage.cpp.
 #include "cpu/edge_message.h"
 #include "binding.h"
 #include "devices.h"

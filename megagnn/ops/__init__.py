@@ -6,6 +6,7 @@ Importing this without the compiled extension warns once; everything then runs o
 from megagnn.ops import extension
 from megagnn.ops.adamw import adamw_, square_sum
 from megagnn.ops.edge_message import EdgeGraph, EdgeSpec, EdgeWeights, edge_message, edge_message_pair
+from megagnn.ops.edge_stages import BlockStages
 from megagnn.ops.extension import backend, build_info
 from megagnn.ops.maximum import segment_max
 from megagnn.ops.scatter import gather_rows, scatter_add
@@ -13,6 +14,7 @@ from megagnn.ops.segment import Segments, gather, segment_mean, segment_sum
 from megagnn.ops.weighted import gather_weighted_sum
 
 __all__ = [
+    "BlockStages",
     "EdgeGraph",
     "EdgeSpec",
     "EdgeWeights",
