@@ -60,16 +60,14 @@ inline void check_shape(const EdgeCall& call, const char* name, const Tensor& te
                         std::vector<int64_t> sizes) {
   const Tensor& like = call.inputs[kP];
   bool fits = tensor.dim() == int64_t(sizes.size()) && tensor.scalar_type() == like.scalar_type();
-  std::string wanted;
-  for (size_t d = 0; d < sizes.size(); ++d) {
-    fits = fits && tensor.size(int64_t(d)) == sizes[d];
-    wanted += (d ? ", " : "") + std::to_string(sizes[d]);
-  }
-  std::string got;
+  for (size_t d = 0; d < sizes.size() && fits; ++d) fits = tensor.size(int64_t(d)) == sizes[d];
+  if (fits) return;
+  std::string wanted, got;
+  for (size_t d = 0; d < sizes.size(); ++d) wanted += (d ? ", " : "") + std::to_string(sizes[d]);
   for (int64_t d = 0; d < tensor.dim(); ++d) got += (d ? ", " : "") + std::to_string(tensor.size(d));
-  check(fits, call.name, kAny, name, " must have shape (", wanted, ") and type ",
-        torch::headeronly::toString(like.scalar_type()), ", got (", got, ") and ",
-        torch::headeronly::toString(tensor.scalar_type()));
+  fail(call.name, kAny, name, " must have shape (", wanted, ") and type ",
+       torch::headeronly::toString(like.scalar_type()), ", got (", got, ") and ",
+       torch::headeronly::toString(tensor.scalar_type()));
 }
 
 // The lists, and those widths that p and w1c tell; message and vector are the caller's to set.

@@ -112,6 +112,7 @@ class BlockStages:
         self.num_blocks = len(self._blocks)
         self._longest = max((end - begin for begin, end in self._blocks), default=0)
         self._memory: dict[tuple[int, str], Tensor] = {}
+        self._views: dict[tuple[int, str, int], Tensor] = {}  # of a block of so many edges
         self._results: dict[str, Tensor] = {}
         self._bars = [none] * 4
         rows, kept = self.planes * len(values[2]), ("a", "c", "g") if self.has_vector else ("a", "c")
@@ -130,12 +131,13 @@ class BlockStages:
 
     def _scratch(self, block: StageBlock, name: str) -> Tensor:
         count, width = block.end - block.begin, self._widths.get(name)
-        shape = (self.planes, count) if width is None else (self.planes * count, width)
-        size = self.planes * (width or 1)
-        memory = self._memory.get((block.memory, name))
-        if memory is None:
-            memory = self._memory[block.memory, name] = self._like.new_empty(size * self._longest)
-        return memory[: size * count].view(shape)
+        key, view_key = (block.memory, name), (block.memory, name, count)
+        if view_key not in self._views:
+            if key not in self._memory:
+                self._memory[key] = self._like.new_empty(self.planes * self._longest * (width or 1))
+            shape = (self.planes, count) if width is None else (self.planes * count, width)
+            self._views[view_key] = self._memory[key][: shape[0] * shape[1]].view(shape)
+        return self._views[view_key]
 
     def _run(
         self,
