@@ -211,14 +211,15 @@ def _cache_bytes() -> int:
 
 
 def default_block_edges(width: int, element_size: int, planes: int, on_cpu: bool = True) -> int:
-    """CPU: edges whose six buffers of `width` fill the second-level cache once, between 64 and 512.
+    """CPU: edges whose six buffers of `width` fill the second-level cache once, of 256 to 512 rows.
 
-    CUDA: enough rows to occupy the device; a buffer takes up to 64 MiB.
+    With fewer rows the weights of wide layers, which do not fit that cache, are read too often. CUDA: enough
+    rows to occupy the device; a buffer takes up to 64 MiB.
     """
     if not on_cpu:
         return max(4096, 2**26 // (planes * width * element_size))
-    fitting = _cache_bytes() // (6 * planes * width * element_size)
-    return max(64, min(512, fitting // 32 * 32))
+    fitting = _cache_bytes() // (6 * width * element_size)
+    return max(256, min(512, fitting // 32 * 32)) // planes
 
 
 # Below this many multiply-adds per worker, starting another thread costs more than it saves.
