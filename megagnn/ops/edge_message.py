@@ -178,7 +178,9 @@ def _non_leaf(tensor: Tensor | None) -> Tensor | None:
 
 
 def has_kernels(values: Tensor) -> bool:
-    """Whether the blockwise kernels serve tensors like this one."""
+    """Whether the blockwise kernels serve tensors like this one; torch.compile sees the reference."""
+    if torch.compiler.is_compiling():
+        return False
     there = (extension.has_cpu and values.is_cpu) or (extension.has_cuda and values.is_cuda)
     return there and values.dtype in (torch.float32, torch.float64)
 

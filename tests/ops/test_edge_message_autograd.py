@@ -248,3 +248,20 @@ def test_centres_are_constants() -> None:
     outputs = edge_message(*case.inputs, weights, case.graph, EdgeSpec())
     with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
         torch.autograd.grad(waves(outputs), weights.centres_R)
+
+
+def test_compiled_graphs_take_the_reference() -> None:
+    """torch.compile knows nothing of the kernels; what it makes of the reference is the same function."""
+    case = random_case()
+
+    def energy(p_NH: Tensor, q_NH: Tensor, r_E3: Tensor, f_E: Tensor | None) -> Tensor:
+        sums, vectors = edge_message(p_NH, q_NH, r_E3, f_E, case.weights, case.graph, EdgeSpec())
+        assert vectors is not None
+        return sums.sin().sum() + vectors.sin().sum()
+
+    inputs = [None if t is None else t.clone().requires_grad_() for t in case.inputs]
+    leaves = present(inputs)
+    gradients = []
+    for function in (torch.compile(energy, backend="aot_eager"), energy):
+        gradients.append(torch.autograd.grad(function(*inputs), leaves))
+    assert largest_error(*gradients) < 10 * RELATIVE[torch.float64]
