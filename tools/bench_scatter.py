@@ -177,7 +177,10 @@ def weighted_functions(graph: Graph, dtype: torch.dtype) -> dict[str, Function |
             v[s.index] * w.view(-1, 1), d.index, 0, dim_size=n
         )
     if torch_sparse:
-        matrix = torch_sparse.SparseTensor(rowptr=d.ptr, col=s.index, sparse_sizes=(n, n))
+        # sources are in no order within a row, which the product does not mind
+        matrix = torch_sparse.SparseTensor(
+            rowptr=d.ptr, col=s.index, sparse_sizes=(n, n), is_sorted=True, trust_data=True
+        )
         peers["torch_sparse.matmul"] = lambda v, w: torch_sparse.matmul(matrix.set_value(w, layout="coo"), v)
         if pyg_utils:
             peers["torch_geometric.spmm"] = lambda v, w: pyg_utils.spmm(matrix.set_value(w, layout="coo"), v)
