@@ -33,6 +33,24 @@ bool gather_rows(const GatherInput& in, T* out, int64_t begin, int64_t end) {
   return true;
 }
 
+// Rows of whole vectors, without a call for each.
+template <class T>
+bool gather_vectors(const GatherInput& in, T* out, int64_t begin, int64_t end) {
+  const char* values = static_cast<const char*>(in.values);
+  const int64_t bytes = in.width * int64_t(sizeof(T));
+  char* to = reinterpret_cast<char*>(out) + begin * bytes;
+  for (int64_t e = begin; e < end; ++e) {
+    const int64_t row = in.index[e];
+    if (__builtin_expect(uint64_t(row) >= uint64_t(in.num_values), 0)) return false;
+    const char* from = values + row * bytes;
+    for (int64_t b = 0; b < bytes; b += kVectorBytes, to += kVectorBytes) {
+      const auto v = load(reinterpret_cast<const float*>(from + b));
+      __builtin_memcpy(to, &v, sizeof v);
+    }
+  }
+  return true;
+}
+
 // Results larger than the cache, of rows of whole cache lines: written past it, which spares the read that an
 // ordinary write begins with.
 template <class T>
@@ -69,6 +87,7 @@ bool gather(const GatherInput& in, void* out_pointer, int64_t begin, int64_t end
     case 16:
       return gather_rows<16>(in, out, begin, end);
     default:
+      if (in.width * int64_t(sizeof(T)) % kVectorBytes == 0) return gather_vectors(in, out, begin, end);
       return gather_rows<0>(in, out, begin, end);
   }
 }
