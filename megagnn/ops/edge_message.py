@@ -224,7 +224,7 @@ def default_block_edges(width: int, element_size: int, planes: int, on_cpu: bool
     return max(256, min(512, fitting // 32 * 32)) // planes
 
 
-# Below this many multiply-adds per worker, starting another thread costs more than it saves.
+# Below this many FLOPs of the W2 product per worker, starting another thread costs more than it saves.
 _WORKER_FLOPS = 2e6
 
 

@@ -27,7 +27,11 @@ class GradientMethod(Protocol):
 def create_graph(
     potential: Potential, batch: dict[str, Tensor], loss: Loss, counts: LossCounts
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Differentiate through the graph of the forces: simple, at 6 units of a forward pass and its memory."""
+    """Differentiate through the graph of the forces: simple, and the more memory the less is recomputed.
+
+    In units of a forward pass it costs 6 with plain tensors, 10 or 12 with the blockwise edge operation
+    (docs/kernels.md, Arithmetic).
+    """
     outputs = potential(batch, create_graph=True)
     total, shares = loss(outputs, batch, counts)
     total.backward()

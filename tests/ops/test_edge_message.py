@@ -124,3 +124,26 @@ def test_against_reference(row: dict[str, Any], settings: None) -> None:
         assert all(t.dtype == row["dtype"] for t in got)
         error = largest_error(got, want)
         assert error <= factor * RELATIVE[row["dtype"]], f"{order.__name__}: {error:.1e}"
+
+
+@pytest.mark.skipif(extension.module is None, reason="the extension is not built")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_products_by_torch_equal_those_of_blas(dtype: torch.dtype) -> None:
+    """Where torch exports no BLAS, the products go through its addmm; here both can be asked for."""
+    case = random_case().to(dtype)
+    tensors = (*case.inputs, *case.weights)
+    *lists, integers, reals = MODULE._arguments(case.graph, EdgeSpec(block_edges=7), False, tensors)
+    results = []
+    for blas in (1, 0):
+        arguments = (*lists, [*integers[:5], blas], reals)
+        outputs = torch.ops.megagnn.edge_message_forward(*arguments, False)
+        bars, none = [t.sin() for t in outputs[:4]], [torch.empty(0)] * 3
+        results.append(
+            [
+                *outputs[:2],
+                *torch.ops.megagnn.edge_message_backward(*arguments, none, bars, True, True, False),
+            ]
+        )
+    kept = [[t for t in result if t.is_floating_point() and t.numel()] for result in results]
+    assert len(kept[0]) == 13
+    assert largest_error(*kept) < FIRST * RELATIVE[dtype]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -20,20 +18,12 @@ from tests.ops.edge_cases import (
 )
 from tests.tolerances import RELATIVE, assert_close
 
-pytestmark = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
-LEVELS = extension.module.simd_levels() if extension.module else []
+pytestmark = [
+    pytest.mark.skipif(extension.module is None, reason="the extension is not built"),
+    pytest.mark.usefixtures("simd"),
+]
 DTYPES = [torch.float32, torch.float64]
 EPSILON = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
-
-
-@pytest.fixture(params=LEVELS, autouse=True)
-def simd(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each SIMD level this processor has, in turn."""
-    assert extension.module is not None
-    before = extension.module.simd_level()
-    extension.module.set_simd_level(request.param)
-    yield request.param
-    extension.module.set_simd_level(before)
 
 
 def chain(num_edges: int) -> Case:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -13,19 +11,6 @@ from tests.tolerances import assert_close
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 SHAPES = [(), (1,), (2,), (3,), (7,), (16,), (67,), (128,), (256,), (301,), (2050,), (3, 5), (4, 0)]
-LEVELS = extension.module.simd_levels() if extension.module else ["reference"]
-
-
-@pytest.fixture(params=LEVELS)
-def simd(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each SIMD level this processor has, in turn."""
-    if extension.module is None:
-        yield request.param
-        return
-    before = extension.module.simd_level()
-    extension.module.set_simd_level(request.param)
-    yield request.param
-    extension.module.set_simd_level(before)
 
 
 def exact_sum(values: torch.Tensor, segments: Segments) -> torch.Tensor:
