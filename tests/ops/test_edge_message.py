@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megagnn.ops import EdgeSpec, EdgeWeights, edge_message, edge_reference, extension
+from tests.ops.conftest import LEVELS
 from tests.ops.edge_cases import (
     MODULE,
     Widths,
@@ -23,7 +24,6 @@ from tests.ops.edge_cases import (
 )
 from tests.tolerances import RELATIVE
 
-LEVELS = extension.module.simd_levels() if extension.module else ["reference"]
 FACTORS: dict[str, Any] = {
     "feature": ["bessel", "gaussian", "distance", "squared"],
     "direction": ["unit", "vector", "plus_one"],

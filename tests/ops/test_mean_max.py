@@ -10,10 +10,9 @@ from torch import Tensor
 
 from megagnn.ops import Segments, backend, extension, reference, segment_max, segment_mean
 from tests.ops.helpers import long_row, random_segments
-from tests.ops.test_segment import DTYPES, simd
+from tests.ops.test_segment import DTYPES
 from tests.tolerances import assert_close
 
-__all__ = ["simd"]
 compiled = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
 Operation = Callable[[Tensor, Segments], Tensor]
 SHAPES = [(), (1,), (3,), (16,), (67,), (256,), (301,), (2050,), (3, 5), (4, 0)]

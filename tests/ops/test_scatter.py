@@ -7,10 +7,9 @@ import torch
 
 from megagnn.ops import backend, extension, gather_rows, reference, scatter_add
 from tests.ops.helpers import random_segments
-from tests.ops.test_segment import DTYPES, simd
+from tests.ops.test_segment import DTYPES
 from tests.tolerances import assert_close
 
-__all__ = ["simd"]
 compiled = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
 
 

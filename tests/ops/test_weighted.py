@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import Segments, backend, extension, gather_weighted_sum, reference
+from tests.ops.conftest import LEVELS
 from tests.ops.helpers import long_row, random_segments
-from tests.ops.test_segment import DTYPES, LEVELS, simd
+from tests.ops.test_segment import DTYPES
 from tests.tolerances import assert_close
 
-__all__ = ["simd"]
 compiled = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
 SHAPES = [(), (1,), (3,), (16,), (67,), (128,), (256,), (301,), (2050,), (3, 5), (4, 0)]
 
