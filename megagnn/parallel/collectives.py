@@ -1,76 +1,192 @@
-"""Collectives over the data-parallel ranks, outside of autograd; no-ops on one rank."""
+"""Collectives that autograd sees, as conjugate pairs.
 
-from collections.abc import Iterable
+[Note: four kinds] Over the ranks of a group, a tensor's value and its gradient are of a kind each:
+
+    replicated  the same value everywhere, and the same (whole) gradient everywhere
+    shared      the same value everywhere, but used by each rank for its own part: gradients are partial
+    partial     the value is the sum over ranks; the gradient is the same everywhere
+    sharded     each rank has its own slice of both
+
+Gradients of a shared tensor are partial, and those of a partial one replicated; the other two are their own
+duals. So every collective's backward is another one of this list, and its tangent is itself:
+
+    copy            replicated -> shared      value stays      backward: reduce
+    reduce          partial -> replicated     all-reduce       backward: copy
+    gather          sharded -> shared         all-gather       backward: reduce_scatter
+    reduce_scatter  partial -> sharded        reduce-scatter   backward: gather
+    split           replicated -> sharded     own slice        backward: join
+    join            sharded -> replicated     all-gather       backward: split
+
+Each backward *applies the other Function*, so that it can be differentiated again. The textbook form, which
+calls the collective inside `backward` where autograd does not see it, gives right energies, forces and
+losses, and parameter gradients of a force loss that are wrong by tens of per cent.
+"""
+
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 
 
-def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
-    """Sum over the ranks, in place; returns the tensor.
-
-    Raises:
-        ValueError: a tensor that is not contiguous: gloo reduces such a view wrongly and overwrites memory
-            beside it.
-    """
-    if not tensor.is_contiguous():
-        raise ValueError(
-            f"all_reduce needs a contiguous tensor, got strides {tensor.stride()}; call .contiguous() first"
-        )
-    if context.dp_size > 1:
-        dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=context.dp_group)
-    return tensor
+def copy(x: Tensor, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Replicated to shared (Megatron-LM's f); [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _Copy.apply(x, context, axis)
 
 
-def broadcast_object(value: Any, context: ParallelContext) -> Any:
-    """Rank 0's value on every rank."""
-    if context.dp_size == 1:
-        return value
-    holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=context.dp_group)
-    return holder[0]
+def reduce(x: Tensor, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Partial to replicated, the sum over ranks (Megatron-LM's g); [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _Reduce.apply(x, context, axis)
 
 
-def gather_objects(value: Any, context: ParallelContext) -> list[Any] | None:
-    """Every rank's value, in the order of the ranks, on the main rank; None on the others."""
-    if context.dp_size == 1:
-        return [value]
-    values = [None] * context.dp_size if context.is_main else None
-    dist.gather_object(value, values, dst=0, group=context.dp_group)
-    return values
+def gather(x: Tensor, dim: int, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Sharded along `dim` to shared; [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _Gather.apply(x, _negative(dim, x), context, axis)
 
 
-def barrier(context: ParallelContext) -> None:
-    """Wait for every rank."""
-    if context.dp_size > 1:
-        dist.barrier(group=context.dp_group)
+def reduce_scatter(x: Tensor, dim: int, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Partial to sharded along `dim`, whose size the ranks must divide; [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _ReduceScatter.apply(x, _negative(dim, x), context, axis)
 
 
-def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
-    """Copy rank 0's parameters and buffers to every rank."""
-    if context.dp_size > 1:
-        for tensor in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(tensor.data, src=0, group=context.dp_group)
+def split(x: Tensor, dim: int, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Replicated to sharded along `dim`, whose size the ranks must divide; [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _Split.apply(x, _negative(dim, x), context, axis)
 
 
-def all_reduce_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
-    """Sum every parameter's gradient over the ranks, as one flat message; a missing gradient counts as zero.
+def join(x: Tensor, dim: int, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Sharded along `dim` to replicated; [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _Join.apply(x, _negative(dim, x), context, axis)
 
-    The loss is a sum over global counts (`train.loss`), so a sum of gradients and not a mean is the global
-    gradient.
-    """
-    parameters = list(parameters)
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if context.dp_size == 1 or not parameters:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=context.dp_group)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+
+def _negative(dim: int, x: Tensor) -> int:
+    return dim if dim < 0 else dim - x.dim()
+
+
+def start_gather_along(x: Tensor, dim: int, context: ParallelContext, axis: str) -> messages.Pending:
+    """All-gather of equal slices along a dimension, outside of autograd."""
+    return _then(messages.start_all_gather(x.contiguous(), context, axis), lambda t: unstack(t, dim))
+
+
+def start_reduce_scatter_along(x: Tensor, dim: int, context: ParallelContext, axis: str) -> messages.Pending:
+    """Reduce-scatter of equal slices along a dimension, outside of autograd."""
+    return messages.start_reduce_scatter(stack(x, dim, context.size(axis)), context, axis)
+
+
+def _then(pending: messages.Pending, function: Any) -> messages.Pending:
+    return messages.Pending(None, lambda: function(pending.wait()))
+
+
+def unstack(parts: Tensor, dim: int) -> Tensor:
+    """(ranks, ..., n, ...) to (..., ranks n, ...), parts side by side along `dim` (negative)."""
+    moved = parts.movedim(0, parts.dim() - 1 + dim)
+    return moved.flatten(moved.dim() + dim - 1, moved.dim() + dim)
+
+
+def stack(whole: Tensor, dim: int, ranks: int) -> Tensor:
+    """The inverse of `unstack`, contiguous. Raises ValueError where the ranks do not divide the size."""
+    if whole.shape[dim] % ranks:
+        raise ValueError(f"{ranks} ranks do not divide dimension {dim} of size {whole.shape[dim]}")
+    parts = whole.unflatten(dim, (ranks, whole.shape[dim] // ranks))
+    return parts.movedim(dim - 1, 0).contiguous()
+
+
+class _Collective(torch.autograd.Function):
+    """tensor, then what identifies the collective; the tangent of a linear map is the map."""
+
+    @classmethod
+    def call(cls, *arguments: Any) -> Tensor:
+        result: Tensor = cls.apply(*arguments)
+        return result
+
+
+class _Copy(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (context, axis)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Reduce.apply(grads[0], *ctx.where), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Copy.call(tangents[0], *ctx.where)
+
+
+class _Reduce(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (context, axis)
+        return messages.all_reduce(x.clone(memory_format=torch.contiguous_format), context, axis)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Copy.apply(grads[0], *ctx.where), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Reduce.call(tangents[0], *ctx.where)
+
+
+class _Gather(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (dim, context, axis)
+        return start_gather_along(x, dim, context, axis).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _ReduceScatter.apply(grads[0], *ctx.where), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Gather.call(tangents[0], *ctx.where)
+
+
+class _ReduceScatter(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (dim, context, axis)
+        return start_reduce_scatter_along(x, dim, context, axis).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Gather.apply(grads[0], *ctx.where), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _ReduceScatter.call(tangents[0], *ctx.where)
+
+
+class _Split(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (dim, context, axis)
+        return stack(x, dim, context.size(axis))[getattr(context, f"{axis}_rank")].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Join.apply(grads[0], *ctx.where), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Split.call(tangents[0], *ctx.where)
+
+
+class _Join(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (dim, context, axis)
+        return start_gather_along(x, dim, context, axis).wait()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Split.apply(grads[0], *ctx.where), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Join.call(tangents[0], *ctx.where)

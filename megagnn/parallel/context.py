@@ -1,28 +1,101 @@
-"""Which rank this is: a value passed as an argument, never a module global."""
+"""Which rank this is: a value passed as an argument, never a module global.
+
+[Note: ranks] The ranks form a grid of dp x pp x tp, numbered with tp fastest: neighbours share the most
+traffic, so they lie on one machine. A *tensor-parallel* group (tp) holds one set of parameters between its
+ranks and works on the same batch; the *data-parallel* ranks (dp) hold the same parameters and work on
+different structures; *pipeline* stages (pp) hold different layers.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from megagnn.parallel.traffic import Traffic
+
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Coordinates of one rank. Only data parallelism (`dp`) exists so far.
-
-    Every structure of a batch lives on one data-parallel rank; parameters are the same on all.
-    """
+    """Coordinates of one rank, and the process groups along each axis (None for an axis of one rank)."""
 
     dp_size: int = 1
     dp_rank: int = 0
+    pp_size: int = 1
+    pp_rank: int = 0
+    tp_size: int = 1
+    tp_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dp_group: Any = None
-    """Process group of the data-parallel ranks; None for one process."""
+    pp_group: Any = None
+    tp_group: Any = None
+    world_group: Any = None
+    """All ranks; None for one process."""
+    traffic: Traffic = field(default_factory=Traffic, compare=False)
+    """What this rank has sent."""
+
+    def __post_init__(self) -> None:
+        for axis in ("dp", "pp", "tp"):
+            size, rank = getattr(self, f"{axis}_size"), getattr(self, f"{axis}_rank")
+            if not 0 <= rank < size:
+                raise ValueError(f"{axis}_rank must lie in [0, {axis}_size), got {rank} of {size}")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in all."""
+        return self.dp_size * self.pp_size * self.tp_size
+
+    @property
+    def rank(self) -> int:
+        """Number of this rank in the grid, [Note: ranks]."""
+        return (self.dp_rank * self.pp_size + self.pp_rank) * self.tp_size + self.tp_rank
 
     @property
     def is_main(self) -> bool:
         """Whether this rank prints, logs and writes."""
-        return self.dp_rank == 0
+        return self.rank == 0
+
+    def size(self, axis: str) -> int:
+        """Ranks along "dp", "pp", "tp", or in the "world"."""
+        return self.world_size if axis == "world" else int(getattr(self, f"{axis}_size"))
+
+    def group(self, axis: str) -> Any:
+        """Process group along an axis."""
+        return getattr(self, f"{axis}_group")
 
     def __str__(self) -> str:
-        return f"dp{self.dp_rank}"
+        return rank_name(self.dp_rank, self.pp_rank, self.tp_rank)
+
+
+def rank_name(dp_rank: int, pp_rank: int, tp_rank: int) -> str:
+    """How a rank is called in messages: dp0-pp1-tp0."""
+    return f"dp{dp_rank}-pp{pp_rank}-tp{tp_rank}"
+
+
+def grid_coordinates(rank: int, dp: int, pp: int, tp: int) -> tuple[int, int, int]:
+    """(dp_rank, pp_rank, tp_rank) of a rank in the grid, [Note: ranks]."""
+    coordinates = (torch.arange(dp * pp * tp).view(dp, pp, tp) == rank).nonzero()[0].tolist()
+    return coordinates[0], coordinates[1], coordinates[2]
+
+
+def grid_sizes(world_size: int, dp: int | None, pp: int, tp: int) -> tuple[int, int, int]:
+    """(dp, pp, tp) that make `world_size`; `dp` None takes what pp and tp leave.
+
+    Raises:
+        ValueError: the product is not the number of ranks; names every factor.
+    """
+    for name, size in (("data", dp), ("pipeline", pp), ("tensor", tp)):
+        if size is not None and size < 1:
+            raise ValueError(f"parallel.{name} must be at least 1, got {size}")
+    if dp is None:
+        if world_size % (pp * tp):
+            raise ValueError(
+                f"{world_size} rank(s) cannot be divided into pipeline {pp} x tensor {tp}: start a multiple "
+                f"of {pp * tp} ranks, or change parallel.pipeline or parallel.tensor"
+            )
+        dp = world_size // (pp * tp)
+    if dp * pp * tp != world_size:
+        raise ValueError(
+            f"data {dp} x pipeline {pp} x tensor {tp} = {dp * pp * tp} ranks, but {world_size} were started: "
+            f"start {dp * pp * tp}, or change parallel.data, parallel.pipeline or parallel.tensor"
+        )
+    return dp, pp, tp

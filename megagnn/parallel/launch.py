@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.groups import grid_context
 
 
 def default_threads(num_local_ranks: int) -> int:
@@ -63,7 +64,7 @@ def parallel_context(device: str = "auto", threads: int | None = None) -> Iterat
         warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     dist.init_process_group(backend, timeout=timedelta(minutes=30))
     try:
-        yield ParallelContext(dp_size=world_size, dp_rank=rank, device=chosen, dp_group=dist.group.WORLD)
+        yield grid_context(world_size, 1, 1, chosen)
         dist.barrier()
     finally:
         if sys.exc_info()[0] is None:

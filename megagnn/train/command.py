@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from megagnn.config import RunConfig, load_config
-from megagnn.parallel.collectives import barrier
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
+from megagnn.parallel.world import barrier
 from megagnn.train.trainer import Trainer
 
 

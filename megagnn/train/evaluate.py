@@ -12,9 +12,9 @@ import torch
 from tqdm import tqdm
 
 from megagnn.models.potential import Potential
-from megagnn.parallel.collectives import all_reduce_sum
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
+from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.checkpoint import load_checkpoint, load_potential
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.loss import Loss, label_counts

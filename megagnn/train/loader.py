@@ -12,8 +12,8 @@ from megagnn.data.batch import collate
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.models.statistics import Statistics
-from megagnn.parallel.collectives import barrier
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import barrier
 
 
 def open_split(

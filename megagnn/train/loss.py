@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megagnn.config import LossConfig
 from megagnn.data import keys
-from megagnn.parallel.collectives import all_reduce_sum
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import all_reduce_sum
 
 TERMS = ("energy", "forces", "stress")
 

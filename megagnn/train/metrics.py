@@ -7,8 +7,8 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.models.potential import Potential
-from megagnn.parallel.collectives import all_reduce_sum
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.loss import free_atoms
 
 # Quantities whose absolute and squared values are summed, per source; the baselines know per-element energies

@@ -16,14 +16,14 @@ from megagnn.models.potential import build_potential
 from megagnn.models.statistics import Statistics
 from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
 from megagnn.optim.schedule import learning_rate
-from megagnn.parallel.collectives import (
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import (
     all_reduce_gradients,
     all_reduce_sum,
     barrier,
     broadcast_object,
     broadcast_parameters,
 )
-from megagnn.parallel.context import ParallelContext
 from megagnn.train.checkpoint import (
     Checkpoint,
     Progress,

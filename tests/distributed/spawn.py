@@ -3,6 +3,7 @@
 import pickle
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,25 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.groups import grid_context
+
+# A collective that autograd does not see gives silently wrong second derivatives: PyTorch warns of it.
+UNSEEN_BY_AUTOGRAD = ".*autograd kernel was not registered.*"
 
 
-def spawn(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def spawn(
+    world_size: int, function: Callable[..., Any], *arguments: Any, pp: int = 1, tp: int = 1
+) -> list[Any]:
     """`function(context, *arguments)` on every rank; returns each rank's value.
 
-    The ranks meet through a file, so that no two tests fight for a port, and take one thread each.
+    The ranks meet through a file, so that no two tests fight for a port, and take one thread each. Those that
+    pp and tp leave are data-parallel.
 
     Raises:
         RuntimeError: with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, folder, function, arguments), nprocs=world_size, join=True)
+        mp.spawn(_run, (world_size, pp, tp, folder, function, arguments), nprocs=world_size, join=True)
         results = [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
     for rank, (value, error) in enumerate(results):
         if error:
@@ -32,13 +39,20 @@ def spawn(world_size: int, function: Callable[..., Any], *arguments: Any) -> lis
 
 
 def _run(
-    rank: int, world_size: int, folder: str, function: Callable[..., Any], arguments: tuple[Any, ...]
+    rank: int,
+    world_size: int,
+    pp: int,
+    tp: int,
+    folder: str,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    warnings.filterwarnings("error", message=UNSEEN_BY_AUTOGRAD)
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, world_size=world_size, rank=rank)
-    context = ParallelContext(dp_size=world_size, dp_rank=rank, dp_group=dist.group.WORLD)
     try:
+        context = grid_context(world_size // (pp * tp), pp, tp)
         result = (function(context, *arguments), None)
         dist.barrier()
     except Exception as error:

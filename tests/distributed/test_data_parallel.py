@@ -9,8 +9,8 @@ from megagnn.config import LossConfig
 from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
 from megagnn.models.potential import Potential
-from megagnn.parallel.collectives import all_reduce_gradients, all_reduce_sum
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import all_reduce_gradients, all_reduce_sum
 from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loss import Loss, label_counts
 from tests.distributed.spawn import spawn

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from megagnn.parallel.collectives import all_reduce_gradients, all_reduce_sum, broadcast_object
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import default_threads, pick_device
+from megagnn.parallel.world import all_reduce_gradients, all_reduce_sum, broadcast_object
 
 
 def test_one_rank_leaves_values_alone() -> None:
@@ -28,7 +28,8 @@ def test_strided_tensors_are_refused() -> None:
 
 
 def test_context_prints_itself() -> None:
-    assert str(ParallelContext(dp_size=4, dp_rank=3)) == "dp3"
+    assert str(ParallelContext(dp_size=4, dp_rank=3)) == "dp3-pp0-tp0"
+    assert str(ParallelContext(pp_size=2, pp_rank=1, tp_size=2)) == "dp0-pp1-tp0"
     assert ParallelContext(dp_size=4).is_main
     assert not ParallelContext(dp_size=4, dp_rank=3).is_main
 

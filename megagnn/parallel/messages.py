@@ -1,0 +1,122 @@
+"""What ranks say to one another: collectives on buffers, outside of autograd; nothing is sent on one rank.
+
+Every call counts what it sends (`parallel.traffic`). Tensors must be contiguous: gloo reduces a strided view
+wrongly and overwrites the memory beside it. A tensor without elements is no message.
+"""
+
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megagnn.parallel.context import ParallelContext
+
+
+class Pending:
+    """A message under way; `wait` gives its result, once."""
+
+    def __init__(self, work: "dist.Work | None", finish: Callable[[], Tensor]) -> None:
+        self._work, self._finish = work, finish
+
+    def wait(self) -> Tensor:
+        """The result, when it is there."""
+        if self._work is not None:
+            self._work.wait()
+        return self._finish()
+
+
+def done(tensor: Tensor) -> Pending:
+    """What is there already."""
+    return Pending(None, lambda: tensor)
+
+
+def check_contiguous(operation: str, tensor: Tensor) -> None:
+    """Raises ValueError for a tensor that gloo would corrupt."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{operation} needs a contiguous tensor, got strides {tensor.stride()}; call .contiguous() first"
+        )
+
+
+def _count(context: ParallelContext, axis: str, kind: str, whole: int, times: int, element_size: int) -> None:
+    ranks = context.size(axis)
+    context.traffic.count(axis, kind, Fraction(times * whole * (ranks - 1), ranks), element_size)
+
+
+def start_all_reduce(tensor: Tensor, context: ParallelContext, axis: str) -> Pending:
+    """Sum over the ranks of an axis, in place."""
+    check_contiguous("all_reduce", tensor)
+    if context.size(axis) == 1 or tensor.numel() == 0:
+        return done(tensor)
+    _count(context, axis, "all_reduce", tensor.numel(), 2, tensor.element_size())
+    work = dist.all_reduce(tensor, op=dist.ReduceOp.SUM, group=context.group(axis), async_op=True)
+    return Pending(work, lambda: tensor)
+
+
+def all_reduce(tensor: Tensor, context: ParallelContext, axis: str) -> Tensor:
+    """Sum over the ranks of an axis, in place; returns the tensor."""
+    return start_all_reduce(tensor, context, axis).wait()
+
+
+def start_all_gather(tensor: Tensor, context: ParallelContext, axis: str) -> Pending:
+    """The tensors of all ranks, all of one shape: (...) to (ranks, ...)."""
+    check_contiguous("all_gather", tensor)
+    ranks = context.size(axis)
+    if ranks == 1:
+        return done(tensor.unsqueeze(0))
+    out = tensor.new_empty((ranks, *tensor.shape))
+    if tensor.numel() == 0:
+        return done(out)
+    _count(context, axis, "all_gather", out.numel(), 1, tensor.element_size())
+    work = _gather_into(out.view(-1), tensor.view(-1), group=context.group(axis), async_op=True)
+    return Pending(work, lambda: out)
+
+
+# The names without `_single` are deprecated since PyTorch 2.13.
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def start_reduce_scatter(stacked: Tensor, context: ParallelContext, axis: str) -> Pending:
+    """Part r of the sum over ranks to rank r: (ranks, ...) to (...).
+
+    Over gloo, whose own reduce-scatter is several times slower, an all-to-all and a sum in the ranks' order.
+    """
+    check_contiguous("reduce_scatter", stacked)
+    ranks = context.size(axis)
+    if stacked.shape[0] != ranks:
+        raise ValueError(f"reduce_scatter needs one part per rank, {ranks}, got {stacked.shape[0]}")
+    if ranks == 1 or stacked.numel() == 0:
+        return done(stacked[0])
+    _count(context, axis, "reduce_scatter", stacked.numel(), 1, stacked.element_size())
+    group = context.group(axis)
+    if dist.get_backend(group) == "gloo":
+        parts = torch.empty_like(stacked)
+        work = dist.all_to_all_single(parts, stacked, group=group, async_op=True)
+        return Pending(work, lambda: parts.sum(0))
+    out = stacked.new_empty(stacked.shape[1:])
+    work = _scatter_sum(out.view(-1), stacked.view(-1), op=dist.ReduceOp.SUM, group=group, async_op=True)
+    return Pending(work, lambda: out)
+
+
+def start_all_to_all(
+    tensor: Tensor,
+    send: Sequence[int],
+    receive: Sequence[int],
+    context: ParallelContext,
+    axis: str,
+) -> Pending:
+    """Parts of a flat tensor to each rank, `send[r]` elements to rank r, and theirs back, in their order."""
+    check_contiguous("all_to_all", tensor)
+    if context.size(axis) == 1:
+        return done(tensor)
+    rank = getattr(context, f"{axis}_rank")
+    leaving = sum(send) - send[rank]
+    context.traffic.count(axis, "all_to_all", leaving, tensor.element_size())
+    out = tensor.new_empty(sum(receive))
+    work = dist.all_to_all_single(
+        out, tensor, list(receive), list(send), group=context.group(axis), async_op=True
+    )
+    return Pending(work, lambda: out)

@@ -1,0 +1,76 @@
+"""What all ranks, or the data-parallel ones, tell each other outside of a model; no-ops on one rank."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megagnn.parallel import messages
+from megagnn.parallel.context import ParallelContext
+
+
+def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
+    """Sum over the data-parallel ranks, in place; returns the tensor. The others hold the same numbers.
+
+    Raises:
+        ValueError: a tensor that is not contiguous.
+    """
+    return messages.all_reduce(tensor, context, "dp")
+
+
+def broadcast_object(value: Any, context: ParallelContext) -> Any:
+    """The main rank's value on every rank."""
+    if context.world_size == 1:
+        return value
+    holder = [value]
+    dist.broadcast_object_list(holder, src=0, group=context.world_group)
+    return holder[0]
+
+
+def gather_objects(value: Any, context: ParallelContext) -> list[Any] | None:
+    """The value of every data-parallel rank, in their order, on the main rank; None on the others.
+
+    Of a tensor-parallel group, which holds the same, the first rank speaks.
+    """
+    if context.world_size == 1:
+        return [value]
+    values = [None] * context.world_size if context.is_main else None
+    dist.gather_object(value, values, dst=0, group=context.world_group)
+    return None if values is None else values[:: context.pp_size * context.tp_size]
+
+
+def barrier(context: ParallelContext) -> None:
+    """Wait for every rank."""
+    if context.world_size > 1:
+        dist.barrier(group=context.world_group)
+
+
+def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
+    """Copy the parameters and buffers of the first data-parallel rank to the others.
+
+    Every layout draws the same weights (parallel/parameter.py); machines may still round differently.
+    """
+    if context.dp_size > 1:
+        source = dist.get_global_rank(context.dp_group, 0)
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.data, src=source, group=context.dp_group)
+
+
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
+    """Sum every parameter's gradient over the data-parallel ranks, as one flat message.
+
+    A missing gradient counts as zero. The loss is a sum over global counts (`train.loss`), so a sum of
+    gradients and not a mean is the global gradient.
+    """
+    parameters = list(parameters)
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    if context.dp_size == 1 or not parameters:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = messages.all_reduce(torch.cat([g.reshape(-1) for g in gradients]), context, "dp")
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
