@@ -5,8 +5,9 @@ Importing this without the compiled extension warns once; everything then runs o
 
 from megagnn.ops import extension
 from megagnn.ops.adamw import adamw_, square_sum
-from megagnn.ops.edge_message import EdgeGraph, EdgeSpec, EdgeWeights, edge_message, edge_message_pair
+from megagnn.ops.edge_message import edge_message, edge_message_pair
 from megagnn.ops.edge_stages import BlockStages
+from megagnn.ops.edge_types import EdgeGraph, EdgeSpec, EdgeWeights
 from megagnn.ops.extension import backend, build_info
 from megagnn.ops.maximum import segment_max
 from megagnn.ops.scatter import gather_rows, scatter_add

@@ -13,7 +13,7 @@ from megagnn.ops.segment import gather, segment_sum
 
 if TYPE_CHECKING:
     from megagnn.ops.backends import AggregationBackend
-    from megagnn.ops.edge_message import EdgeGraph, EdgeSpec, EdgeWeights
+    from megagnn.ops.edge_types import EdgeGraph, EdgeSpec, EdgeWeights
 
 
 def distance_features(spec: EdgeSpec, d_E: Tensor, squared_E: Tensor, centres_R: Tensor | None) -> Tensor:

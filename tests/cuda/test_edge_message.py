@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import EdgeGraph, EdgeSpec, EdgeWeights, Segments
-from megagnn.ops.edge_message import _arguments
+from megagnn.ops.edge_runner import Call, compiled_arguments
 from tests.cuda.emulator import CUDA, ORDERS, SCALARS, Emulator, build
 from tests.tolerances import RELATIVE, assert_close
 
@@ -62,7 +62,7 @@ class Case:
             *((normal(width, message) / 6, normal(width), normal(width) / 6, normal(1)) if vector else ()),
         )
         self.dtype, self.pair, self.vector, self.spec = dtype, pair, vector, spec
-        self.lists = _arguments(graph, spec, pair, (*inputs, *weights))
+        self.lists = compiled_arguments(Call(graph, spec, pair, (*inputs, *weights)))
         self.lists[2][5:] = graph._runs(self.lists[2][3])
         self.sizes = [hidden, message, width if vector else 0, radial, *self.lists[3][:5]]
         shapes = [(num_atoms, message), (num_atoms, 3)] * 2

@@ -14,7 +14,7 @@ from torch import Tensor
 from megagnn.ops import EdgeGraph, EdgeSpec, EdgeWeights, Segments
 
 # The module: megagnn.ops.edge_message is the function.
-MODULE = sys.modules["megagnn.ops.edge_message"]
+MODULE = sys.modules["megagnn.ops.edge_runner"]
 Operation = Callable[..., tuple[Tensor, Tensor | None]]
 
 

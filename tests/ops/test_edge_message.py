@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megagnn.ops import EdgeSpec, EdgeWeights, edge_message, edge_reference, extension
+from megagnn.ops.edge_runner import Call, compiled_arguments
 from tests.ops.conftest import LEVELS
 from tests.ops.edge_cases import (
     MODULE,
@@ -132,7 +133,7 @@ def test_products_by_torch_equal_those_of_blas(dtype: torch.dtype) -> None:
     """Where torch exports no BLAS, the products go through its addmm; here both can be asked for."""
     case = random_case().to(dtype)
     tensors = (*case.inputs, *case.weights)
-    *lists, integers, reals = MODULE._arguments(case.graph, EdgeSpec(block_edges=7), False, tensors)
+    *lists, integers, reals = compiled_arguments(Call(case.graph, EdgeSpec(block_edges=7), False, tensors))
     results = []
     for blas in (1, 0):
         arguments = (*lists, [*integers[:5], blas], reals)

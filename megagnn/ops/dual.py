@@ -1,0 +1,212 @@
+"""Dual numbers of ordinary tensors: a value and its tangent, carried through a model together.
+
+A loss on forces needs the gradient of a directional derivative (docs/parallel.md, One backward). The model's
+code runs on tensors or on `Dual` ones alike; on Dual ones each linear map is one product of twice the rows,
+each non-linear one an explicit formula of PyTorch operations or a Function, so that an ordinary backward
+follows. PyTorch's own dual numbers (torch.autograd.forward_ad) would compute the values again for each
+tangent, and have no reverse rule for some of what a backward inside their level needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megagnn.ops import segment
+from megagnn.ops.activation import silu as silu_of_tensor
+from megagnn.ops.activation import silu_second_derivative
+from megagnn.ops.segment import Segments
+
+
+class Dual:
+    """A value and its tangent, both of shape (...); of `planes` (2, ...) where they lie in one tensor."""
+
+    __slots__ = ("_planes", "tangent", "value")
+
+    def __init__(self, value: Tensor, tangent: Tensor, planes: Tensor | None = None) -> None:
+        if value.shape != tangent.shape:
+            raise ValueError(
+                f"Dual: value and tangent must have one shape, got {tuple(value.shape)} and "
+                f"{tuple(tangent.shape)}"
+            )
+        self.value, self.tangent, self._planes = value, tangent, planes
+
+    @classmethod
+    def of_planes(cls, planes: Tensor) -> Dual:
+        """Value and tangent stacked, (2, ...)."""
+        value, tangent = planes.unbind(0)
+        return cls(value, tangent, planes)
+
+    @property
+    def planes(self) -> Tensor:
+        """Both in one tensor (2, ...)."""
+        if self._planes is None:
+            self._planes = torch.stack((self.value, self.tangent))
+        return self._planes
+
+    def linear_map(self, function: Callable[[Tensor], Tensor]) -> Dual:
+        """A linear function of the value, applied to both; it must accept a leading dimension more."""
+        if self._planes is not None:
+            return Dual.of_planes(function(self._planes))
+        return Dual(function(self.value), function(self.tangent))
+
+    def __add__(self, other: Dual | Tensor | float) -> Dual:
+        if isinstance(other, Dual):
+            if self._planes is not None and other._planes is not None:
+                return Dual.of_planes(self._planes + other._planes)
+            return Dual(self.value + other.value, self.tangent + other.tangent)
+        return Dual(self.value + other, self.tangent)
+
+    def __sub__(self, other: Dual) -> Dual:
+        return Dual(self.value - other.value, self.tangent - other.tangent)
+
+    def __neg__(self) -> Dual:
+        return self.linear_map(torch.neg)
+
+    def __mul__(self, other: Dual | Tensor | float) -> Dual:
+        if not isinstance(other, Dual):
+            return self.linear_map(lambda t: t * other)
+        tangent = self.tangent * other.value + self.value * other.tangent
+        return Dual(self.value * other.value, tangent)
+
+    def __truediv__(self, constant: Tensor | float) -> Dual:
+        return self.linear_map(lambda t: t / constant)
+
+    def unsqueeze(self, dim: int) -> Dual:
+        """`dim` must be negative, so that it means the same with planes."""
+        return self.linear_map(lambda t: t.unsqueeze(dim))
+
+    def squeeze(self, dim: int) -> Dual:
+        """`dim` must be negative."""
+        return self.linear_map(lambda t: t.squeeze(dim))
+
+    def sum(self, dim: int, keepdim: bool = False) -> Dual:
+        """`dim` must be negative."""
+        return self.linear_map(lambda t: t.sum(dim, keepdim))
+
+    def double(self) -> Dual:
+        """In float64."""
+        return self.linear_map(Tensor.double)
+
+    def __getitem__(self, rows: slice | Tensor) -> Dual:
+        return Dual(self.value[rows], self.tangent[rows])
+
+
+T = TypeVar("T", Tensor, Dual)
+
+
+def value_of(x: Any) -> Any:
+    """The value of a Dual, or what is none."""
+    return x.value if isinstance(x, Dual) else x
+
+
+def linear_map(x: T, function: Callable[[Tensor], Tensor]) -> T:
+    """A linear function of x; with a leading dimension more for planes."""
+    return x.linear_map(function) if isinstance(x, Dual) else function(x)
+
+
+def linear(x: T, weight: Tensor, bias: Tensor | None = None) -> T:
+    """x W^T + b, (..., in) to (..., out); of a Dual in one product of twice the rows."""
+    if isinstance(x, Dual):
+        planes: Tensor = _PlanesLinear.apply(x.planes, weight, bias)
+        return Dual.of_planes(planes)
+    return functional.linear(x, weight, bias)
+
+
+def add_bias(x: T, bias: Tensor | None) -> T:
+    """x + b, (..., F); a constant has no tangent."""
+    return x if bias is None else x + bias
+
+
+def silu(x: T) -> T:
+    """x s(x) with s the logistic function."""
+    if isinstance(x, Dual):
+        planes: Tensor = _PlanesSiLU.apply(x.planes)
+        return Dual.of_planes(planes)
+    return silu_of_tensor(x)
+
+
+def relu(x: T) -> T:
+    """max(x, 0); the tangent passes where x > 0."""
+    if isinstance(x, Dual):
+        return Dual(functional.relu(x.value), x.tangent * (x.value > 0))
+    return functional.relu(x)
+
+
+def rsqrt(x: T) -> T:
+    """1 / sqrt(x)."""
+    if isinstance(x, Dual):
+        root = torch.rsqrt(x.value)
+        return Dual(root, -0.5 * root * root * root * x.tangent)
+    return torch.rsqrt(x)
+
+
+def sqrt(x: T) -> T:
+    """sqrt(x), of positive x."""
+    if isinstance(x, Dual):
+        root = torch.sqrt(x.value)
+        return Dual(root, 0.5 * x.tangent / root)
+    return torch.sqrt(x)
+
+
+def gather(x: T, segments: Segments) -> T:
+    """`ops.segment.gather`."""
+    if isinstance(x, Dual):
+        return Dual(segment.gather(x.value, segments), segment.gather(x.tangent, segments))
+    return segment.gather(x, segments)
+
+
+def segment_sum(x: T, segments: Segments) -> T:
+    """`ops.segment.segment_sum`."""
+    if isinstance(x, Dual):
+        return Dual(segment.segment_sum(x.value, segments), segment.segment_sum(x.tangent, segments))
+    return segment.segment_sum(x, segments)
+
+
+class _PlanesLinear(torch.autograd.Function):
+    """planes (2, ..., in), weight, bias -> planes (2, ..., out); the bias is added to the values only."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(planes, weight)
+        ctx.has_bias = bias is not None
+        out = functional.linear(planes, weight)
+        if bias is not None:
+            out[0] += bias
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = grads
+        planes, weight = ctx.saved_tensors
+        by_planes = by_weight = by_bias = None
+        if ctx.needs_input_grad[0]:
+            by_planes = grad @ weight
+        if ctx.needs_input_grad[1]:
+            by_weight = grad.flatten(0, -2).t() @ planes.flatten(0, -2)
+        if ctx.has_bias and ctx.needs_input_grad[2]:
+            by_bias = grad[0].flatten(0, -2).sum(0)
+        return by_planes, by_weight, by_bias
+
+
+class _PlanesSiLU(torch.autograd.Function):
+    """y = x s(x), y' = silu'(x) x'; with bars of both, x_bar = silu' y_bar + silu'' x' y'_bar."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor) -> Tensor:
+        ctx.save_for_backward(planes)
+        value, tangent = planes.detach().unbind(0)
+        return torch.stack((functional.silu(value), torch.ops.aten.silu_backward(tangent, value)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (planes,) = ctx.saved_tensors
+        value, tangent = planes.unbind(0)
+        bar, tangent_bar = grads[0].unbind(0)
+        first = torch.ops.aten.silu_backward(bar, value)
+        second = silu_second_derivative(value) * tangent * tangent_bar
+        return torch.stack((first + second, torch.ops.aten.silu_backward(tangent_bar, value)))

@@ -1,0 +1,181 @@
+"""Who runs the edge operation's passes on tensors, outside of autograd: here, one process by itself.
+
+[Note: runners] A runner does the forward and the backward of `ops.edge_message`, on values or on pairs of
+value and tangent; `ops.edge_autograd` makes a function of it that can be differentiated twice, whoever runs.
+The runners that divide the work over tensor-parallel ranks are in megagnn/tensor_parallel.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from megagnn.ops import extension
+from megagnn.ops.edge_types import (
+    ACTIVATIONS,
+    DIRECTIONS,
+    FEATURES,
+    NUM_INPUTS,
+    NUM_WEIGHTS,
+    EdgeGraph,
+    EdgeSpec,
+)
+
+_OPS = torch.ops.megagnn
+
+Tensors = Sequence[Tensor | None]
+
+
+class Call(NamedTuple):
+    """What a pass is of. `tensors`: p, q, r, f, of pairs their tangents, and the eight weights."""
+
+    graph: EdgeGraph
+    spec: EdgeSpec
+    pair: bool
+    tensors: Tensors
+
+
+class EdgeRunner(Protocol):
+    """See [Note: runners]."""
+
+    def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+        """sum, vec, and of pairs their tangents; and a, c, g of all edges with `save`, else empty ones."""
+        ...
+
+    def backward(
+        self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Gradients, one for each of `call.tensors`; with `outputs` also the operation's results (4).
+
+        bars: cotangents of the results, None or missing ones for zero. wanted: whether gradients of (r or f),
+        of the weights, will be used.
+        """
+        ...
+
+
+def has_kernels(values: Tensor) -> bool:
+    """Whether the blockwise kernels serve tensors like this one; torch.compile sees the reference."""
+    if torch.compiler.is_compiling():
+        return False
+    there = (extension.has_cpu and values.is_cpu) or (extension.has_cuda and values.is_cuda)
+    return there and values.dtype in (torch.float32, torch.float64)
+
+
+@cache
+def _cache_bytes() -> int:
+    """Second-level cache of one core; 1 MiB where the system does not say."""
+    try:
+        size = os.sysconf("SC_LEVEL2_CACHE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        size = 0
+    return size if size > 0 else 2**20
+
+
+def default_block_edges(width: int, element_size: int, planes: int, on_cpu: bool = True) -> int:
+    """CPU: edges whose six buffers of `width` fill the second-level cache once, of 256 to 512 rows.
+
+    With fewer rows the weights of wide layers, which do not fit that cache, are read too often. CUDA: enough
+    rows to occupy the device; a buffer takes up to 64 MiB.
+    """
+    if not on_cpu:
+        return max(4096, 2**26 // (planes * width * element_size))
+    fitting = _cache_bytes() // (6 * width * element_size)
+    return max(256, min(512, fitting // 32 * 32)) // planes
+
+
+# Below this many FLOPs of the W2 product per worker, starting another thread costs more than it saves.
+_WORKER_FLOPS = 2e6
+
+
+def _graph_arguments(
+    graph: EdgeGraph, spec: EdgeSpec, weights: tuple[Tensor, ...], planes: int
+) -> list[Tensor]:
+    w2_MH = weights[2]
+    width = max(w2_MH.shape)
+    block = spec.block_edges or default_block_edges(width, w2_MH.element_size(), planes, w2_MH.is_cpu)
+    flops = 2.0 * graph.destination.num_entries * w2_MH.numel()
+    workers = max(1, min(torch.get_num_threads(), int(flops // _WORKER_FLOPS))) if w2_MH.is_cpu else 1
+    destination = graph.destination
+    return [destination.index, graph.source.index, destination.ptr, *graph.plan(block, workers)]
+
+
+def compiled_arguments(call: Call) -> tuple[Any, ...]:
+    """Lists of the compiled operations; an absent tensor is an empty one."""
+    graph, spec, pair, tensors = call
+    _check_rows(graph, *tensors[:2])
+    none = torch.empty(0)
+    present = [none if t is None else t.detach() for t in tensors]
+    num_inputs = NUM_INPUTS * (2 if pair else 1)
+    inputs = present[:num_inputs] + [none] * (2 * NUM_INPUTS - num_inputs)
+    weights = tuple(present[num_inputs:])
+    weights = (*weights[:6], weights[6].reshape(-1), weights[7])
+    integers = [
+        FEATURES.index(spec.feature),
+        DIRECTIONS.index(spec.direction),
+        ACTIVATIONS.index(spec.activation),
+        int(spec.bounded),
+        int(pair),
+        1,
+    ]
+    graph_arguments = _graph_arguments(graph, spec, weights, 2 if pair else 1)
+    return inputs, list(weights), graph_arguments, integers, [spec.epsilon**2, spec.cutoff, spec.spread]
+
+
+def _check_rows(graph: EdgeGraph, p_NH: Tensor | None, q_NH: Tensor | None) -> None:
+    """What the kernels cannot see: they know the edges' ends, and not how many atoms the graph has."""
+    for name, tensor, segments in (("p", p_NH, graph.destination), ("q", q_NH, graph.source)):
+        if tensor is None or tensor.dim() != 2 or tensor.shape[0] != segments.num_rows:
+            got = "None" if tensor is None else f"shape {tuple(tensor.shape)}"
+            raise ValueError(
+                f"edge_message (compiled): {name} must be a matrix of one row per atom of the graph, "
+                f"{segments.num_rows}, got {got}"
+            )
+
+
+def or_none(tensor: Tensor) -> Tensor | None:
+    """How the compiled operations mark what is absent."""
+    return None if tensor.dim() == 1 and tensor.shape[0] == 0 else tensor
+
+
+class SerialRunner:
+    """One process, the compiled operations."""
+
+    def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+        """See `EdgeRunner`."""
+        *outputs, a, c, g = _OPS.edge_message_forward(*compiled_arguments(call), save)
+        return [or_none(t) for t in (outputs if call.pair else outputs[:2])], [a, c, g]
+
+    def backward(
+        self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """See `EdgeRunner`."""
+        arguments, tensors = compiled_arguments(call), call.tensors
+        p_NH, w2_MH, has_vector = arguments[0][0], arguments[1][2], or_none(arguments[1][4]) is not None
+        shapes = [(p_NH.shape[0], w2_MH.shape[0]), (p_NH.shape[0], 3)] * 2
+        full = [
+            p_NH.new_zeros(shape) if bar is None else bar
+            for bar, shape in zip((*bars, *(None,) * (4 - len(bars))), shapes, strict=True)
+        ]
+        result = _OPS.edge_message_backward(*arguments, list(kept), full, *wanted, outputs)
+        num_inputs = NUM_INPUTS * (2 if call.pair else 1)
+        weights = [or_none(t) for t in result[-(NUM_WEIGHTS - 1) :]]
+        if has_vector and weights[5] is not None:
+            weights[5] = weights[5].reshape(tensors[num_inputs + 6].shape)  # type: ignore[union-attr]
+        gradients = [*map(or_none, result[:num_inputs]), None, *weights]
+        gradients = [_gradient_of(t, g) for g, t in zip(gradients, tensors, strict=True)]
+        return gradients, [or_none(t) for t in result[2 * NUM_INPUTS : 2 * NUM_INPUTS + 4]]
+
+
+SERIAL = SerialRunner()
+
+
+def _gradient_of(tensor: Tensor | None, gradient: Tensor | None) -> Tensor | None:
+    """None of an absent tensor; the envelope of no edges looks absent to the kernels and is not."""
+    if tensor is None:
+        return None
+    return torch.zeros_like(tensor) if tensor.numel() == 0 else gradient

@@ -1,0 +1,157 @@
+"""Parameters that know themselves: the shape of the whole, which slice of it this rank holds, how it begins.
+
+Initial weights are drawn for the whole parameter, from a random stream of its own name and the run's seed,
+and then sliced, so that they are the same on every layout. The gradient norm, the number of parameters and
+checkpoints read the layout, too; nothing guesses from names.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagnn.parallel import collectives
+from megagnn.parallel.context import ParallelContext
+
+Initial = Callable[[Tensor, torch.Generator], None]
+"""Fills a whole parameter."""
+
+
+@dataclass(frozen=True)
+class ParameterLayout:
+    """Which slice of a whole parameter the ranks of a tensor-parallel group hold."""
+
+    full_shape: tuple[int, ...]
+    dim: int | None = None
+    """Dimension that the ranks divide; None where each holds the whole."""
+    num_slices: int = 1
+    index: int = 0
+    """This rank's slice."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether tensor-parallel ranks hold different slices."""
+        return self.dim is not None and self.num_slices > 1
+
+    @property
+    def replicated_axes(self) -> tuple[str, ...]:
+        """Axes of the grid along which every rank holds the same numbers."""
+        return ("dp",) if self.is_sharded else ("dp", "tp")
+
+    @property
+    def full_numel(self) -> int:
+        """Elements of the whole."""
+        return math.prod(self.full_shape)
+
+    def slice_of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a tensor of the full shape."""
+        if not self.is_sharded:
+            return whole
+        assert self.dim is not None
+        return whole.chunk(self.num_slices, self.dim)[self.index]
+
+
+class Parameter(nn.Parameter):
+    """An nn.Parameter with its layout and its initial law."""
+
+    sharding: ParameterLayout  # `layout` is a tensor's own word for strided or sparse
+    initial: Initial
+
+    def __new__(cls, data: Tensor, layout: ParameterLayout, initial: Initial) -> "Parameter":
+        """data: this rank's slice."""
+        parameter = super().__new__(cls, data)
+        parameter.sharding, parameter.initial = layout, initial
+        return parameter
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Parameter":
+        if id(self) not in memo:
+            copied = type(self)(self.data.clone(), self.sharding, self.initial)
+            copied.requires_grad_(self.requires_grad)
+            memo[id(self)] = copied
+        return memo[id(self)]
+
+
+def make_parameter(
+    full_shape: tuple[int, ...],
+    dim: int | None,
+    context: ParallelContext,
+    initial: Initial,
+    dtype: torch.dtype,
+    name: str = "a parameter",
+) -> Parameter:
+    """A parameter divided along `dim` over the tensor-parallel ranks; `initialise` fills it.
+
+    Raises:
+        ValueError: the ranks do not divide that dimension.
+    """
+    tp, shape = context.tp_size, list(full_shape)
+    if dim is not None and tp > 1:
+        check_divisible(name, full_shape[dim], tp)
+        shape[dim] //= tp
+    layout = ParameterLayout(
+        full_shape, dim, tp if dim is not None else 1, context.tp_rank if dim is not None else 0
+    )
+    return Parameter(torch.zeros(shape, dtype=dtype), layout, initial)
+
+
+def check_divisible(name: str, size: int, tp: int) -> None:
+    """Raises ValueError, with the nearest sizes that would do."""
+    if size % tp:
+        below, above = size // tp * tp, -(-size // tp) * tp
+        use = f"{below} or {above}" if below else str(above)
+        raise ValueError(f"{name} {size} is not divisible by tensor_parallel {tp}; use {use}")
+
+
+def layout_of(parameter: Tensor) -> ParameterLayout:
+    """The layout of a parameter; one without is whole on every rank."""
+    found = getattr(parameter, "sharding", None)
+    return found if found is not None else ParameterLayout(tuple(parameter.shape))
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, seed: int) -> None:
+    """Fill every parameter of a module that has an initial law; the global random state is left alone."""
+    for name, parameter in module.named_parameters():
+        if isinstance(parameter, Parameter):
+            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+            whole = torch.empty(parameter.sharding.full_shape, dtype=torch.float32)
+            parameter.initial(whole, generator)
+            parameter.copy_(parameter.sharding.slice_of(whole))
+
+
+def normal(std: float) -> Initial:
+    """N(0, std^2)."""
+    return lambda whole, generator: void(whole.normal_(0.0, std, generator=generator))
+
+
+def uniform(bound: float) -> Initial:
+    """Even in (-bound, bound)."""
+    return lambda whole, generator: void(whole.uniform_(-bound, bound, generator=generator))
+
+
+def constant(value: float) -> Initial:
+    """The same everywhere."""
+    return lambda whole, generator: void(whole.fill_(value))
+
+
+def void(_: Tensor) -> None:
+    """Drops a value."""
+
+
+def gather_whole(tensor: Tensor, layout: ParameterLayout, context: ParallelContext) -> Tensor:
+    """The whole of a parameter, or of anything of its shape, from the slices of all ranks, on every rank."""
+    if not layout.is_sharded:
+        return tensor.detach()
+    assert layout.dim is not None
+    dim = layout.dim - len(layout.full_shape)
+    return collectives.start_gather_along(tensor.detach(), dim, context, "tp").wait()
+
+
+def num_parameters(module: nn.Module) -> int:
+    """Trainable numbers of the whole model, each counted once on any layout."""
+    return sum(layout_of(p).full_numel for p in module.parameters() if p.requires_grad)
