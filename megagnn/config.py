@@ -103,6 +103,8 @@ class ModelConfig:
     """Fused: keep three numbers per edge and channel for the backward, or make the blocks again."""
     edge_block: PositiveInt | None = None
     """Edges of a block; what fits the cache if not given."""
+    recompute_layers: bool = False
+    """Keep the inputs of each layer only, and run it again in the backward."""
 
     def __post_init__(self) -> None:
         if self.stress and self.forces != "conservative":
@@ -191,7 +193,7 @@ class TrainConfig:
     """`auto` takes a GPU where there is one."""
     threads: PositiveInt | None = None
     """CPU threads of a rank; by default the cores divided by the ranks of this machine."""
-    gradient_method: Literal["create_graph"] = "create_graph"
+    gradient_method: Literal["one_backward", "create_graph"] = "one_backward"
     """How the gradient of a loss on conservative forces is taken."""
     log_every: PositiveInt = 10
     """Steps between two points in TensorBoard."""

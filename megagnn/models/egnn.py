@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,14 @@ from megagnn.models.heads import EnergyHead
 from megagnn.models.layer import Edges, EGNNLayer, edge_distances, edge_vectors
 from megagnn.models.radial import DistanceFeature, envelope
 from megagnn.models.statistics import Statistics
-from megagnn.ops import EdgeGraph, Segments, segment_sum
-from megagnn.ops.backends import aggregation_backend
+from megagnn.ops import Segments, dual, segment_sum
+from megagnn.ops.recompute import recomputed
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import initialise, num_parameters
+from megagnn.tensor_parallel.cost import PlanChoice, choose_plan
+from megagnn.tensor_parallel.layers import Embedding, share
+from megagnn.tensor_parallel.partition import partition_edges
+from megagnn.tensor_parallel.rows import WeightRing
 
 NUM_ATOMIC_NUMBERS = 119  # atomic numbers 0..118; 0 stands for none
 
@@ -22,31 +29,40 @@ class EGNN(nn.Module):
     """Energy and, with `forces = "direct"`, forces of every structure of a batch.
 
     Calling it on a batch (megagnn/data/keys.py) returns a dict with `energy` (B,) float64, total energies in
-    eV, and with direct forces `forces` (N, 3) in eV/Å. Conservative forces and stress are derivatives: see
-    `models.potential`.
+    eV, and with direct forces `forces` (N, 3) in eV/Å, the same on all tensor-parallel ranks. Conservative
+    forces and stress are derivatives: see `models.potential`. With positions and cell as `ops.dual.Dual`
+    numbers the results are Dual ones.
 
     Args:
         config: sizes and parts.
         statistics: elements, references and scales of the training split.
         dtype: of parameters and activations; must be that of the batch's positions.
+        context: ranks that divide the parameters and the work.
+        plan: how the edge products are divided over tensor-parallel ranks; `auto` takes for each batch the
+            plan that sends less (tensor_parallel/cost.py).
     """
 
     element_index: Tensor
     references: Tensor
 
     def __init__(
-        self, config: ModelConfig, statistics: Statistics, dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        statistics: Statistics,
+        dtype: torch.dtype = torch.float32,
+        context: ParallelContext | None = None,
+        plan: PlanChoice = "auto",
     ) -> None:
         super().__init__()
-        self.config, self.statistics, self.dtype = config, statistics, dtype
-        self.backend = aggregation_backend(config.aggregation_backend)
+        self.config, self.statistics, self.dtype, self.plan = config, statistics, dtype, plan
+        self.context = context = context or ParallelContext()
         self.distance_feature = DistanceFeature(
             config.distance_feature, config.num_radial, config.cutoff, dtype
         )
-        self.element_embedding = nn.Embedding(len(statistics.elements), config.width, dtype=dtype)
+        self.element_embedding = Embedding(len(statistics.elements), config.width, context, dtype)
         has_levels = config.level_embedding and len(statistics.levels) > 1
         self.level_embedding = (
-            nn.Embedding(len(statistics.levels), config.width, dtype=dtype) if has_levels else None
+            Embedding(len(statistics.levels), config.width, context, dtype) if has_levels else None
         )
         self.layers: Iterable[EGNNLayer] = nn.ModuleList(  # type: ignore[assignment] # a list of EGNNLayer
             EGNNLayer(
@@ -54,17 +70,21 @@ class EGNN(nn.Module):
                 self.distance_feature,
                 statistics.mean_neighbours,
                 self._vector_branch(k),
+                context,
                 dtype,
             )
             for k in range(config.num_layers)
         )
-        self.energy_head = EnergyHead(config, dtype)
+        self.energy_head = EnergyHead(config, context, dtype)
+        if context.tp_size > 1:
+            ring = WeightRing(context, [layer.edge_weights for layer in self.layers])
+            for index, layer in enumerate(self.layers):
+                layer.edge_operation.join_ring(ring, index)
         element_index = torch.full((NUM_ATOMIC_NUMBERS,), -1)
         element_index[list(statistics.elements)] = torch.arange(len(statistics.elements))
         self.register_buffer("element_index", element_index, persistent=False)
         references = torch.tensor(statistics.references, dtype=torch.float64)
         self.register_buffer("references", references, persistent=False)
-        self.reset_parameters()
 
     def _vector_branch(self, layer: int) -> str:
         """The last layer's coordinates would reach no output, so its branch is the force head or left out."""
@@ -72,57 +92,65 @@ class EGNN(nn.Module):
             return "forces" if self.config.forces == "direct" else "none"
         return "coordinates" if self.config.update_coordinates else "none"
 
-    def reset_parameters(self) -> None:
-        """Initial weights that pass on variances of order one, last Linears small (docs/model.md)."""
-        if self.config.initialisation == "lecun":
-            for module in self.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
-        for layer in self.layers:
-            layer.reset_parameters()
-        self.energy_head.reset_parameters()
+    def reset_parameters(self, seed: int = 0) -> None:
+        """Initial weights that pass on variances of order one, last Linears small (docs/model.md).
+
+        They depend on the seed and the parameters' names only, not on the layout (parallel/parameter.py).
+        """
+        initialise(self, seed)
 
     def num_parameters(self) -> int:
-        """Trainable parameters."""
-        return sum(p.numel() for p in self.parameters())
+        """Trainable parameters of the whole model."""
+        return num_parameters(self)
 
-    def edges(self, batch: dict[str, Tensor]) -> Edges:
-        """The batch's edges; the lattice translation follows the cell's gradient."""
-        destination = Segments(batch[keys.EDGE_INDEX][0], batch[keys.ROW_PTR])
-        source = Segments(batch[keys.EDGE_INDEX][1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM])
-        cell_E33 = batch[keys.CELL][batch[keys.BATCH][destination.index]]
-        shift_EC = (batch[keys.CELL_SHIFTS].unsqueeze(-1) * cell_E33).sum(1)
-        graph = EdgeGraph(destination, source)
-        return Edges(graph, shift_EC, self.distance_feature.centres_R, backend=self.backend)
+    def edges(self, batch: dict[str, Any]) -> Edges:
+        """This rank's edges of the batch; the lattice translation follows the cell's gradient."""
+        plan = choose_plan(self.plan, self.config, batch, self.context)
+        partition = partition_edges(batch, self.context, plan)
+        own = partition.edges
+        structure_E = batch[keys.BATCH][batch[keys.EDGE_INDEX][0, own]]
+        shifts_EC1 = batch[keys.CELL_SHIFTS][own].unsqueeze(-1)
+        cell_B33 = share(batch[keys.CELL], self.context)
+        shift_EC = (cell_B33[structure_E] * shifts_EC1).sum(-2)
+        degree_N1 = batch[keys.ROW_PTR].diff().clamp(min=1).unsqueeze(-1)
+        return Edges(partition, shift_EC, self.distance_feature.centres_R, degree_N1=degree_N1)
 
-    def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See the class."""
-        edges = self.edges(batch)
-        x_NC = batch[keys.POSITIONS]
-        r_EC = edge_vectors(x_NC, edges)
+        edges, x_NC = self.edges(batch), batch[keys.POSITIONS]
+        r_EC = edge_vectors(share(x_NC, self.context), edges)
         if self.config.envelope:
             edges = replace(edges, envelope_E=envelope(edge_distances(r_EC), self.config.cutoff))
-        element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
-        h_NF = self.element_embedding(element_N)
-        if self.level_embedding is not None:
-            h_NF = h_NF + self.level_embedding(batch[keys.LEVEL])[batch[keys.BATCH]]
+        h_NF: Any = self.embed(batch)
         forces_NC = None
+        if isinstance(x_NC, dual.Dual):
+            h_NF = dual.Dual(h_NF, torch.zeros_like(h_NF))
         for layer in self.layers:
-            h_NF, x_new_NC, forces_NC = layer(h_NF, x_NC, r_EC, edges)
+            run = recomputed if self.config.recompute_layers and torch.is_grad_enabled() else _run
+            h_NF, x_new_NC, forces_NC = run(layer, h_NF, x_NC, r_EC, edges)
             if x_new_NC is not x_NC:
                 x_NC = x_new_NC
-                r_EC = edge_vectors(x_NC, edges)
+                r_EC = edge_vectors(share(x_NC, self.context), edges)
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
         energy_N = self.energy_head(h_NF).double() * self.statistics.output_scale
-        outputs = {keys.ENERGY: segment_sum(energy_N, atoms) + self.reference_energy(batch)}
+        outputs = {keys.ENERGY: dual.segment_sum(energy_N, atoms) + self.reference_energy(batch)}
         if forces_NC is not None:
             outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
         return outputs
 
-    def reference_energy(self, batch: dict[str, Tensor]) -> Tensor:
+    def embed(self, batch: dict[str, Any]) -> Tensor:
+        """The first node features, of the element and the level of theory, (N, F/tp)."""
+        h_NF: Tensor = self.element_embedding(self.element_index[batch[keys.ATOMIC_NUMBERS]])
+        if self.level_embedding is not None:
+            h_NF = h_NF + self.level_embedding(batch[keys.LEVEL])[batch[keys.BATCH]]
+        return h_NF
+
+    def reference_energy(self, batch: dict[str, Any]) -> Tensor:
         """Sum of the elements' references of each structure, eV, (B,) float64: the "per-element" baseline."""
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         reference_N = self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
         return segment_sum(reference_N, Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR]))
+
+
+def _run(layer: EGNNLayer, *arguments: Any) -> Any:
+    return layer(*arguments)

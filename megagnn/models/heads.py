@@ -1,29 +1,34 @@
 """From node features to energies; the direct force head is the last layer's `layer.EdgeVector`."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from megagnn.config import ModelConfig
-from megagnn.models.layer import make_activation, make_norm
+from megagnn.models.layer import Activation, laws, make_norm
+from megagnn.ops.dual import T
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import constant
+from megagnn.tensor_parallel.layers import ColumnLinear, LinearLaws, RowLinear, gather_channels
 
 
 class EnergyHead(nn.Module):
-    """Atomic energy in units of the output scale: norm, Linear, activation, Linear(-> 1); (N, F) -> (N,)."""
+    """Atomic energy in units of the output scale: norm, Linear, activation, Linear(-> 1).
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    Node features (N, F/tp), sharded, to (N,), replicated. The last Linear starts small: initial energies are
+    the references.
+    """
+
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm = make_norm(config, dtype)
-        self.hidden = nn.Linear(config.width, config.width, dtype=dtype)
-        self.activation = make_activation(config)
-        self.out = nn.Linear(config.width, 1, dtype=dtype)
+        width, self.context = config.width, context
+        last = LinearLaws(laws(config, width, scale=0.1).weight, constant(0.0))
+        self.norm = make_norm(config, context, dtype)
+        self.hidden = ColumnLinear(width, width, context, laws(config, width), dtype)
+        self.activation = Activation(config)
+        self.out = RowLinear(width, 1, context, last, dtype)
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The last Linear starts small: initial energies are the references."""
-        self.out.weight.mul_(0.1)
-        self.out.bias.zero_()
-
-    def forward(self, h_NF: Tensor) -> Tensor:
+    def forward(self, h_NF: T) -> T:
         """See the class."""
-        energy_N1: Tensor = self.out(self.activation(self.hidden(self.norm(h_NF))))
+        normed_NF = gather_channels(self.norm(h_NF), self.context)
+        energy_N1: T = self.out(self.activation(self.hidden(normed_NF)))
         return energy_N1.squeeze(-1)

@@ -9,16 +9,20 @@ it splits: its blocks for h_i and h_j are applied per atom and gathered, only th
 feature is applied per edge.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megagnn.config import ModelConfig
 from megagnn.models.radial import DistanceFeature
-from megagnn.ops import EdgeGraph, EdgeSpec, EdgeWeights, edge_message, edge_reference, gather
-from megagnn.ops.activation import SiLU
-from megagnn.ops.backends import AggregationBackend, aggregation_backend
+from megagnn.ops import EdgeSpec, EdgeWeights, dual
+from megagnn.ops.backends import aggregation_backend
+from megagnn.ops.dual import T
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import Initial, constant, normal, uniform
+from megagnn.tensor_parallel.edge_operation import EdgeOperation, EdgePartition
+from megagnn.tensor_parallel.layers import ColumnLinear, LinearLaws, RMSNorm, RowLinear, gather_channels
 
 # Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms
 # coincide, and differs from |r| by 5e-7 Å at 1 Å.
@@ -29,26 +33,29 @@ DISTANCE_EPSILON = 1e-3
 class Edges:
     """What all layers share about the edges of a batch."""
 
-    graph: EdgeGraph
-    """Receiver i (edges are sorted by it) and sender j of every edge."""
-    shift_EC: Tensor
+    partition: EdgePartition
+    """Receiver i (edges are sorted by it) and sender j of this rank's edges."""
+    shift_EC: Tensor | dual.Dual
     """Lattice translation of the sender, Å, (E, 3)."""
     centres_R: Tensor | None = None
     """Frequencies or centres of the distance features."""
-    envelope_E: Tensor | None = None
+    envelope_E: Tensor | dual.Dual | None = None
     """f_c of the input distance, (E,)."""
-    backend: AggregationBackend = field(default_factory=lambda: aggregation_backend("own"))
-    """What gathers and sums in the unfused path."""
+
+    degree_N1: Tensor | None = None
+    """Neighbours of each atom, at least one, (N, 1)."""
 
 
-def edge_vectors(x_NC: Tensor, edges: Edges) -> Tensor:
+def edge_vectors(x_NC: T, edges: Edges) -> T:
     """r_ij = x_j + shift_ij - x_i at coordinates x, Å: (N, 3) to (E, 3)."""
-    return gather(x_NC, edges.graph.source) + edges.shift_EC - gather(x_NC, edges.graph.destination)
+    graph, own = edges.partition.graph, edges.partition.own_rows
+    shift_EC: T = edges.shift_EC  # type: ignore[assignment] # a Dual where x is one
+    return dual.gather(x_NC, graph.source) + shift_EC - dual.gather(x_NC[own], graph.destination)
 
 
-def edge_distances(r_EC: Tensor) -> Tensor:
+def edge_distances(r_EC: T) -> T:
     """sqrt(|r|^2 + eps^2), Å: (E, 3) to (E,); every derivative is finite where two atoms coincide."""
-    return torch.sqrt((r_EC * r_EC).sum(-1) + DISTANCE_EPSILON**2)
+    return dual.sqrt((r_EC * r_EC).sum(-1) + DISTANCE_EPSILON**2)
 
 
 def edge_spec(config: ModelConfig, feature: DistanceFeature) -> EdgeSpec:
@@ -74,45 +81,66 @@ class Divisor(nn.Module):
         self.kind = kind
         self.scale = 1.0 / mean_neighbours if kind == "constant" else 1.0
 
-    def forward(self, sum_NK: Tensor, edges: Edges) -> Tensor:
+    def forward(self, sum_NK: T, edges: Edges) -> T:
+        """See the class."""
         if self.kind == "mean":
-            degree_N1 = edges.graph.destination.ptr.diff().clamp(min=1).unsqueeze(-1)
-            return sum_NK / degree_N1
+            assert edges.degree_N1 is not None
+            return sum_NK / edges.degree_N1
         return sum_NK * self.scale
 
 
-class RMSNorm(nn.Module):
-    """h / sqrt(mean(h^2) + eps) times a gain per channel (Zhang and Sennrich 2019, eq. 4)."""
-
-    def __init__(self, width: int, dtype: torch.dtype, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.gain_F = nn.Parameter(torch.ones(width, dtype=dtype))
-
-    def forward(self, h_NF: Tensor) -> Tensor:
-        return h_NF * torch.rsqrt(h_NF.square().mean(-1, keepdim=True) + self.eps) * self.gain_F
-
-
-def make_activation(config: ModelConfig) -> nn.Module:
+class Activation(nn.Module):
     """The non-linearity named in the configuration."""
-    return SiLU() if config.activation == "silu" else nn.ReLU()
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.activation
+
+    def forward(self, x: T) -> T:
+        """See the class."""
+        return dual.silu(x) if self.kind == "silu" else dual.relu(x)
 
 
-def make_norm(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def make_norm(config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> nn.Module:
     """The normalisation of node features named in the configuration."""
-    return RMSNorm(config.width, dtype) if config.normalisation == "rms" else nn.Identity()
+    return RMSNorm(config.width, context, dtype) if config.normalisation == "rms" else nn.Identity()
+
+
+def laws(config: ModelConfig, in_features: int, scale: float = 1.0, zero_bias: bool = False) -> LinearLaws:
+    """How a Linear begins: N(0, scale^2/inputs) without bias, or PyTorch's even law (He et al. 2015)."""
+    std = in_features**-0.5
+    if config.initialisation == "lecun":
+        return LinearLaws(normal(scale * std), constant(0.0))
+    # U(-a, a) with a = sqrt(3) gain std and PyTorch's gain of sqrt(1/3), for weight and bias alike
+    return LinearLaws(_scaled(uniform(std), scale), constant(0.0) if zero_bias else uniform(std))
+
+
+def _scaled(law: Initial, scale: float) -> Initial:
+    def initial(whole: Tensor, generator: torch.Generator) -> None:
+        law(whole, generator)
+        whole.mul_(scale)
+
+    return initial
 
 
 class EdgeMessage(nn.Module):
     """phi_e: Linear, activation, Linear, activation; the first Linear split into atom and edge blocks."""
 
-    def __init__(self, config: ModelConfig, num_features: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, num_features: int, context: ParallelContext, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        hidden = config.message_hidden or config.width
-        self.from_destination = nn.Linear(config.width, hidden, dtype=dtype)
-        self.from_source = nn.Linear(config.width, hidden, bias=False, dtype=dtype)
-        self.from_distance = nn.Linear(num_features, hidden, bias=False, dtype=dtype)
-        self.out = nn.Linear(hidden, config.message_width or config.width, dtype=dtype)
+        width, hidden = config.width, config.message_hidden or config.width
+        at, name = laws(config, width), "model.message_hidden"
+        self.from_destination = ColumnLinear(width, hidden, context, at, dtype, name=name)
+        self.from_source = ColumnLinear(width, hidden, context, at, dtype, bias=False, name=name)
+        self.from_distance = ColumnLinear(
+            num_features, hidden, context, laws(config, num_features), dtype, bias=False, name=name
+        )
+        message = config.message_width or width
+        self.out = RowLinear(
+            hidden, message, context, laws(config, hidden), dtype, name="model.message_width or _hidden"
+        )
 
 
 class EdgeVector(nn.Module):
@@ -120,27 +148,39 @@ class EdgeVector(nn.Module):
     direct force head (phi_f): Linear, activation, Linear(-> 1).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, context: ParallelContext, moves: bool, dtype: torch.dtype
+    ) -> None:
         super().__init__()
         width = config.message_width or config.width
         hidden = config.coordinate_hidden or config.width
-        self.hidden = nn.Linear(width, hidden, dtype=dtype)
-        self.out = nn.Linear(hidden, 1, bias=config.coordinate_bias, dtype=dtype)
+        last = laws(config, hidden)
+        if moves:  # the coordinate branch starts near zero
+            last = laws(config, hidden, scale=0.3, zero_bias=True)
+            if config.initialisation == "torch":  # Xavier's even law, gain 0.001, as published
+                last = LinearLaws(uniform(0.001 * (6 / (hidden + 1)) ** 0.5), constant(0.0))
+        name = "model.coordinate_hidden"
+        self.hidden = RowLinear(width, hidden, context, laws(config, width), dtype, name=name)
+        self.out = RowLinear(hidden, 1, context, last, dtype, bias=config.coordinate_bias, name=name)
 
 
 class NodeUpdate(nn.Module):
     """phi_h of the concatenation [h ; messages]: Linear (split in two blocks), activation, Linear."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
-        hidden = config.node_hidden or config.width
-        self.from_node = nn.Linear(config.width, hidden, dtype=dtype)
-        self.from_messages = nn.Linear(config.message_width or config.width, hidden, bias=False, dtype=dtype)
-        self.out = nn.Linear(hidden, config.width, dtype=dtype)
-        self.activation = make_activation(config)
+        width, message = config.width, config.message_width or config.width
+        hidden, name = config.node_hidden or width, "model.node_hidden"
+        self.from_node = ColumnLinear(width, hidden, context, laws(config, width), dtype, name=name)
+        self.from_messages = RowLinear(
+            message, hidden, context, laws(config, message), dtype, bias=False, name=name
+        )
+        self.out = RowLinear(hidden, width, context, laws(config, hidden), dtype, name=name)
+        self.activation = Activation(config)
 
-    def forward(self, h_NF: Tensor, messages_NM: Tensor) -> Tensor:
-        update_NF: Tensor = self.out(self.activation(self.from_node(h_NF) + self.from_messages(messages_NM)))
+    def forward(self, h_NF: T, messages_NM: T) -> T:
+        """h of all channels (shared), messages and the update sharded."""
+        update_NF: T = self.out(self.activation(self.from_node(h_NF) + self.from_messages(messages_NM)))
         return update_NF
 
 
@@ -157,65 +197,51 @@ class EGNNLayer(nn.Module):
         feature: DistanceFeature,
         mean_neighbours: float,
         vector_branch: str,
+        context: ParallelContext,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.norm = make_norm(config, dtype)
-        self.spec = edge_spec(config, feature)
-        self.fused = config.edge_operation == "fused" and config.aggregation_backend == "own"
-        self.message = EdgeMessage(config, feature.num_features, dtype)
+        self.context = context
+        self.norm = make_norm(config, context, dtype)
+        fused = config.edge_operation == "fused" and config.aggregation_backend == "own"
+        backend = aggregation_backend(config.aggregation_backend)
+        self.edge_operation = EdgeOperation(edge_spec(config, feature), fused, backend, context)
+        self.message = EdgeMessage(config, feature.num_features, context, dtype)
         self.message_divisor = Divisor(config.message_aggregation, mean_neighbours)
-        self.node_update = NodeUpdate(config, dtype)
-        self.residual, self.published = config.residual, config.initialisation == "torch"
+        self.node_update = NodeUpdate(config, context, dtype)
+        self.residual = config.residual
         # [Note: depth scaling] L updates of size 1/sqrt(L) add up to one; a coordinate update also moves the
         # geometry of every later layer, and only 1/L keeps the product of those L Jacobians bounded.
         depth = config.num_layers if config.depth_scaling else 1
         self.node_scale, self.coordinate_scale = depth**-0.5, 1.0 / depth
         self.vector_branch = vector_branch
         if vector_branch != "none":
-            self.vector = EdgeVector(config, dtype)
+            self.vector = EdgeVector(config, context, vector_branch == "coordinates", dtype)
             self.vector_divisor = Divisor(config.coordinate_aggregation, mean_neighbours)
             self.vector_scale = config.direction_sign
 
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """The coordinate branch starts near zero."""
-        if self.vector_branch != "coordinates":
-            return
-        if self.published:
-            nn.init.xavier_uniform_(self.vector.out.weight, gain=0.001)
-        else:
-            self.vector.out.weight.mul_(0.3)
-        if self.vector.out.bias is not None:
-            self.vector.out.bias.zero_()
-
-    def edge_weights(self, edges: Edges) -> EdgeWeights:
-        """Weights of the edge operation."""
+    def edge_weights(self, centres_R: Tensor | None = None) -> EdgeWeights:
+        """Weights of the edge operation, this rank's slices."""
         message = self.message
-        first = (edges.centres_R, message.from_distance.weight, message.out.weight, message.out.bias)
+        first = (centres_R, message.from_distance.weight, message.out.weight, message.out.bias)
         if self.vector_branch == "none":
-            return EdgeWeights(*first)
+            return EdgeWeights(*first)  # type: ignore[arg-type]
         hidden, out = self.vector.hidden, self.vector.out
-        return EdgeWeights(*first, hidden.weight, hidden.bias, out.weight.squeeze(0), out.bias)
+        return EdgeWeights(*first, hidden.weight, hidden.bias, out.weight.squeeze(0), out.bias)  # type: ignore[arg-type]
 
-    def sum_edges(self, h_NF: Tensor, r_EC: Tensor, edges: Edges) -> tuple[Tensor, Tensor | None]:
+    def sum_edges(self, h_NF: T, r_EC: T, edges: Edges) -> tuple[T, T | None]:
         """Sums over neighbours, divided: of messages (N, M) and, with a vector branch, of vectors (N, 3)."""
-        p_NH = self.message.from_destination(h_NF)
-        q_NH = self.message.from_source(h_NF)
-        inputs = (p_NH, q_NH, r_EC, edges.envelope_E, self.edge_weights(edges), edges.graph, self.spec)
-        if self.fused:
-            sum_NM, vectors_NC = edge_message(*inputs)
-        else:
-            sum_NM, vectors_NC = edge_reference.edge_message(*inputs, edges.backend)
+        p_NH, q_NH = self.message.from_destination(h_NF), self.message.from_source(h_NF)
+        f_E: T | None = edges.envelope_E  # type: ignore[assignment] # a Dual where r is one
+        weights = self.edge_weights(edges.centres_R)
+        sum_NM, vectors_NC = self.edge_operation(p_NH, q_NH, r_EC, f_E, weights, edges.partition)
         if vectors_NC is not None:
             vectors_NC = self.vector_divisor(vectors_NC * self.vector_scale, edges)
         return self.message_divisor(sum_NM, edges), vectors_NC
 
-    def forward(
-        self, h_NF: Tensor, x_NC: Tensor, r_EC: Tensor, edges: Edges
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, h_NF: T, x_NC: T, r_EC: T, edges: Edges) -> tuple[T, T, T | None]:
         """(h, x) -> (h, x, forces or None), shapes (N, F), (N, 3), (N, 3); r (E, 3) are the vectors of x."""
-        normed_NF = self.norm(h_NF)
+        normed_NF = gather_channels(self.norm(h_NF), self.context)
         messages_NM, vectors_NC = self.sum_edges(normed_NF, r_EC, edges)
         update_NF = self.node_update(normed_NF, messages_NM) * self.node_scale
         h_NF = h_NF + update_NF if self.residual else update_NF

@@ -1,5 +1,8 @@
 """Forces and stress of a model: derivatives of its energy, or its own direct head."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +10,9 @@ from megagnn.config import ModelConfig
 from megagnn.data import keys
 from megagnn.models.egnn import EGNN
 from megagnn.models.statistics import Statistics
+from megagnn.ops import dual
+from megagnn.parallel.context import ParallelContext
+from megagnn.tensor_parallel.cost import PlanChoice
 
 
 class Potential(nn.Module):
@@ -36,7 +42,7 @@ class Potential(nn.Module):
         """
         if self.forces != "conservative":
             return dict(self.model(batch))
-        with torch.enable_grad():
+        with torch.enable_grad(), contextlib.nullcontext() if create_graph else frozen(self.model):
             return self._conservative(batch, create_graph)
 
     def _conservative(self, batch: dict[str, Tensor], create_graph: bool) -> dict[str, Tensor]:
@@ -54,13 +60,55 @@ class Potential(nn.Module):
         )
         outputs = {keys.ENERGY: energy_B, keys.FORCES: -gradients[0]}
         if self.stress:
-            volume_B = torch.linalg.det(batch[keys.CELL].detach()).abs()
-            has_volume_B = volume_B > 0
-            per_volume_B = torch.where(has_volume_B, 1.0 / torch.where(has_volume_B, volume_B, 1.0), 0.0)
-            outputs[keys.STRESS] = gradients[1] * per_volume_B[:, None, None]
+            outputs[keys.STRESS] = gradients[1] * _per_volume(batch[keys.CELL])[:, None, None]
         if not create_graph:
             outputs = {key: value.detach() for key, value in outputs.items()}
         return outputs
+
+    def directional(
+        self, batch: dict[str, Tensor], forces_bar: Tensor, stress_bar: Tensor | None = None
+    ) -> dual.Dual:
+        """Energies (B,), eV, and in the tangent how a loss with these cotangents changes through the forces.
+
+        forces_bar (N, 3), dLoss/dF; stress_bar (B, 3, 3), dLoss/d(stress). The gradient
+        of  sum(u E) + sum(E')  with respect to the parameters is that of a loss with cotangents u of E,
+        forces_bar and stress_bar: with F = -dE/dx and stress = dE/d(strain)/V, E' is taken along
+            strain' = sym(stress_bar)/V,   x' = -forces_bar + x strain',   cell' = cell strain'.
+        """
+        positions_NC, cell_B33 = batch[keys.POSITIONS], batch[keys.CELL]
+        x_tangent_NC, cell_tangent_B33 = -forces_bar, torch.zeros_like(cell_B33)
+        if stress_bar is not None:
+            per_volume_B = _per_volume(cell_B33)[:, None, None]
+            strain_B33 = 0.5 * (stress_bar + stress_bar.transpose(1, 2)) * per_volume_B
+            x_tangent_NC = x_tangent_NC + (positions_NC.unsqueeze(-1) * strain_B33[batch[keys.BATCH]]).sum(1)
+            cell_tangent_B33 = cell_B33 @ strain_B33
+        moved = {
+            **batch,
+            keys.POSITIONS: dual.Dual(positions_NC, x_tangent_NC),
+            keys.CELL: dual.Dual(cell_B33, cell_tangent_B33),
+        }
+        energy_B: dual.Dual = self.model(moved)[keys.ENERGY]
+        return energy_B
+
+
+def _per_volume(cell_B33: Tensor) -> Tensor:
+    """1/V of each cell, 1/Å^3, (B,); zero for a structure without a volume."""
+    volume_B = torch.linalg.det(cell_B33.detach()).abs()
+    has_volume_B = volume_B > 0
+    return torch.where(has_volume_B, 1.0 / torch.where(has_volume_B, volume_B, 1.0), 0.0)
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Within the context no parameter wants a gradient, so that nothing is kept for one."""
+    wanting = [p for p in module.parameters() if p.requires_grad]
+    for p in wanting:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in wanting:
+            p.requires_grad_(True)
 
 
 def apply_strain(batch: dict[str, Tensor], strain_B33: Tensor) -> dict[str, Tensor]:
@@ -74,9 +122,14 @@ def apply_strain(batch: dict[str, Tensor], strain_B33: Tensor) -> dict[str, Tens
 
 
 def build_potential(
-    config: ModelConfig, statistics: Statistics, seed: int = 0, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    statistics: Statistics,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    context: ParallelContext | None = None,
+    plan: PlanChoice = "auto",
 ) -> Potential:
-    """A potential whose initial weights depend on the seed only; the global random state is left alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Potential(EGNN(config, statistics, dtype))
+    """A potential whose initial weights depend on the seed only, on any layout of ranks."""
+    model = EGNN(config, statistics, dtype, context, plan)
+    model.reset_parameters(seed)
+    return Potential(model)

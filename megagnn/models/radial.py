@@ -5,17 +5,29 @@ import math
 import torch
 from torch import Tensor, nn
 
+from megagnn.ops.dual import Dual, T
 
-def envelope(distance_E: Tensor, cutoff: float) -> Tensor:
+
+def envelope(distance_E: T, cutoff: float) -> T:
     """Smooth cutoff f_c: 1 at zero distance, 0 with vanishing first and second derivative at the cutoff,
     shape (E,).
 
     Polynomial of Gasteiger, Gross, Günnemann, "Directional message passing", ICLR 2020, eq. 8, with p = 6.
     """
+    if isinstance(distance_E, Dual):
+        slope_E = envelope_slope(distance_E.value, cutoff)
+        return Dual(envelope(distance_E.value, cutoff), slope_E * distance_E.tangent)
     s = distance_E / cutoff
     s3 = s * s * s
     s6 = s3 * s3
     return (1.0 + s6 * (-28.0 + s * (48.0 - 21.0 * s))) * (s < 1.0)
+
+
+def envelope_slope(distance_E: Tensor, cutoff: float) -> Tensor:
+    """The derivative of `envelope`, 1/Å, (E,): -168/c s^5 (1 - s)^2."""
+    s = distance_E / cutoff
+    s2, rest = s * s, 1.0 - s
+    return s2 * s2 * s * (rest * rest) * (-168.0 / cutoff) * (s < 1.0)
 
 
 class DistanceFeature(nn.Module):

@@ -97,6 +97,7 @@ class Dual:
 
 
 T = TypeVar("T", Tensor, Dual)
+Map = Callable[[Tensor], Tensor]
 
 
 def value_of(x: Any) -> Any:

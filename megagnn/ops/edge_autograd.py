@@ -48,17 +48,18 @@ class _EdgeMessage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # once: a layer that is computed again is computed here
         if all(bar is None for bar in bars):
-            return (None,) * (len(ctx.saved_tensors) + 1)
-        wanted = _wanted(ctx, NUM_INPUTS * (2 if ctx.pair else 1))
+            return (None,) * (len(saved) + 1)
+        wanted = _wanted(ctx, saved[:-3], NUM_INPUTS * (2 if ctx.pair else 1))
         if torch.is_grad_enabled() and not ctx.pair:
             where = (ctx.runner, ctx.graph, ctx.spec, wanted)
-            gradients = _EdgeBackward.apply(*where, *bars, *ctx.saved_tensors)
+            gradients = _EdgeBackward.apply(*where, *bars, *saved)
         else:
-            *tensors, a, c, g = ctx.saved_tensors
+            *tensors, a, c, g = saved
             call = Call(ctx.graph, ctx.spec, ctx.pair, tensors)
             gradients = ctx.runner.backward(call, (a, c, g), bars, wanted)[0]
-            gradients = _last_derivative(gradients, (*bars, *ctx.saved_tensors))
+            gradients = _last_derivative(gradients, (*bars, *saved))
         return (None, None, None, None, *gradients)
 
 
@@ -105,14 +106,14 @@ class _Last(torch.autograd.Function):
         )
 
 
-def _wanted(ctx: Any, num_inputs: int) -> tuple[bool, bool]:
+def _wanted(ctx: Any, tensors: tuple[Tensor | None, ...], num_inputs: int) -> tuple[bool, bool]:
     """Whether gradients of (r or f), and of the weights, will be used by this very backward.
 
     needs_input_grad knows only what requires gradients: a force pass over a model in training, which asks for
     positions alone, would pay for those of the weights.
     """
     nodes = iter(ctx.next_functions)  # one per tensor; an absent one has none
-    used = [t is not None and _is_used(next(nodes)[0]) for t in ctx.saved_tensors[:-3]]
+    used = [t is not None and _is_used(next(nodes)[0]) for t in tensors]
     geometry = [used[plane + k] for plane in range(0, num_inputs, NUM_INPUTS) for k in (2, 3)]
     return any(geometry), any(used[num_inputs + 1 :])
 
@@ -141,10 +142,11 @@ class _EdgeBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
         if all(t is None for t in tangents):
-            return (None,) * (len(ctx.saved_tensors) + 7)
-        bars, tensors = ctx.saved_tensors[:2], ctx.saved_tensors[2:]
-        made_of = (*ctx.saved_tensors, *tangents)
+            return (None,) * (len(saved) + 7)
+        bars, tensors = saved[:2], saved[2:]
+        made_of = (*saved, *tangents)
         if any(t is not None for t in tangents[NUM_INPUTS:]):
             if ctx.runner is not SERIAL:
                 raise RuntimeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megagnn.ops.activation import silu
-from megagnn.ops.segment import gather, segment_sum
+from megagnn.ops.segment import Segments, gather, segment_sum
 
 if TYPE_CHECKING:
     from megagnn.ops.backends import AggregationBackend
@@ -34,6 +35,48 @@ def distance_features(spec: EdgeSpec, d_E: Tensor, squared_E: Tensor, centres_R:
     return torch.exp(-0.5 * offset_ER * offset_ER)
 
 
+Gather = Callable[[Tensor, Segments], Tensor]
+
+
+def aggregation(backend: AggregationBackend | None) -> tuple[Gather, Gather]:
+    """What gathers and sums: a back end's, or the own kernels."""
+    return (gather, segment_sum) if backend is None else (backend.gather, backend.segment_sum)
+
+
+def activation(spec: EdgeSpec) -> Callable[[Tensor], Tensor]:
+    """The non-linearity."""
+    return silu if spec.activation == "silu" else functional.relu
+
+
+def before(
+    p_NH: Tensor,
+    q_NH: Tensor,
+    r_E3: Tensor,
+    weights: EdgeWeights,
+    graph: EdgeGraph,
+    spec: EdgeSpec,
+    take: Gather,
+) -> tuple[Tensor, Tensor]:
+    """The first pre-activation a (E, H), and the distances d (E,)."""
+    squared_E = (r_E3 * r_E3).sum(-1)
+    d_E = torch.sqrt(squared_E + spec.epsilon**2)
+    rho_ER = distance_features(spec, d_E, squared_E, weights.centres_R)
+    return take(p_NH, graph.destination) + take(q_NH, graph.source) + rho_ER @ weights.w1c_HR.t(), d_E
+
+
+def vectors(w_E: Tensor, r_E3: Tensor, d_E: Tensor, f_E: Tensor | None, spec: EdgeSpec) -> Tensor:
+    """f tanh?(w) t(d) r, (E, 3)."""
+    if spec.bounded:
+        w_E = torch.tanh(w_E)
+    if spec.direction == "unit":
+        w_E = w_E / d_E
+    elif spec.direction == "plus_one":
+        w_E = w_E / (d_E + 1.0)
+    if f_E is not None:
+        w_E = w_E * f_E
+    return w_E.unsqueeze(-1) * r_E3
+
+
 def edge_message(
     p_NH: Tensor,
     q_NH: Tensor,
@@ -49,25 +92,14 @@ def edge_message(
     Args:
         backend: what gathers and sums, if not the own kernels.
     """
-    take, add = (gather, segment_sum) if backend is None else (backend.gather, backend.segment_sum)
-    activation = silu if spec.activation == "silu" else functional.relu
-    squared_E = (r_E3 * r_E3).sum(-1)
-    d_E = torch.sqrt(squared_E + spec.epsilon**2)
-    rho_ER = distance_features(spec, d_E, squared_E, weights.centres_R)
-    a_EH = take(p_NH, graph.destination) + take(q_NH, graph.source) + rho_ER @ weights.w1c_HR.t()
-    m_EM = activation(functional.linear(activation(a_EH), weights.w2_MH, weights.b2_M))
+    take, add = aggregation(backend)
+    act = activation(spec)
+    a_EH, d_E = before(p_NH, q_NH, r_E3, weights, graph, spec, take)
+    m_EM = act(functional.linear(act(a_EH), weights.w2_MH, weights.b2_M))
     sum_NM = add(m_EM if f_E is None else m_EM * f_E.unsqueeze(-1), graph.destination)
     if weights.w3_KM is None:
         return sum_NM, None
     assert weights.w4_K is not None
-    u_EK = activation(functional.linear(m_EM, weights.w3_KM, weights.b3_K))
+    u_EK = act(functional.linear(m_EM, weights.w3_KM, weights.b3_K))
     w_E = functional.linear(u_EK, weights.w4_K.unsqueeze(0), weights.b4_1).squeeze(-1)
-    if spec.bounded:
-        w_E = torch.tanh(w_E)
-    if spec.direction == "unit":
-        w_E = w_E / d_E
-    elif spec.direction == "plus_one":
-        w_E = w_E / (d_E + 1.0)
-    if f_E is not None:
-        w_E = w_E * f_E
-    return sum_NM, add(w_E.unsqueeze(-1) * r_E3, graph.destination)
+    return sum_NM, add(vectors(w_E, r_E3, d_E, f_E, spec), graph.destination)

@@ -23,8 +23,9 @@ over ranks at the end. What vec gives to r and f is whole on every rank: one ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class BlockStages:
         weights: see [Note: shards].
         tangents: of the values, for pairs.
         save: keep a, c and g of all edges for the backward (`spec.memory` is not read).
+        kept: those of an earlier call, `kept_tensors`, to be read.
 
     Raises:
         RuntimeError: shapes or types that do not fit, with the names.
@@ -89,13 +91,14 @@ class BlockStages:
         spec: EdgeSpec,
         tangents: Inputs | None = None,
         save: bool = False,
+        kept: Sequence[Tensor] = (),
     ) -> None:
         if not has_kernels(values[0]):
             raise ValueError(
                 "BlockStages (compiled): p must be float32 or float64 where the kernels are built, got "
                 f"{values[0].dtype} on {values[0].device}; use edge_reference.edge_message"
             )
-        self.planes, self.save = 1 if tangents is None else 2, save
+        self.planes, self.save = 1 if tangents is None else 2, save or bool(kept)
         self._inputs, self._weights = (*values, *(tangents or ())), weights
         call = Call(graph, spec, self.planes == 2, (*self._inputs, *weights))
         inputs, lists, graph_lists, *numbers = compiled_arguments(call)
@@ -115,8 +118,9 @@ class BlockStages:
         self._views: dict[tuple[int, str, int], Tensor] = {}  # of a block of so many edges
         self._results: dict[str, Tensor] = {}
         self._bars = [none] * 4
-        rows, kept = self.planes * len(values[2]), ("a", "c", "g") if self.has_vector else ("a", "c")
-        self._kept = {k: self._like.new_empty(rows, self._widths[k]) for k in kept if save}
+        rows, names = self.planes * len(values[2]), ("a", "c", "g") if self.has_vector else ("a", "c")
+        self._kept = {k: self._like.new_empty(rows, self._widths[k]) for k in names if save and not kept}
+        self._kept |= dict(zip(names, kept, strict=False))
 
     def block(self, index: int, memory: int = 0) -> StageBlock:
         """Block `index`, in scratch number `memory`, whose earlier block is lost."""
@@ -128,6 +132,10 @@ class BlockStages:
         if name not in self._kept:
             return self._scratch(block, name)
         return self._kept[name][self.planes * block.begin : self.planes * block.end]
+
+    def kept_tensors(self) -> list[Tensor]:
+        """a, c, g of all edges, empty ones where nothing is kept or there is no vector branch."""
+        return [self._kept.get(name, self._like.new_empty(0)) for name in ("a", "c", "g")]
 
     def _scratch(self, block: StageBlock, name: str) -> Tensor:
         count, width = block.end - block.begin, self._widths.get(name)
@@ -252,6 +260,114 @@ class BlockStages:
 Map = Callable[[Tensor], Tensor]
 
 
+class Awaited(Protocol):
+    """A result under way, such as that of a collective."""
+
+    def wait(self) -> Tensor:
+        """The result, when it is there."""
+        ...
+
+
+class Links(Protocol):
+    """What ranks must do together between the stages of a block; each call starts it."""
+
+    def product(self, x: Tensor, y: Tensor, out: Tensor) -> Awaited:
+        """x y written to out; over ranks, x y summed and scattered by columns."""
+        ...
+
+    def reduce_scalar(self, w: Tensor) -> Awaited:
+        """w (planes, count) summed over ranks."""
+        ...
+
+    def gather(self, bar: Tensor) -> Awaited:
+        """A cotangent (rows, width / tp) to that of all channels, (rows, width)."""
+        ...
+
+
+Steps = Generator[Awaited, Tensor, None]
+"""A block on its way through the stages, which yields what it waits for."""
+
+
+def forward_block(stages: BlockStages, block: StageBlock, links: Links) -> Steps:
+    """The forward of one block, in the order of csrc/edge_driver.h."""
+    z = stages.before(block)
+    m = stages.message(block, (yield links.product(z, stages.w2_MH.t(), stages.buffer(block, "c"))))
+    if stages.has_vector:
+        g = yield links.product(m, stages.w3_KM.t(), stages.buffer(block, "g"))
+        stages.vector(block, (yield links.reduce_scalar(stages.scalar(block, g))))
+
+
+def backward_block(stages: BlockStages, block: StageBlock, links: Links, first: bool) -> Steps:
+    """The backward of one block. Kept pre-activations are read, others made again."""
+    saved = stages.save
+    z = stages.before(block, backward=True)
+    c = stages.buffer(block, "c")
+    m = stages.message(block, c if saved else (yield links.product(z, stages.w2_MH.t(), c)), backward=True)
+    if stages.has_vector:
+        g = stages.buffer(block, "g")
+        g = g if saved else (yield links.product(m, stages.w3_KM.t(), g))
+        w = yield links.reduce_scalar(stages.scalar(block, g, backward=True))
+        stages.back_product(block, "w3", (yield links.gather(stages.vector_backward(block, w, first))), m)
+    stages.back_product(block, "w2", (yield links.gather(stages.message_backward(block))), z)
+    stages.before_backward(block)
+
+
+def interleave(stages: BlockStages, steps: Callable[[StageBlock], Steps], depth: int = 1) -> None:
+    """Run all blocks, up to `depth` of them under way: while one waits, the next computes.
+
+    The order is a function of the number of blocks alone, so that ranks start their collectives alike.
+    """
+    under_way: deque[tuple[Steps, Awaited]] = deque()
+    following = iter(range(stages.num_blocks))
+
+    def begin() -> None:
+        for number in following:  # the next one that waits for anything
+            block = steps(stages.block(number, memory=number % depth))
+            try:
+                under_way.append((block, next(block)))
+                return
+            except StopIteration:
+                continue
+
+    for _ in range(depth):
+        begin()
+    while under_way:
+        block, awaited = under_way.popleft()
+        try:
+            under_way.append((block, block.send(awaited.wait())))
+        except StopIteration:
+            begin()
+
+
+class _Now:
+    """What is there already."""
+
+    def __init__(self, result: Tensor) -> None:
+        self._result = result
+
+    def wait(self) -> Tensor:
+        return self._result
+
+
+class CallableLinks:
+    """Links made of functions that return when they are done."""
+
+    def __init__(self, product: Callable[..., Tensor], reduce_scalar: Map, gather: Map) -> None:
+        self._product, self._reduce_scalar, self._gather = product, reduce_scalar, gather
+
+    def product(self, x: Tensor, y: Tensor, out: Tensor) -> Awaited:
+        """See `Links`."""
+        return _Now(self._product(x, y, out=out))
+
+    def reduce_scalar(self, w: Tensor) -> Awaited:
+        """See `Links`."""
+        return _Now(self._reduce_scalar(w))
+
+    def gather(self, bar: Tensor) -> Awaited:
+        """See `Links`."""
+        return _Now(self._gather(bar))
+
+
 def _same(tensor: Tensor) -> Tensor:
     return tensor
 
@@ -259,20 +375,9 @@ def _same(tensor: Tensor) -> Tensor:
 def run_forward(
     stages: BlockStages, product: Callable[..., Tensor] = torch.mm, reduce_scalar: Map = _same
 ) -> tuple[Tensor | None, ...]:
-    """The operation's outputs, block by block in the order of csrc/edge_driver.h.
-
-    Args:
-        product: (x, y, out) -> x y written to out; over ranks, x y summed and scattered by columns.
-        reduce_scalar: w (planes, count) -> its sum over ranks.
-    """
-    outputs = stages.start_forward()
-    for index in range(stages.num_blocks):
-        block = stages.block(index)
-        z = stages.before(block)
-        m = stages.message(block, product(z, stages.w2_MH.t(), out=stages.buffer(block, "c")))
-        if stages.has_vector:
-            g = product(m, stages.w3_KM.t(), out=stages.buffer(block, "g"))
-            stages.vector(block, reduce_scalar(stages.scalar(block, g)))
+    """The operation's outputs; `product` and `reduce_scalar` as in `Links`, but done when they return."""
+    outputs, links = stages.start_forward(), CallableLinks(product, reduce_scalar, _same)
+    interleave(stages, lambda block: forward_block(stages, block, links))
     return outputs
 
 
@@ -286,27 +391,16 @@ def run_backward(
     geometry: bool = True,
     weights: bool = True,
 ) -> EdgeGradients:
-    """The gradients, of cotangents `bars` of the outputs. Kept pre-activations are read, others made again.
+    """The gradients, of cotangents `bars` of the outputs.
 
     Args:
-        product, reduce_scalar: as in `run_forward`.
-        gather: a cotangent (rows, width / tp) -> that of all channels, (rows, width).
+        product, reduce_scalar, gather: as in `Links`, but done when they return.
         first: whether this rank adds what all ranks know to r_bar and f_bar; see [Note: shards].
         geometry, weights: whether gradients of r and f, of the weights are wanted.
     """
-    gradients = stages.start_backward(bars, geometry, weights)
-
-    def made(name: str, x: Tensor, w: Tensor) -> Tensor:
-        out = stages.buffer(block, name)
-        return out if stages.save else product(x, w.t(), out=out)
-
-    for index in range(stages.num_blocks):
-        block = stages.block(index)
-        z = stages.before(block, backward=True)
-        m = stages.message(block, made("c", z, stages.w2_MH), backward=True)
-        if stages.has_vector:
-            w = reduce_scalar(stages.scalar(block, made("g", m, stages.w3_KM), backward=True))
-            stages.back_product(block, "w3", gather(stages.vector_backward(block, w, first)), m)
-        stages.back_product(block, "w2", gather(stages.message_backward(block)), z)
-        stages.before_backward(block)
+    gradients, links = (
+        stages.start_backward(bars, geometry, weights),
+        CallableLinks(product, reduce_scalar, gather),
+    )
+    interleave(stages, lambda block: backward_block(stages, block, links, first))
     return gradients

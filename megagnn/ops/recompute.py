@@ -9,10 +9,8 @@ together cost no more products than either.
 
 from __future__ import annotations
 
-import contextlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar, Token
 from typing import Any
 
 from torch import Tensor
@@ -23,16 +21,22 @@ class Tape:
     """Outputs of one layer's edge operations, from the first pass to the second."""
 
     def __init__(self) -> None:
-        self._outputs: deque[Sequence[Tensor | None]] = deque()
+        self._outputs: list[Sequence[Tensor | None]] = []
+        self._next = 0
         self.replaying = False
 
     def put(self, outputs: Sequence[Tensor | None]) -> None:
         """Keep the outputs of an operation."""
         self._outputs.append(outputs)
 
+    def rewind(self, replaying: bool) -> None:
+        """Begin a pass. There may be several second ones: `create_graph` goes through a layer twice."""
+        self._next, self.replaying = 0, replaying
+
     def take(self) -> Sequence[Tensor | None]:
         """Those of the next one, in the order in which they were kept."""
-        return self._outputs.popleft()
+        self._next += 1
+        return self._outputs[self._next - 1]
 
 
 _tape: ContextVar[Tape | None] = ContextVar("megagnn_tape", default=None)
@@ -43,14 +47,19 @@ def current_tape() -> Tape | None:
     return _tape.get()
 
 
-@contextlib.contextmanager
-def _use(tape: Tape, replaying: bool) -> Iterator[None]:
-    tape.replaying = replaying
-    token = _tape.set(tape)
-    try:
-        yield
-    finally:
-        _tape.reset(token)
+class _Use:
+    """The context in which a pass runs, which can be entered again."""
+
+    def __init__(self, tape: Tape, replaying: bool) -> None:
+        self.tape, self.replaying = tape, replaying
+        self._tokens: list[Token[Tape | None]] = []
+
+    def __enter__(self) -> None:
+        self.tape.rewind(self.replaying)
+        self._tokens.append(_tape.set(self.tape))
+
+    def __exit__(self, *exception: object) -> None:
+        _tape.reset(self._tokens.pop())
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -61,7 +70,7 @@ def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
 
     def contexts() -> tuple[Any, Any]:
         tape = Tape()
-        return _use(tape, False), _use(tape, True)
+        return _Use(tape, False), _Use(tape, True)
 
     return checkpoint(
         function,

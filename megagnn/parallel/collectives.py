@@ -4,11 +4,11 @@
 
     replicated  the same value everywhere, and the same (whole) gradient everywhere
     shared      the same value everywhere, but used by each rank for its own part: gradients are partial
-    partial     the value is the sum over ranks; the gradient is the same everywhere
+    partial     the value is the sum over ranks; the gradient is shared
     sharded     each rank has its own slice of both
 
-Gradients of a shared tensor are partial, and those of a partial one replicated; the other two are their own
-duals. So every collective's backward is another one of this list, and its tangent is itself:
+Replicated and sharded tensors have gradients of their own kind, shared and partial ones of each other's. So
+every collective's backward is another one of this list, and its tangent is itself:
 
     copy            replicated -> shared      value stays      backward: reduce
     reduce          partial -> replicated     all-reduce       backward: copy
@@ -16,6 +16,8 @@ duals. So every collective's backward is another one of this list, and its tange
     reduce_scatter  partial -> sharded        reduce-scatter   backward: gather
     split           replicated -> sharded     own slice        backward: join
     join            sharded -> replicated     all-gather       backward: split
+    unshare         shared -> replicated      value stays      backward: single
+    single          replicated -> partial     rank 0 keeps it  backward: unshare
 
 Each backward *applies the other Function*, so that it can be differentiated again. The textbook form, which
 calls the collective inside `backward` where autograd does not see it, gives right energies, forces and
@@ -61,22 +63,28 @@ def join(x: Tensor, dim: int, context: ParallelContext, axis: str = "tp") -> Ten
     return x if context.size(axis) == 1 else _Join.apply(x, _negative(dim, x), context, axis)
 
 
+def unshare(x: Tensor, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Shared to replicated: what follows is done alike on every rank, and counts once; [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _Unshare.apply(x, context, axis)
+
+
+def single(x: Tensor, context: ParallelContext, axis: str = "tp") -> Tensor:
+    """Replicated to partial: the first rank's counts, the others hold zeros; [Note: four kinds]."""
+    return x if context.size(axis) == 1 else _Single.apply(x, context, axis)
+
+
 def _negative(dim: int, x: Tensor) -> int:
     return dim if dim < 0 else dim - x.dim()
 
 
 def start_gather_along(x: Tensor, dim: int, context: ParallelContext, axis: str) -> messages.Pending:
     """All-gather of equal slices along a dimension, outside of autograd."""
-    return _then(messages.start_all_gather(x.contiguous(), context, axis), lambda t: unstack(t, dim))
+    return messages.start_all_gather(x.contiguous(), context, axis).then(lambda parts: unstack(parts, dim))
 
 
 def start_reduce_scatter_along(x: Tensor, dim: int, context: ParallelContext, axis: str) -> messages.Pending:
     """Reduce-scatter of equal slices along a dimension, outside of autograd."""
     return messages.start_reduce_scatter(stack(x, dim, context.size(axis)), context, axis)
-
-
-def _then(pending: messages.Pending, function: Any) -> messages.Pending:
-    return messages.Pending(None, lambda: function(pending.wait()))
 
 
 def unstack(parts: Tensor, dim: int) -> Tensor:
@@ -190,3 +198,33 @@ class _Join(_Collective):
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return _Join.call(tangents[0], *ctx.where)
+
+
+class _Unshare(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (context, axis)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Single.apply(grads[0], *ctx.where), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Unshare.call(tangents[0], *ctx.where)
+
+
+class _Single(_Collective):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
+        ctx.where = (context, axis)
+        return x.clone() if getattr(context, f"{axis}_rank") == 0 else torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return _Unshare.apply(grads[0], *ctx.where), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        return _Single.call(tangents[0], *ctx.where)

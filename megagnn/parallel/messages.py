@@ -26,6 +26,10 @@ class Pending:
             self._work.wait()
         return self._finish()
 
+    def then(self, function: Callable[[Tensor], Tensor]) -> "Pending":
+        """The same message, with a function of its result as the result."""
+        return Pending(None, lambda: function(self.wait()))
+
 
 def done(tensor: Tensor) -> Pending:
     """What is there already."""

@@ -17,6 +17,9 @@ from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import layout_of
+from megagnn.tensor_parallel.cost import PlanChoice
 
 TOLERANCE = 1e-10
 STATISTICS = Statistics(
@@ -38,14 +41,18 @@ def model_config(**values: object) -> ModelConfig:
     return config_from_dict({"model": {**small, **values}, "loss": {"force_weight": 0}}).model
 
 
-def randomised(config: ModelConfig, seed: int = 0) -> Potential:
+def randomised(
+    config: ModelConfig, seed: int = 0, context: ParallelContext | None = None, plan: PlanChoice = "auto"
+) -> Potential:
     """A float64 potential with every parameter moved by noise, so that no branch is near zero."""
-    potential = build_potential(config, STATISTICS, seed, torch.float64)
+    potential = build_potential(config, STATISTICS, seed, torch.float64, context, plan)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in potential.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise / parameter.shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1 * noise)
+            layout = layout_of(parameter)
+            noise = torch.randn(layout.full_shape, generator=generator, dtype=torch.float64)
+            noise = noise / layout.full_shape[-1] ** 0.5 if parameter.ndim > 1 else 0.1 * noise
+            parameter.add_(layout.slice_of(noise))
     return potential
 
 

@@ -1,0 +1,89 @@
+"""The plan `channel`: each rank keeps its F/tp channels of every edge's rows.
+
+A product over channels gives partial sums, which a reduce-scatter completes and divides; in the backward an
+all-gather brings the cotangents of all channels to each rank's product. Two blocks are under way at a time:
+while the message of one travels, the other computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagnn.ops.edge_runner import Call, Tensors
+from megagnn.ops.edge_stages import BlockStages, backward_block, forward_block, interleave
+from megagnn.ops.edge_types import NUM_INPUTS, EdgeWeights
+from megagnn.parallel import messages
+from megagnn.parallel.collectives import unstack
+from megagnn.parallel.context import ParallelContext
+
+# Edge rows of a block: a fixed number, for all ranks must cut the same blocks, and large enough that a
+# message takes longer than its start.
+BLOCK_ROWS = 4096
+_DEPTH = 2
+
+
+class _ChannelLinks:
+    """The collectives between the stages."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self.context = context
+
+    def product(self, x: Tensor, y: Tensor, out: Tensor) -> messages.Pending:
+        """Partial sums of all channels, each rank's part as one matrix; this rank's sum to `out`."""
+        partial = out.new_empty((self.context.tp_size, *out.shape))
+        for rank, columns in enumerate(y.chunk(self.context.tp_size, 1)):
+            torch.mm(x, columns, out=partial[rank])
+        return messages.start_reduce_scatter(partial, self.context, "tp").then(out.copy_)
+
+    def reduce_scalar(self, w: Tensor) -> messages.Pending:
+        """In place."""
+        return messages.start_all_reduce(w, self.context, "tp")
+
+    def gather(self, bar: Tensor) -> messages.Pending:
+        """All channels of a cotangent."""
+        pending = messages.start_all_gather(bar, self.context, "tp")
+        return pending.then(lambda parts: unstack(parts, -1))
+
+
+class ChannelRunner:
+    """See the module and `ops.edge_runner.EdgeRunner`; for who holds what, [Note: shards] in edge_stages.py.
+
+    Gradients of r and f are partial, that of b4 is whole on every rank, all others are of this rank's slice.
+    """
+
+    def __init__(self, context: ParallelContext) -> None:
+        self.context, self.links = context, _ChannelLinks(context)
+
+    def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
+        """See `EdgeRunner`."""
+        stages = self._stages(call, save)
+        outputs = stages.start_forward()
+        interleave(stages, lambda block: forward_block(stages, block, self.links), _DEPTH)
+        absent = () if stages.has_vector else (None,)
+        if not stages.has_vector:
+            outputs = tuple(t for k in range(stages.planes) for t in (outputs[2 * k], *absent))
+        return list(outputs), stages.kept_tensors()
+
+    def backward(
+        self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """See `EdgeRunner`."""
+        stages = self._stages(call, False, kept)
+        first, (geometry, weights) = self.context.tp_rank == 0, wanted
+        gradients = stages.start_backward(bars, geometry, weights)
+        interleave(stages, lambda block: backward_block(stages, block, self.links, first), _DEPTH)
+        inputs = [*gradients.values, *(gradients.tangents if call.pair else ())]
+        return [*inputs, *gradients.weights], self.forward(call, False)[0] if outputs else []
+
+    def _stages(self, call: Call, save: bool, kept: Tensors = ()) -> BlockStages:
+        block = call.spec.block_edges or BLOCK_ROWS // (2 if call.pair else 1)
+        values: Any = call.tensors[:NUM_INPUTS]
+        tangents: Any = call.tensors[NUM_INPUTS : 2 * NUM_INPUTS] if call.pair else None
+        weights = EdgeWeights(*call.tensors[-len(EdgeWeights._fields) :])  # type: ignore[arg-type]
+        found = [t for t in kept if t is not None and t.numel()]
+        spec = replace(call.spec, block_edges=block)
+        return BlockStages(values, weights, call.graph, spec, tangents, save, found)

@@ -1,0 +1,135 @@
+"""Linear, embedding and norm over tensor-parallel ranks; on one rank the ordinary ones.
+
+Node features are *sharded* by channels: each rank holds (N, F/tp). Inputs and results are tensors or `Dual`
+ones, whose value and tangent travel in one message. Kinds: [Note: four kinds] in parallel/collectives.py.
+After Shoeybi et al., "Megatron-LM", arXiv:1909.08053, section 3, with the all-reduce of its row-parallel
+product halved into a reduce-scatter here and an all-gather where the next product needs all channels, as in
+Korthikanti et al., arXiv:2205.05198, section 4.2.2.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megagnn.ops import dual
+from megagnn.ops.dual import T
+from megagnn.parallel import collectives
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import Initial, constant, make_parameter, normal
+
+
+@dataclass(frozen=True)
+class LinearLaws:
+    """How a Linear's weight and bias begin."""
+
+    weight: Initial
+    bias: Initial
+
+
+def gather_channels(x: T, context: ParallelContext) -> T:
+    """Sharded (..., F/tp) to shared (..., F)."""
+    return _together(x, context, lambda t: collectives.gather(t, -1, context))
+
+
+def scatter_channels(x: T, context: ParallelContext) -> T:
+    """Partial (..., F) to sharded (..., F/tp)."""
+    return _together(x, context, lambda t: collectives.reduce_scatter(t, -1, context))
+
+
+def reduce_partial(x: T, context: ParallelContext) -> T:
+    """Partial to replicated."""
+    return _together(x, context, lambda t: collectives.reduce(t, context))
+
+
+def share(x: T, context: ParallelContext) -> T:
+    """Replicated to shared."""
+    return _together(x, context, lambda t: collectives.copy(t, context))
+
+
+def _together(x: T, context: ParallelContext, function: dual.Map) -> T:
+    """A collective of a tensor, or of both planes of a Dual in one message."""
+    if context.tp_size == 1:
+        return x
+    return dual.Dual.of_planes(function(x.planes)) if isinstance(x, dual.Dual) else function(x)
+
+
+class ColumnLinear(nn.Module):
+    """x W^T + b with the outputs divided: shared (..., in) to sharded (..., out/tp)."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        context: ParallelContext,
+        laws: LinearLaws,
+        dtype: torch.dtype,
+        bias: bool = True,
+        name: str = "width",
+    ) -> None:
+        super().__init__()
+        shape = (out_features, in_features)
+        self.weight = make_parameter(shape, 0, context, laws.weight, dtype, name)
+        self.bias = make_parameter(shape[:1], 0, context, laws.bias, dtype, name) if bias else None
+
+    def forward(self, x: T) -> T:
+        """See the class."""
+        return dual.linear(x, self.weight, self.bias)
+
+
+class RowLinear(nn.Module):
+    """x W^T + b with the inputs divided: sharded (..., in/tp) to sharded (..., out/tp).
+
+    With `out_features = 1`, which cannot be divided, the result and the bias are replicated.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        context: ParallelContext,
+        laws: LinearLaws,
+        dtype: torch.dtype,
+        bias: bool = True,
+        name: str = "width",
+    ) -> None:
+        super().__init__()
+        self.context, self.scattered = context, out_features > 1
+        self.weight = make_parameter((out_features, in_features), 1, context, laws.weight, dtype, name)
+        dim = 0 if self.scattered else None
+        self.bias = make_parameter((out_features,), dim, context, laws.bias, dtype, name) if bias else None
+
+    def forward(self, x: T) -> T:
+        """See the class."""
+        if self.context.tp_size == 1:
+            return dual.linear(x, self.weight, self.bias)
+        partial = dual.linear(x, self.weight)
+        summed = (scatter_channels if self.scattered else reduce_partial)(partial, self.context)
+        return dual.add_bias(summed, self.bias)
+
+
+class Embedding(nn.Module):
+    """A row of the table for each index, the channels divided: (N,) int64 to sharded (N, F/tp)."""
+
+    def __init__(self, num_rows: int, width: int, context: ParallelContext, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = make_parameter((num_rows, width), 1, context, normal(1.0), dtype)
+
+    def forward(self, index_N: Tensor) -> Tensor:
+        """See the class."""
+        return nn.functional.embedding(index_N, self.weight)
+
+
+class RMSNorm(nn.Module):
+    """h / sqrt(mean(h^2) + eps) times a gain per channel (Zhang and Sennrich 2019, eq. 4), sharded."""
+
+    def __init__(self, width: int, context: ParallelContext, dtype: torch.dtype, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.width, self.context, self.eps = width, context, eps
+        self.gain_F = make_parameter((width,), 0, context, constant(1.0), dtype)
+
+    def forward(self, h_NF: T) -> T:
+        """See the class."""
+        sum_N1 = reduce_partial((h_NF * h_NF).sum(-1, keepdim=True), self.context)
+        inverse_N1 = share(dual.rsqrt(sum_N1 * (1.0 / self.width) + self.eps), self.context)
+        return h_NF * inverse_N1 * self.gain_F
