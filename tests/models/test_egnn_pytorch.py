@@ -15,7 +15,8 @@ from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.layer import Edges, EGNNLayer, edge_vectors
 from megagnn.models.radial import DistanceFeature
-from megagnn.ops import EdgeGraph, Segments
+from megagnn.parallel.context import ParallelContext
+from megagnn.tensor_parallel.partition import partition_edges
 
 egnn_pytorch = pytest.importorskip("egnn_pytorch", reason="the parity test needs the package egnn-pytorch")
 
@@ -59,6 +60,7 @@ def our_layers(config: ModelConfig) -> nn.ModuleList:
             DistanceFeature("squared", 1, config.cutoff, torch.float64),
             mean_neighbours=1.0,
             vector_branch="coordinates",
+            context=ParallelContext(),
             dtype=torch.float64,
         )
         for _ in range(NUM_LAYERS)
@@ -90,11 +92,9 @@ def named_pairs(ours: EGNNLayer, theirs: nn.Module) -> list[tuple[nn.Parameter, 
 def run_ours(layers: nn.ModuleList, config: ModelConfig, h_NF: Tensor, x_NC: Tensor) -> tuple[Tensor, Tensor]:
     atoms = Atoms("C" * NUM_ATOMS, x_NC.detach().numpy())
     batch = batch_from_atoms([atoms], config.cutoff, torch.float64, config.self_edges)
-    graph = EdgeGraph(
-        Segments(batch[keys.EDGE_INDEX][0], batch[keys.ROW_PTR]),
-        Segments(batch[keys.EDGE_INDEX][1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM]),
-    )
-    edges = Edges(graph, batch[keys.CELL_SHIFTS])
+    partition = partition_edges(batch, ParallelContext(), plan=None)
+    degree_N1 = batch[keys.ROW_PTR].diff().unsqueeze(-1)
+    edges = Edges(partition, batch[keys.CELL_SHIFTS], degree_N1=degree_N1)
     for layer in layers:
         h_NF, x_NC, _ = layer(h_NF, x_NC, edge_vectors(x_NC, edges), edges)
     return h_NF, x_NC
