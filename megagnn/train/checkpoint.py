@@ -21,6 +21,9 @@ import megagnn
 from megagnn.config import RunConfig, config_from_dict, config_to_dict
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.tensor_parallel.cost import PlanChoice
 
 FORMAT, VERSION = "megagnn-checkpoint", 1
 
@@ -133,21 +136,30 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_potential(
-    checkpoint: str | Path | Checkpoint, dtype: torch.dtype | None = None, average: bool = True
+    checkpoint: str | Path | Checkpoint,
+    dtype: torch.dtype | None = None,
+    average: bool = True,
+    context: ParallelContext | None = None,
+    plan: PlanChoice = "auto",
 ) -> Potential:
-    """The potential of a checkpoint, with averaged weights unless `average` is false."""
+    """The potential of a checkpoint, with averaged weights unless `average` is false, on any layout."""
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     if dtype is None:
         dtype = getattr(torch, checkpoint.config.train.dtype)
-    potential = build_potential(checkpoint.config.model, checkpoint.statistics, dtype=dtype)
+    potential = build_potential(
+        checkpoint.config.model, checkpoint.statistics, dtype=dtype, context=context, plan=plan
+    )
     load_weights(potential.model, checkpoint.weights("average" if average else "model"), checkpoint.path)
     return potential
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
-    """Copy weights into a model, converting the dtype. Raises ValueError if names or shapes differ."""
+    """Copy whole weights into a model, each rank its slice, converting the dtype.
+
+    Raises ValueError if names or shapes differ.
+    """
     own = dict(model.named_parameters())
     if own.keys() != weights.keys():
         missing, extra = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
@@ -155,30 +167,49 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
             f"checkpoint {path} does not fit the model: missing {missing[:3]}, unexpected {extra[:3]}"
         )
     for name, parameter in own.items():
-        if parameter.shape != weights[name].shape:
+        layout = layout_of(parameter)
+        if layout.full_shape != weights[name].shape:
             raise ValueError(
                 f"checkpoint {path} does not fit the model: {name} is {tuple(weights[name].shape)}, "
-                f"the model has {tuple(parameter.shape)}"
+                f"the model has {layout.full_shape}"
             )
-        parameter.copy_(weights[name])
+        parameter.copy_(layout.slice_of(weights[name]))
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors."""
+def whole_weights(model: nn.Module, values: dict[str, Tensor], context: ParallelContext) -> dict[str, Tensor]:
+    """Slices of a model's parameters, or of anything of their shape, by name, to whole ones on every rank."""
+    layouts = {name: layout_of(parameter) for name, parameter in model.named_parameters()}
+    return {name: gather_whole(value, layouts[name], context) for name, value in values.items()}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, context: ParallelContext) -> dict[str, Tensor]:
+    """The optimizer's state as named tensors, whole; all ranks of a tensor-parallel group must call it."""
     state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    parameters = _parameters(optimizer)
     return {
-        f"optimizer/{index}/{name}": value for index, entry in state.items() for name, value in entry.items()
+        f"optimizer/{index}/{name}": gather_whole(value, layout_of(parameters[index]), context)
+        if value.shape == parameters[index].shape
+        else value
+        for index, entry in state.items()
+        for name, value in entry.items()
     }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`."""
+    """The inverse of `optimizer_tensors`, on any layout: each rank takes its slice."""
     state: dict[int, dict[str, Tensor]] = {}
+    parameters = _parameters(optimizer)
     for key, value in tensors.items():
         if key.startswith("optimizer/"):
             _, index, name = key.split("/")
+            layout = layout_of(parameters[int(index)])
+            value = layout.slice_of(value) if value.shape == layout.full_shape else value
             state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _checksum(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:

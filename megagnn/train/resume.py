@@ -21,6 +21,14 @@ MUST_BE_EQUAL = (
     "train.seed",
     "train.dtype",
 )
+# How the same function is computed: a continued run may do it in another way.
+MAY_CHANGE = (
+    "model.aggregation_backend",
+    "model.edge_operation",
+    "model.edge_memory",
+    "model.edge_block",
+    "model.recompute_layers",
+)
 # Of these, where a run lies and what it runs on, a change needs no mention.
 MAY_DIFFER = ("out_dir", "data.num_workers", "train.device", "train.threads")
 
@@ -42,6 +50,8 @@ def check_same_run(
     then, now = _flat(config_to_dict(checkpoint.config)), _flat(config_to_dict(config))
     changed = [key for key in now if now[key] != then.get(key)]
     for key in changed:
+        if key in MAY_CHANGE:
+            continue
         if key.startswith(tuple(f"{name}." for name in MUST_BE_EQUAL)) or key in MUST_BE_EQUAL:
             raise ValueError(
                 f"{where}: {key} was {then.get(key)!r} and is now {now[key]!r}; give it the old value, or "

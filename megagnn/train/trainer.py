@@ -17,6 +17,7 @@ from megagnn.models.statistics import Statistics
 from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
 from megagnn.optim.schedule import learning_rate
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import layout_of
 from megagnn.parallel.world import (
     all_reduce_gradients,
     all_reduce_sum,
@@ -32,6 +33,7 @@ from megagnn.train.checkpoint import (
     load_weights,
     optimizer_tensors,
     save_checkpoint,
+    whole_weights,
 )
 from megagnn.train.evaluate import evaluate
 from megagnn.train.fit_statistics import compute_statistics
@@ -62,7 +64,9 @@ class Trainer:
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
         self.train = BatchLoader(train_set, config, context, shuffle=True)
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
-        self.potential = build_potential(config.model, self.statistics, config.train.seed, self.dtype)
+        self.potential = build_potential(
+            config.model, self.statistics, config.train.seed, self.dtype, context
+        )
         self.potential.to(context.device)
         broadcast_parameters(self.potential, context)
         self.optimizer = make_optimizer(self.potential, config.optim)
@@ -206,18 +210,24 @@ class Trainer:
             monitor.figure("validation", self.progress.step, self.parity.figure())
 
     def _save(self, path: Path) -> None:
-        if self.context.is_main:
-            tensors = {f"model/{n}": p.detach() for n, p in self.potential.model.named_parameters()}
-            tensors |= {f"average/{n}": a for n, a in self.average.average.items()}
-            tensors |= optimizer_tensors(self.optimizer)
+        if self.context.dp_rank == 0:  # one tensor-parallel group, which holds everything between its ranks
+            model = self.potential.model
+            weights = whole_weights(model, dict(model.named_parameters()), self.context)
+            average = whole_weights(model, self.average.average, self.context)
+            tensors = {f"model/{n}": p for n, p in weights.items()}
+            tensors |= {f"average/{n}": a for n, a in average.items()}
+            tensors |= optimizer_tensors(self.optimizer, self.context)
             progress = dataclasses.replace(self.progress, average_updates=self.average.num_updates)
-            save_checkpoint(path, self.config, self.statistics, progress, tensors)
+            if self.context.is_main:
+                save_checkpoint(path, self.config, self.statistics, progress, tensors)
         barrier(self.context)
 
     def _take_over(self, checkpoint: Checkpoint) -> None:
-        load_weights(self.potential.model, checkpoint.weights("model"), checkpoint.path)
-        average = checkpoint.weights("average")
-        self.average.average = {n: average[n].to(self.context.device) for n in self.average.average}
+        model, average = self.potential.model, checkpoint.weights("average")
+        load_weights(model, checkpoint.weights("model"), checkpoint.path)
+        layouts = {n: layout_of(p) for n, p in model.named_parameters()}
+        for name, own in self.average.average.items():
+            own.copy_(layouts[name].slice_of(average[name]))
         self.average.num_updates = checkpoint.progress.average_updates
         load_optimizer(self.optimizer, checkpoint.tensors)
         self.progress = checkpoint.progress
