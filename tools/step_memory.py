@@ -44,10 +44,10 @@ def _measure(work: dict[str, Any]) -> dict[str, float]:
     _reset_peak()
     step()
     resident = _status("VmHWM") - before
-    return {"peak_bytes": _peak_of_events(step), "resident_bytes": resident}
+    return {"peak_bytes": peak_of_events(step), "resident_bytes": resident}
 
 
-def _peak_of_events(run: Any) -> float:
+def peak_of_events(run: Any) -> float:
     """The highest sum of the allocator's events during `run`."""
     from torch.profiler import ProfilerActivity, profile
 

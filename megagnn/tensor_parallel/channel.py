@@ -20,9 +20,9 @@ from megagnn.parallel import messages
 from megagnn.parallel.collectives import unstack
 from megagnn.parallel.context import ParallelContext
 
-# Edge rows of a block: a fixed number, for all ranks must cut the same blocks, and large enough that a
-# message takes longer than its start.
-BLOCK_ROWS = 4096
+# Numbers in one message of a block. All ranks must cut the same blocks, so that this depends on the widths
+# alone; large enough that a message takes longer than its start, and no larger, for blocks take memory.
+_MESSAGE_NUMBERS, _LEAST_ROWS = 2**19, 512
 _DEPTH = 2
 
 
@@ -80,10 +80,16 @@ class ChannelRunner:
         return [*inputs, *gradients.weights], self.forward(call, False)[0] if outputs else []
 
     def _stages(self, call: Call, save: bool, kept: Tensors = ()) -> BlockStages:
-        block = call.spec.block_edges or BLOCK_ROWS // (2 if call.pair else 1)
         values: Any = call.tensors[:NUM_INPUTS]
         tangents: Any = call.tensors[NUM_INPUTS : 2 * NUM_INPUTS] if call.pair else None
         weights = EdgeWeights(*call.tensors[-len(EdgeWeights._fields) :])  # type: ignore[arg-type]
+        block = call.spec.block_edges or block_edges(weights, 2 if call.pair else 1)
         found = [t for t in kept if t is not None and t.numel()]
         spec = replace(call.spec, block_edges=block)
         return BlockStages(values, weights, call.graph, spec, tangents, save, found)
+
+
+def block_edges(weights: EdgeWeights, planes: int) -> int:
+    """Edges of a block, the same on every rank."""
+    rows = max(_LEAST_ROWS, _MESSAGE_NUMBERS // max(weights.w2_MH.shape[0], 1))
+    return rows // planes

@@ -1,62 +1,23 @@
-"""Run a function on several ranks over gloo, in processes of their own."""
+"""Ranks for tests, in which a collective that autograd does not see is an error."""
 
-import pickle
-import tempfile
-import traceback
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from megagnn.parallel import spawn as package
+from megagnn.parallel.context import ParallelContext
 
-from megagnn.parallel.groups import grid_context
-
-# A collective that autograd does not see gives silently wrong second derivatives: PyTorch warns of it.
+# It gives silently wrong second derivatives; PyTorch warns of it.
 UNSEEN_BY_AUTOGRAD = ".*autograd kernel was not registered.*"
 
 
 def spawn(
     world_size: int, function: Callable[..., Any], *arguments: Any, pp: int = 1, tp: int = 1
 ) -> list[Any]:
-    """`function(context, *arguments)` on every rank; returns each rank's value.
-
-    The ranks meet through a file, so that no two tests fight for a port, and take one thread each. Those that
-    pp and tp leave are data-parallel.
-
-    Raises:
-        RuntimeError: with the traceback of the first rank that failed.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, pp, tp, folder, function, arguments), nprocs=world_size, join=True)
-        results = [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
-    for rank, (value, error) in enumerate(results):
-        if error:
-            raise RuntimeError(f"rank {rank} failed:\n{error}\n{value}")
-    return [value for value, _ in results]
+    """`megagnn.parallel.spawn.spawn`, strict."""
+    return package.spawn(world_size, _strict, function, *arguments, pp=pp, tp=tp)
 
 
-def _run(
-    rank: int,
-    world_size: int,
-    pp: int,
-    tp: int,
-    folder: str,
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-) -> None:
-    torch.set_num_threads(1)
+def _strict(context: ParallelContext, function: Callable[..., Any], *arguments: Any) -> Any:
     warnings.filterwarnings("error", message=UNSEEN_BY_AUTOGRAD)
-    store = f"file://{folder}/rendezvous"
-    dist.init_process_group("gloo", init_method=store, world_size=world_size, rank=rank)
-    try:
-        context = grid_context(world_size // (pp * tp), pp, tp)
-        result = (function(context, *arguments), None)
-        dist.barrier()
-    except Exception as error:
-        result = (repr(error), traceback.format_exc())
-    (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(result))
-    if result[1] is None:
-        dist.destroy_process_group()
+    return function(context, *arguments)
