@@ -1,6 +1,6 @@
 """Dual numbers of ordinary tensors: a value and its tangent, carried through a model together.
 
-A loss on forces needs the gradient of a directional derivative (docs/parallel.md, One backward). The model's
+A loss on forces needs the gradient of a directional derivative (docs/forces.md). The model's
 code runs on tensors or on `Dual` ones alike; on Dual ones each linear map is one product of twice the rows,
 each non-linear one an explicit formula of PyTorch operations or a Function, so that an ordinary backward
 follows. PyTorch's own dual numbers (torch.autograd.forward_ad) would compute the values again for each

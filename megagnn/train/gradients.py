@@ -43,7 +43,7 @@ def create_graph(
 def one_backward(
     potential: Potential, batch: dict[str, Tensor], loss: Loss, counts: LossCounts
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One ordinary backward through values and tangents; see docs/parallel.md, One backward.
+    """One ordinary backward through values and tangents; see docs/forces.md.
 
     A forward and a backward to the positions give energies, forces and stress, and these the loss's
     cotangents, constants from here on. A forward on (value, tangent) along the direction that they make, and
