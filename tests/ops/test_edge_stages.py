@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import EdgeSpec, EdgeWeights, edge_message, edge_message_pair, extension
-from megagnn.ops.edge_stages import BlockStages, EdgeGradients, StageBlock, run_backward, run_forward
+from megagnn.ops.edge_stages import (
+    BlockStages,
+    CallableLinks,
+    EdgeGradients,
+    StageBlock,
+    forward_block,
+    interleave,
+    run_backward,
+    run_forward,
+)
 from tests.ops.edge_cases import Case, Widths, largest_error, present, random_case, random_graph, tangents_of
 from tests.tolerances import RELATIVE, assert_close
 
@@ -323,3 +332,37 @@ def test_a_stage_of_the_vector_branch_without_one() -> None:
     block = stages.block(0)
     with pytest.raises(RuntimeError, match="this stage must have a vector branch, got no b3"):
         stages.scalar(block, torch.zeros(block.end - block.begin, 1, dtype=torch.float64))
+
+
+class RecordedLinks(CallableLinks):
+    """Links that say when a message starts and when somebody waits for it."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__(torch.mm, lambda w: w, lambda bar: bar)
+        self.events, self.count = events, 0
+
+    def product(self, x: Tensor, y: Tensor, out: Tensor) -> Any:
+        number, self.count = self.count, self.count + 1
+        self.events.append(f"start {number}")
+        result, events = torch.mm(x, y, out=out), self.events
+
+        class Message:
+            def wait(self) -> Tensor:
+                events.append(f"wait {number}")
+                return result
+
+        return Message()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_messages_travel_while_the_next_block_computes(depth: int) -> None:
+    """With several blocks under way a block's message has left before the one before it is waited for."""
+    call = Call(random_case(widths=WIDTHS, vector=False), False)
+    stages, events = call.stages(), list[str]()
+    links = RecordedLinks(events)
+    outputs = stages.start_forward()
+    interleave(stages, lambda block: forward_block(stages, block, links), depth)
+    assert largest_error(present(outputs), call.fused()[:1]) < CLOSE
+    under_way = [events.index(f"start {k + depth - 1}") < events.index(f"wait {k}") for k in range(3)]
+    assert all(under_way)
+    assert events.index(f"start {depth}") > events.index("wait 0"), "no more than that many at a time"
