@@ -148,13 +148,17 @@ class FlatAdamW(torch.optim.Optimizer):
         for b in self._all_buffers():
             b.zero_gradients()
 
-    def gradient_norm(self) -> Tensor:
-        """Euclidean norm of all gradients, a float64 scalar; see `megagnn.ops.square_sum`."""
+    def gradient_buffers(self) -> list[Tensor]:
+        """The flat gradients, of which the parameters' `.grad` are views."""
+        return [b.grad for b in self._all_buffers()]
+
+    def gradient_square_sum(self) -> Tensor:
+        """Sum of the squares of all gradients, a float64 scalar; see `megagnn.ops.square_sum`."""
         total = torch.zeros((), dtype=torch.float64)
         for b in self._all_buffers():
             b.collect_gradients()
             total = total + square_sum(b.grad).to(total.device)
-        return total.sqrt()
+        return total
 
     def take_weights(self) -> None:
         """Begins anew from the parameters as they are, where bfloat16 ones were set from outside."""

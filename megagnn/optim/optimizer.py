@@ -8,8 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.config import OptimConfig
+from megagnn.ops import square_sum
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.apex import make_apex_adamw
+from megagnn.parallel import messages
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import layout_of
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -33,11 +37,39 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, **settings, fused=True)
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """Euclidean norm of all gradients, a scalar."""
-    if isinstance(optimizer, FlatAdamW):
-        return optimizer.gradient_norm()
-    return torch.nn.utils.get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None])
+def gradient_buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Flat buffers of which the parameters' `.grad` are views; none for other optimizers than our own."""
+    return optimizer.gradient_buffers() if isinstance(optimizer, FlatAdamW) else []
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer, context: ParallelContext) -> Tensor:
+    """Euclidean norm of the gradients of the whole model, a scalar, the same on every rank.
+
+    Gradients are sums over the data-parallel ranks by now. Tensor-parallel ranks hold slices of some
+    parameters and replicas of the others, which count once; pipeline stages hold different layers. On one
+    rank along both axes nothing is sent. Otherwise the norm is float64.
+    """
+    parameters = _parameters(optimizer)
+    whole_model_here = context.tp_size == 1 and context.pp_size == 1
+    if whole_model_here and not isinstance(optimizer, FlatAdamW):
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    total = optimizer.gradient_square_sum() if isinstance(optimizer, FlatAdamW) else _square_sum(parameters)
+    if whole_model_here:
+        return total.sqrt()
+    replicas = [p for p in parameters if context.tp_size > 1 and not layout_of(p).is_sharded]
+    # Each rank takes an equal share in the replicas' squares: the sum counts them once, and is one number
+    # even where machines round replicas differently.
+    total = total - (1 - 1 / context.tp_size) * _square_sum(replicas).to(total.device)
+    home, total = total.device, total.to(context.device)
+    for axis in ("tp", "pp"):
+        messages.all_reduce(total, context, axis)
+    return total.to(home).sqrt()
+
+
+def _square_sum(parameters: list[Tensor]) -> Tensor:
+    """Sum of the squares of these parameters' gradients, a float64 scalar on their device."""
+    squares = [square_sum(p.grad.contiguous()) for p in parameters if p.grad is not None]
+    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
 
 
 def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: float | None) -> None:

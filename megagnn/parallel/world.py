@@ -1,9 +1,7 @@
 """What all ranks, or the data-parallel ones, tell each other outside of a model; no-ops on one rank."""
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -56,21 +54,3 @@ def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
         source = dist.get_global_rank(context.dp_group, 0)
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=source, group=context.dp_group)
-
-
-def all_reduce_gradients(parameters: Iterable[nn.Parameter], context: ParallelContext) -> None:
-    """Sum every parameter's gradient over the data-parallel ranks, as one flat message.
-
-    A missing gradient counts as zero. The loss is a sum over global counts (`train.loss`), so a sum of
-    gradients and not a mean is the global gradient.
-    """
-    parameters = list(parameters)
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    if context.dp_size == 1 or not parameters:
-        return
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = messages.all_reduce(torch.cat([g.reshape(-1) for g in gradients]), context, "dp")
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))

@@ -14,17 +14,18 @@ from megagnn.config import RunConfig, config_to_dict
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import build_potential
 from megagnn.models.statistics import Statistics
-from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
+from megagnn.optim.optimizer import (
+    WeightAverage,
+    clipped_step,
+    gradient_buffers,
+    gradient_norm,
+    make_optimizer,
+)
 from megagnn.optim.schedule import learning_rate
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.parameter import layout_of
-from megagnn.parallel.world import (
-    all_reduce_gradients,
-    all_reduce_sum,
-    barrier,
-    broadcast_object,
-    broadcast_parameters,
-)
+from megagnn.parallel.world import all_reduce_sum, barrier, broadcast_object, broadcast_parameters
 from megagnn.train.checkpoint import (
     Checkpoint,
     Progress,
@@ -70,6 +71,9 @@ class Trainer:
         self.potential.to(context.device)
         broadcast_parameters(self.potential, context)
         self.optimizer = make_optimizer(self.potential, config.optim)
+        self.reducer = GradientReducer(
+            self.potential.parameters(), context, flat_buffers=gradient_buffers(self.optimizer)
+        )
         self.average = WeightAverage(self.potential.model, config.optim.ema_decay)
         self.loss = Loss(config.loss)
         self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
@@ -137,9 +141,10 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         counts = label_counts(batch, self.context)
+        self.reducer.start()
         loss, shares = self.gradient_method(self.potential, batch, self.loss, counts)
-        all_reduce_gradients(self.potential.parameters(), self.context)
-        norm = gradient_norm(self.optimizer)
+        self.reducer.finish()
+        norm = gradient_norm(self.optimizer, self.context)
         self._check_finite(norm)
         clipped_step(self.optimizer, norm, optim.clip_norm)
         self.average.update()

@@ -10,7 +10,8 @@ from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
 from megagnn.models.potential import Potential
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_reduce_gradients, all_reduce_sum
+from megagnn.parallel.gradients import GradientReducer
+from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loss import Loss, label_counts
 from tests.distributed.spawn import spawn
@@ -54,8 +55,10 @@ def gradients(
     everything = graphs()
     batch = collate([everything[i] for i in share], torch.float64)
     counts = label_counts(batch, context)
+    reducer = GradientReducer(potential.parameters(), context, bucket_bytes=1000)
+    reducer.start()
     total, _ = GRADIENT_METHODS["create_graph"](potential, batch, loss, counts)
-    all_reduce_gradients(potential.parameters(), context)
+    reducer.finish()
     all_reduce_sum(total, context)
     return total.item(), {n: p.grad for n, p in potential.named_parameters() if p.grad is not None}
 

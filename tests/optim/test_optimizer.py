@@ -13,6 +13,7 @@ from torch import nn
 from megagnn.config import OptimConfig
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
+from megagnn.parallel.context import ParallelContext
 from tests.tolerances import assert_close
 
 IMPLEMENTATIONS = ("own", "torch", "apex")
@@ -67,7 +68,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, clip
         optimizer.zero_grad()
         for p in model.parameters():
             p.grad = torch.linspace(-3, 2 + step, p.numel(), dtype=p.dtype).view_as(p)
-        clipped_step(optimizer, gradient_norm(optimizer), clip)
+        clipped_step(optimizer, gradient_norm(optimizer, ParallelContext()), clip)
 
 
 def make_model() -> nn.Linear:
@@ -130,7 +131,7 @@ def test_a_norm_of_nan_is_not_hidden(implementation: Any) -> None:
     optimizer = make_optimizer(model, OptimConfig(implementation=implementation))
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    norm = gradient_norm(optimizer)
+    norm = gradient_norm(optimizer, ParallelContext())
     assert norm.isnan()
     clipped_step(optimizer, norm, 1.0)
     assert all(p.isnan().all() for p in model.parameters())
