@@ -68,7 +68,7 @@ def test_preset_sets_defaults_that_the_file_can_change() -> None:
         (["--model.forces", "none"], "set loss.force_weight = 0 or model.forces = 'conservative'"),
         (["--model.stress", "true", "--model.forces", "direct"], "model.stress needs model.forces"),
         (["--parallel.tensor", "0"], "'parallel.tensor': input should be greater than 0, got 0"),
-        (["--parallel.plan", "chanel"], "got 'chanel'; nearest: 'channel'"),
+        (["--parallel.plan", "chann"], "got 'chann'; nearest: 'channel'"),
         (
             ["--parallel.pipeline", "2"],
             "parallel.pipeline is not available yet, got 2; set parallel.pipeline = 1",

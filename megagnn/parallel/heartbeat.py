@@ -26,10 +26,10 @@ class WatchTimes:
     """Between two heartbeats."""
     stale: float = 25.0
     """After so long without a heartbeat a rank is given up."""
-    held: float = 600.0
-    """For so long a rank that runs but holds Python's lock is vouched for."""
     grace: float = 3.0
     """For a rank to end by itself, once it knows that another is lost."""
+    held: float = 600.0
+    """For so long a rank that runs but holds Python's lock is vouched for."""
 
     @property
     def tick(self) -> float:

@@ -29,7 +29,7 @@ def come_to_grief(fault: str, stale: float) -> None:
     if fault == "exit":
         os._exit(9)
     if fault == "lock":  # holds Python's lock, so that no thread of this process runs
-        ctypes.PyDLL(None).usleep(int(1e6 * (stale + 4)))
+        ctypes.PyDLL(None).usleep(int(1e6 * (stale + 3)))
     else:
         os.kill(os.getpid(), getattr(signal, fault.removesuffix("-compute")))
         time.sleep(5)  # SIGTERM comes to a thread of its own
@@ -41,8 +41,8 @@ def work(context: ParallelContext, rank: int, fault: str, stale: float) -> None:
         total = all_reduce_sum(torch.ones(3), context)
         assert total.tolist() == [context.dp_size] * 3
         if step == 3 and fault == "lock-all":
-            ctypes.PyDLL(None).usleep(int(1e6 * (stale + 4)))
-        if step == 3 and context.rank == rank:
+            ctypes.PyDLL(None).usleep(int(1e6 * (stale + 3)))
+        if step == 3 and context.rank == rank and fault != "lock-all":
             come_to_grief(fault, stale)
         if step == 3 and fault == "SIGKILL-compute" and context.rank != rank:
             time.sleep(60)  # no collective whose failure would wake the main thread
@@ -50,7 +50,7 @@ def work(context: ParallelContext, rank: int, fault: str, stale: float) -> None:
 
 def main(rank: str, fault: str, interval: str, stale: str, grace: str, config: str = "") -> int:
     """The rank's exit code."""
-    times = WatchTimes(float(interval), float(stale), float(grace))
+    times = WatchTimes(interval=float(interval), stale=float(stale), grace=float(grace))
     run = config_from_dict(json.loads(Path(config).read_text()) if config else {})
     try:
         with parallel_context("cpu", 1, run.parallel, flat_config(run), times) as context:

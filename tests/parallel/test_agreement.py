@@ -56,8 +56,8 @@ def test_text_of_a_difference() -> None:
     mine: dict[str, Any] = {"b": [1], "c": None, "d": 0, "e": 5}
     reference = {"a": "x", "b": [2], "c": True, "d": 0, "e": 4}
     assert difference(1, "h", mine, reference) == (
-        "rank 1 (host h) was started with a = nothing, b = [1], c = null, rank 0 with a = x, b = [2], c = true"
-        " and 1 more: start every rank with the same configuration"
+        "rank 1 (host h) was started with a = nothing, b = [1], c = null, rank 0 with a = x, b = [2], "
+        "c = true and 1 more: start every rank with the same configuration"
     )
     assert difference(1, "h", mine, dict(mine)) == ""
 
