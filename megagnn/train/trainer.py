@@ -65,7 +65,7 @@ class Trainer:
         self.train = BatchLoader(train_set, config, context, shuffle=True)
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
         self.potential = build_potential(
-            config.model, self.statistics, config.train.seed, self.dtype, context
+            config.model, self.statistics, config.train.seed, self.dtype, context, config.parallel.plan
         )
         self.potential.to(context.device)
         broadcast_parameters(self.potential, context)
