@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import megagnn
+from megagnn.parallel.rendezvous import rank_label
 
 # command -> (module with add_arguments and run, one line of help); modules load only when their command is
 # called
@@ -56,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-        rank = f" [rank {os.environ['RANK']}]" if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"megagnn {arguments.command}{rank}: error: {error}", file=sys.stderr)
+        print(f"megagnn {arguments.command}{rank_label(os.environ)}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"megagnn {arguments.command}: interrupted", file=sys.stderr)

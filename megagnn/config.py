@@ -204,6 +204,23 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class ParallelConfig:
+    """How the ranks divide the work: data x pipeline x tensor makes the number of ranks."""
+
+    data: PositiveInt | None = None
+    """Ranks that hold the same parameters and take different structures; what the others leave if not given.
+    """
+    pipeline: PositiveInt = 1
+    """Stages that hold different layers."""
+    tensor: PositiveInt = 1
+    """Ranks that hold one set of parameters between them and work on the same batch."""
+    plan: Literal["auto", "channel", "edge"] = "auto"
+    """How the edge products are divided over the tensor-parallel ranks."""
+    bucket_megabytes: PositiveFloat = 25.0
+    """Data-parallel gradients are summed in messages of about this size, during the backward."""
+
+
+@dataclass(frozen=True, config=_STRICT)
 class RunConfig:
     """A whole run."""
 
@@ -214,6 +231,7 @@ class RunConfig:
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         if self.loss.stress_weight > 0 and not self.model.stress:
@@ -230,6 +248,11 @@ class RunConfig:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.num_steps "
                 f"({self.train.num_steps}); use at most {self.train.num_steps - 1}"
+            )
+        if self.parallel.pipeline > 1:
+            raise ValueError(
+                f"parallel.pipeline is not available yet, got {self.parallel.pipeline}; set "
+                "parallel.pipeline = 1 and use parallel.data or parallel.tensor"
             )
 
 
@@ -269,3 +292,15 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain dictionaries, ready for JSON; `config_from_dict` gives the same configuration back."""
     values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
     return values
+
+
+def flat_config(config: RunConfig) -> dict[str, Any]:
+    """{"model.width": 128, ...}: every key of a configuration by its dotted name, in plain values."""
+    return _flat(config_to_dict(config))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megagnn.config import config_from_dict, config_to_dict, load_config
+from megagnn.config import config_from_dict, config_to_dict, flat_config, load_config
 
 
 @pytest.fixture
@@ -30,6 +30,20 @@ def test_round_trip(file: Path) -> None:
     assert config_from_dict(config_to_dict(config)) == config
 
 
+def test_layout(file: Path) -> None:
+    given = ["--parallel.data", "2", "--parallel.tensor", "4", "--parallel.plan", "edge"]
+    parallel = load_config(file, [*given, "--parallel.bucket_megabytes", "0.5"]).parallel
+    assert (parallel.data, parallel.pipeline, parallel.tensor) == (2, 1, 4)
+    assert (parallel.plan, parallel.bucket_megabytes) == ("edge", 0.5)
+    assert load_config(file, ["--parallel.data", "none"]).parallel.data is None
+
+
+def test_flat_configuration(file: Path) -> None:
+    flat = flat_config(load_config(file))
+    assert (flat["out_dir"], flat["model.width"], flat["optim.betas"]) == ("runs/x", 32, [0.9, 0.95])
+    assert not any(isinstance(value, dict) for value in flat.values())
+
+
 def test_preset_sets_defaults_that_the_file_can_change() -> None:
     plain = config_from_dict({"model": {"preset": "satorras"}}).model
     assert (plain.distance_feature, plain.direction_sign, plain.envelope) == ("squared", -1, False)
@@ -53,6 +67,12 @@ def test_preset_sets_defaults_that_the_file_can_change() -> None:
         (["--loss.stress_weight", "1"], "set model.stress = true or loss.stress_weight = 0"),
         (["--model.forces", "none"], "set loss.force_weight = 0 or model.forces = 'conservative'"),
         (["--model.stress", "true", "--model.forces", "direct"], "model.stress needs model.forces"),
+        (["--parallel.tensor", "0"], "'parallel.tensor': input should be greater than 0, got 0"),
+        (["--parallel.plan", "chann"], "got 'chann'; nearest: 'channel'"),
+        (
+            ["--parallel.pipeline", "2"],
+            "parallel.pipeline is not available yet, got 2; set parallel.pipeline = 1",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

@@ -54,6 +54,12 @@ class ParallelContext:
         """Whether this rank prints, logs and writes."""
         return self.rank == 0
 
+    @property
+    def grid(self) -> str:
+        """4 rank(s) (data 2 x pipeline 1 x tensor 2)."""
+        sizes = f"data {self.dp_size} x pipeline {self.pp_size} x tensor {self.tp_size}"
+        return f"{self.world_size} rank(s) ({sizes})"
+
     def size(self, axis: str) -> int:
         """Ranks along "dp", "pp", "tp", or in the "world"."""
         return self.world_size if axis == "world" else int(getattr(self, f"{axis}_size"))

@@ -1,17 +1,29 @@
-"""Start and end of a run on one process or under torchrun."""
+"""Start and end of a run: one process, or ranks that torchrun, mpirun or srun started."""
 
 import contextlib
+import dataclasses
+import itertools
 import os
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megagnn.parallel.context import ParallelContext
+from megagnn.config import ParallelConfig
+from megagnn.parallel.agreement import agree, fingerprint_of, open_store
+from megagnn.parallel.context import ParallelContext, grid_coordinates, grid_sizes, rank_name
 from megagnn.parallel.groups import grid_context
+from megagnn.parallel.heartbeat import Roll, WatchTimes
+from megagnn.parallel.mpi import join_mpi
+from megagnn.parallel.peer import this_peer
+from megagnn.parallel.rendezvous import Rendezvous, discover
+from megagnn.parallel.watch import Watcher
+
+# torchrun's store keeps what the ranks of a process's earlier context said: each context has its own keys
+_MEETINGS = itertools.count()
 
 
 def default_threads(num_local_ranks: int) -> int:
@@ -39,33 +51,80 @@ def pick_device(name: str, local_rank: int, num_local_ranks: int = 1) -> torch.d
 
 
 @contextlib.contextmanager
-def parallel_context(device: str = "auto", threads: int | None = None) -> Iterator[ParallelContext]:
-    """The context of this process: torchrun's environment decides the ranks; without it, one process.
+def parallel_context(
+    device: str = "auto",
+    threads: int | None = None,
+    parallel: ParallelConfig | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    times: WatchTimes | None = None,
+) -> Iterator[ParallelContext]:
+    """The context of this process among the ranks that a launcher started (parallel/rendezvous.py), or alone.
 
     Leaves the process group behind a barrier: destroying it while a peer still sends can abort at exit. After
-        an error there is no barrier, for the peers may never reach it.
+    an error there is no barrier, for the peers may never reach it.
+
+    Args:
+        parallel: sizes of the grid; without it all ranks are data-parallel.
+        fingerprint: configuration by dotted keys, which must be the same on every rank.
+        times: when a rank is given up.
+
+    Raises:
+        ValueError: the sizes do not make the number of ranks, or ranks were started differently.
+        ConnectionError: ranks are missing. PeerLostError, a kind of it: another rank died, failed or hangs.
     """
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    local_rank, num_local = (
-        int(os.environ.get("LOCAL_RANK", "0")),
-        int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-    )
+    parallel, times = parallel or ParallelConfig(), times or WatchTimes()
+    meeting = discover(os.environ, join_mpi)
+    meeting = dataclasses.replace(meeting, prefix=f"{meeting.prefix}/{next(_MEETINGS)}")
+    rank, world_size = meeting.rank, meeting.world_size
     torch.set_num_threads(
-        threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or default_threads(num_local)
+        threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or default_threads(meeting.num_local)
     )
-    chosen = pick_device(device, local_rank, num_local)
     if world_size == 1:
-        yield ParallelContext(device=chosen)
+        grid_sizes(1, parallel.data, parallel.pipeline, parallel.tensor)
+        yield ParallelContext(device=pick_device(device, 0))
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    if rank != 0:
-        warnings.filterwarnings("ignore", category=UserWarning, module="torch")
-    dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    store, own, roll = _join(meeting, fingerprint or {})
+    # the same on all ranks, now that they agree: an error of one before that would leave the others waiting
+    sizes = grid_sizes(world_size, parallel.data, parallel.pipeline, parallel.tensor)
+    roll.read(lambda other: rank_name(*grid_coordinates(other, *sizes)))
+    watcher = Watcher(own, roll, f"{meeting.host}:{meeting.port}", times)
+    watcher.start()
     try:
-        yield grid_context(world_size, 1, 1, chosen)
+        local = (0, 1) if meeting.own_gpu else (meeting.local_rank, meeting.num_local)
+        chosen = pick_device(device, *local)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if rank != 0:
+            warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=30),
+        )
+        yield grid_context(*sizes, chosen)
         dist.barrier()
-    finally:
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+    except BaseException as error:
+        lost = watcher.explain(error)
+        if lost is not None:
+            raise lost from error
+        raise
+    watcher.stop(clean=True)
+    dist.destroy_process_group()
+
+
+def _join(meeting: Rendezvous, fingerprint: Mapping[str, Any]) -> tuple[dist.Store, dist.Store, Roll]:
+    """Meet the others and agree with them, before there is any process group: two connections to the store,
+    for a connection serves one thread at a time, and the roll of ranks."""
+    store, own = open_store(meeting), open_store(meeting, first=False)
+    try:
+        roll = Roll(own, this_peer(meeting.rank), meeting.world_size)
+        agree(store, meeting.rank, meeting.world_size, fingerprint_of(fingerprint, meeting.world_size))
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        where = f"{meeting.host}:{meeting.port}"
+        raise ConnectionError(
+            f"rank {meeting.rank} lost rank 0 at {where} while starting ({line})"
+        ) from error
+    return store, own, roll

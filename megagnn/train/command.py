@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from megagnn.config import RunConfig, load_config
+from megagnn.config import RunConfig, flat_config, load_config
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier
@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`megagnn train CONFIG.toml [--resume | --overwrite] [--section.field value ...]`."""
     config = load_config(arguments.config, overrides)
-    with parallel_context(config.train.device, config.train.threads) as context:
+    train, chosen = config.train, {"--resume": arguments.resume, "--overwrite": arguments.overwrite}
+    fingerprint = {**flat_config(config), **chosen}
+    with parallel_context(train.device, train.threads, config.parallel, fingerprint) as context:
         resume = _may_train(config, context, arguments.resume, arguments.overwrite)
         # checks data and settings before anything is removed
         trainer = Trainer(config, context, resume=resume)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megagnn.config import flat_config
 from megagnn.models.potential import Potential
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
@@ -112,7 +113,10 @@ def run(arguments: argparse.Namespace) -> int:
         max_edges=arguments.max_edges or trained.max_edges,
     )
     config = dataclasses.replace(checkpoint.config, data=data)
-    with parallel_context(arguments.device, arguments.threads) as context:
+    asked = {name: str(getattr(arguments, name)) for name in ("checkpoint", "split", "last_weights", "plot")}
+    fingerprint = {**flat_config(config), **asked}
+    # the layout of the training is not asked for: an evaluation is data-parallel on any number of ranks
+    with parallel_context(arguments.device, arguments.threads, fingerprint=fingerprint) as context:
         potential = load_potential(checkpoint, average=not arguments.last_weights).to(context.device)
         dataset = open_split(config.data, config.model, arguments.split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)

@@ -2,11 +2,10 @@
 
 import dataclasses
 import sys
-from typing import Any
 
 import numpy as np
 
-from megagnn.config import RunConfig, config_to_dict
+from megagnn.config import RunConfig, flat_config
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.checkpoint import Checkpoint
@@ -47,7 +46,7 @@ def check_same_run(
             f"{where}: it was trained on {checkpoint.progress.dp_size} rank(s), this is {context.dp_size}: "
             "the batches would be others. Start as many ranks"
         )
-    then, now = _flat(config_to_dict(checkpoint.config)), _flat(config_to_dict(config))
+    then, now = flat_config(checkpoint.config), flat_config(config)
     changed = [key for key in now if now[key] != then.get(key)]
     for key in changed:
         if key in MAY_CHANGE:
@@ -71,14 +70,3 @@ def _same_data(then: Statistics, now: Statistics) -> bool:
     if any(a[key] != b[key] for key in a if key not in fitted):
         return False
     return all(np.allclose(a[key], b[key], rtol=1e-6, atol=1e-6) for key in fitted)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"model": {"width": 8}} to {"model.width": 8}."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

@@ -66,7 +66,7 @@ class Trainer:
         self.train = BatchLoader(train_set, config, context, shuffle=True)
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
         self.potential = build_potential(
-            config.model, self.statistics, config.train.seed, self.dtype, context
+            config.model, self.statistics, config.train.seed, self.dtype, context, config.parallel.plan
         )
         self.potential.to(context.device)
         broadcast_parameters(self.potential, context)
@@ -240,7 +240,7 @@ class Trainer:
     def _summary(self) -> str:
         num, threads = self.potential.model.num_parameters(), torch.get_num_threads()
         return (
-            f"{num:,} parameters on {self.context.dp_size} rank(s), {threads} thread(s) each; "
+            f"{num:,} parameters on {self.context.grid}, {threads} thread(s) each; "
             f"{len(self.train.dataset):,} training and {len(self.valid.dataset):,} validation structures of "
             f"{', '.join(self.statistics.sources)}; "
             f"steps {self.progress.step} to {self.config.train.num_steps}"
