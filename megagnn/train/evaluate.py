@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megagnn.config import flat_config
+from megagnn.config import ParallelConfig, flat_config
 from megagnn.models.potential import Potential
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
@@ -96,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-edges", type=int, metavar="N", help="of a batch (default: as in training)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads of a rank")
+    parser.add_argument(
+        "--tensor", type=int, default=1, metavar="N", help="divide the model over N ranks each (default: 1)"
+    )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw predictions against labels")
     parser.add_argument(
         "--last-weights", action="store_true", help="use the last weights instead of their average"
@@ -115,9 +118,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = dataclasses.replace(checkpoint.config, data=data)
     asked = {name: str(getattr(arguments, name)) for name in ("checkpoint", "split", "last_weights", "plot")}
     fingerprint = {**flat_config(config), **asked}
-    # the layout of the training is not asked for: an evaluation is data-parallel on any number of ranks
-    with parallel_context(arguments.device, arguments.threads, fingerprint=fingerprint) as context:
-        potential = load_potential(checkpoint, average=not arguments.last_weights).to(context.device)
+    # The layout of the training does not matter: checkpoints hold whole parameters.
+    layout = ParallelConfig(tensor=arguments.tensor)
+    with parallel_context(arguments.device, arguments.threads, layout, fingerprint) as context:
+        average = not arguments.last_weights
+        potential = load_potential(checkpoint, average=average, context=context).to(context.device)
         dataset = open_split(config.data, config.model, arguments.split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)
         parity = ParityPoints(potential, context) if arguments.plot is not None else None

@@ -72,7 +72,10 @@ class Trainer:
         broadcast_parameters(self.potential, context)
         self.optimizer = make_optimizer(self.potential, config.optim)
         self.reducer = GradientReducer(
-            self.potential.parameters(), context, flat_buffers=gradient_buffers(self.optimizer)
+            self.potential.parameters(),
+            context,
+            bucket_bytes=int(config.parallel.bucket_megabytes * 2**20),
+            flat_buffers=gradient_buffers(self.optimizer),
         )
         self.average = WeightAverage(self.potential.model, config.optim.ema_decay)
         self.loss = Loss(config.loss)

@@ -13,6 +13,7 @@ import torch
 
 from megagnn.train.checkpoint import load_checkpoint
 from tests import runs
+from tests.tolerances import assert_close
 
 RANKS = 2
 TIMEOUT_S = 600  # of a command that takes seconds; a deadlock should not hold up the tests for longer
@@ -88,6 +89,44 @@ def test_two_ranks_from_training_to_metrics(files: tuple[Path, Path], tmp_path: 
     assert evaluated.returncode == 0, evaluated.stderr
     sources = json.loads(metrics.read_text())["sources"]
     assert {name: m["num_test"] for name, m in sources.items()} == {"clusters": 6, "crystals": 6}
+
+
+def test_tensor_parallel_from_training_to_metrics(files: tuple[Path, Path], tmp_path: Path) -> None:
+    """A model divided over two ranks is the model of one process, and continues as one, and the other way."""
+    config, store = files
+    common = ["train", str(config), "--data.paths", str(store), "--train.dtype", "float64"]
+    divided, alone = tmp_path / "divided", tmp_path / "alone"
+    short = ["--train.num_steps", "20"]
+    done = torchrun(*common, "--parallel.tensor", "2", "--out_dir", str(divided), *short)
+    assert done.returncode == 0, done.stderr
+    assert "data 1 x pipeline 1 x tensor 2" in done.stderr
+    one = [sys.executable, "-m", "megagnn", *common, "--out_dir", str(alone)]
+    assert subprocess.run([*one, *short], env=ENVIRONMENT, check=False).returncode == 0
+    assert_same_weights(divided, alone)
+
+    longer = ["--train.num_steps", "40", "--resume"]
+    continued = torchrun(*common, "--parallel.tensor", "2", "--out_dir", str(alone), *longer)
+    assert continued.returncode == 0, continued.stderr
+    one[-1] = str(divided)
+    assert subprocess.run([*one, *longer], env=ENVIRONMENT, check=False).returncode == 0
+    assert_same_weights(divided, alone)
+
+    errors = []
+    for launch, options in ((LAUNCH, ["--tensor", "2"]), ([sys.executable], [])):
+        best, metrics = str(divided / "checkpoints/best.safetensors"), tmp_path / f"{len(errors)}.json"
+        command = [*launch, "-m", "megagnn", "evaluate", best, str(store), "--json", str(metrics), *options]
+        assert subprocess.run(command, env=ENVIRONMENT, check=False).returncode == 0
+        errors.append(json.loads(metrics.read_text())["sources"]["crystals"])
+    assert errors[0] == pytest.approx(errors[1], rel=1e-8)
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    """Whole parameters, their average and the optimizer's state are equal to 1e-8."""
+    a, b = (load_checkpoint(folder / "checkpoints/last.safetensors") for folder in (first, second))
+    assert a.progress.step == b.progress.step
+    assert a.tensors.keys() == b.tensors.keys()
+    for name, tensor in a.tensors.items():
+        assert_close(tensor, b.tensors[name], 1e-8)
 
 
 def test_an_error_on_all_ranks_is_told_and_ends_the_job(files: tuple[Path, Path], tmp_path: Path) -> None:
