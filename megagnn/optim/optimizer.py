@@ -33,8 +33,16 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     if config.implementation == "own":
         return FlatAdamW(groups, **settings)
     if config.implementation == "apex":
-        return make_apex_adamw(groups, **settings)
-    return torch.optim.AdamW(groups, **settings, fused=True)
+        optimizer = make_apex_adamw(groups, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings, fused=True)
+    optimizer.register_step_post_hook(_say_that_weights_changed)
+    return optimizer
+
+
+def _say_that_weights_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Fused steps do not count versions, by which weights gathered ahead (`WeightRing`) are known as old."""
+    torch.autograd.graph.increment_version(_parameters(optimizer))
 
 
 def gradient_buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:

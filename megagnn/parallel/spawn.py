@@ -1,5 +1,6 @@
 """Run a function on several ranks on this machine over gloo, for tests and tools."""
 
+import os
 import pickle
 import tempfile
 import traceback
@@ -55,3 +56,5 @@ def _run(
     (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(result))
     if result[1] is None:
         dist.destroy_process_group()
+    else:  # threads that still wait for other ranks would abort the process, and hide the error
+        os._exit(0)

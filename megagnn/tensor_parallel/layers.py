@@ -113,7 +113,7 @@ class Embedding(nn.Module):
 
     def __init__(self, num_rows: int, width: int, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = make_parameter((num_rows, width), 1, context, normal(1.0), dtype)
+        self.weight = make_parameter((num_rows, width), 1, context, normal(1.0), dtype, "width")
 
     def forward(self, index_N: Tensor) -> Tensor:
         """See the class."""
@@ -126,7 +126,7 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, context: ParallelContext, dtype: torch.dtype, eps: float = 1e-6) -> None:
         super().__init__()
         self.width, self.context, self.eps = width, context, eps
-        self.gain_F = make_parameter((width,), 0, context, constant(1.0), dtype)
+        self.gain_F = make_parameter((width,), 0, context, constant(1.0), dtype, "width")
 
     def forward(self, h_NF: T) -> T:
         """See the class."""

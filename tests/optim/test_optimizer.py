@@ -153,6 +153,17 @@ def test_only_matrices_decay(implementation: Any) -> None:
     assert torch.equal(model.bias.detach(), torch.ones(3))
 
 
+@pytest.mark.usefixtures("_fake_apex")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_step_counts_as_a_change(implementation: Any) -> None:
+    """By a parameter's version one knows that what was made of it, as weights gathered ahead, is old."""
+    model = make_model()
+    optimizer = make_optimizer(model, OptimConfig(implementation=implementation))
+    before = [p._version for p in model.parameters()]
+    run(model, optimizer, 1, None)
+    assert all(p._version > old for p, old in zip(model.parameters(), before, strict=True))
+
+
 def test_average_follows_its_formula() -> None:
     model = nn.Linear(1, 1, bias=False)
     average = WeightAverage(model, decay=0.5)
