@@ -31,6 +31,7 @@ from torch import Tensor
 
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.linear_function import linear_function
 
 
 def copy(x: Tensor, context: ParallelContext, axis: str = "tp") -> Tensor:
@@ -101,130 +102,35 @@ def stack(whole: Tensor, dim: int, ranks: int) -> Tensor:
     return parts.movedim(dim - 1, 0).contiguous()
 
 
-class _Collective(torch.autograd.Function):
-    """tensor, then what identifies the collective; the tangent of a linear map is the map."""
-
-    @classmethod
-    def call(cls, *arguments: Any) -> Tensor:
-        result: Tensor = cls.apply(*arguments)
-        return result
+def _first_keeps(x: Tensor, context: ParallelContext, axis: str) -> Tensor:
+    return x.clone() if getattr(context, f"{axis}_rank") == 0 else torch.zeros_like(x)
 
 
-class _Copy(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (context, axis)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Reduce.apply(grads[0], *ctx.where), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Copy.call(tangents[0], *ctx.where)
+def _own_slice(x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
+    return stack(x, dim, context.size(axis))[getattr(context, f"{axis}_rank")].clone()
 
 
-class _Reduce(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (context, axis)
-        return messages.all_reduce(x.clone(memory_format=torch.contiguous_format), context, axis)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Copy.apply(grads[0], *ctx.where), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Reduce.call(tangents[0], *ctx.where)
+def _all_reduce(x: Tensor, context: ParallelContext, axis: str) -> Tensor:
+    return messages.all_reduce(x.clone(memory_format=torch.contiguous_format), context, axis)
 
 
-class _Gather(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (dim, context, axis)
-        return start_gather_along(x, dim, context, axis).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _ReduceScatter.apply(grads[0], *ctx.where), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Gather.call(tangents[0], *ctx.where)
+def _all_gather(x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
+    return start_gather_along(x, dim, context, axis).wait()
 
 
-class _ReduceScatter(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (dim, context, axis)
-        return start_reduce_scatter_along(x, dim, context, axis).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Gather.apply(grads[0], *ctx.where), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _ReduceScatter.call(tangents[0], *ctx.where)
+def _sum_slices(x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
+    return start_reduce_scatter_along(x, dim, context, axis).wait()
 
 
-class _Split(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (dim, context, axis)
-        return stack(x, dim, context.size(axis))[getattr(context, f"{axis}_rank")].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Join.apply(grads[0], *ctx.where), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Split.call(tangents[0], *ctx.where)
+def _same(x: Tensor, context: ParallelContext, axis: str) -> Tensor:
+    return x.view_as(x)
 
 
-class _Join(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (dim, context, axis)
-        return start_gather_along(x, dim, context, axis).wait()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Split.apply(grads[0], *ctx.where), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Join.call(tangents[0], *ctx.where)
-
-
-class _Unshare(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (context, axis)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Single.apply(grads[0], *ctx.where), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Unshare.call(tangents[0], *ctx.where)
-
-
-class _Single(_Collective):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: ParallelContext, axis: str) -> Tensor:
-        ctx.where = (context, axis)
-        return x.clone() if getattr(context, f"{axis}_rank") == 0 else torch.zeros_like(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Unshare.apply(grads[0], *ctx.where), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Single.call(tangents[0], *ctx.where)
+_Copy: Any = linear_function("_Copy", _same, lambda: _Reduce)
+_Reduce: Any = linear_function("_Reduce", _all_reduce, lambda: _Copy)
+_Gather: Any = linear_function("_Gather", _all_gather, lambda: _ReduceScatter)
+_ReduceScatter: Any = linear_function("_ReduceScatter", _sum_slices, lambda: _Gather)
+_Split: Any = linear_function("_Split", _own_slice, lambda: _Join)
+_Join: Any = linear_function("_Join", _all_gather, lambda: _Split)
+_Unshare: Any = linear_function("_Unshare", _same, lambda: _Single)
+_Single: Any = linear_function("_Single", _first_keeps, lambda: _Unshare)

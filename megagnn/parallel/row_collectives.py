@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.linear_function import linear_function
 
 
 @dataclass(frozen=True)
@@ -91,28 +92,12 @@ def own_rows(x: Tensor, rows: Rows) -> Tensor:
     return out
 
 
-def _make(name: str, run: Any, conjugate: str) -> Any:
-    """A Function that runs `run` and whose backward is the Function of the name `conjugate`."""
-
-    def forward(ctx: Any, x: Tensor, rows: Rows) -> Tensor:
-        ctx.rows = rows
-        result: Tensor = run(x.detach(), rows)
-        return result
-
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return globals()[conjugate].apply(grads[0], ctx.rows), None
-
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return globals()[name].apply(tangents[0], ctx.rows)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
-    return type(name, (torch.autograd.Function,), methods)
-
-
-_ToRows = _make("_ToRows", lambda x, rows: start_to_rows(x, rows).wait(), "_ToChannels")
-_ToChannels = _make("_ToChannels", lambda x, rows: start_to_channels(x, rows).wait(), "_ToRows")
-_JoinRows = _make("_JoinRows", lambda x, rows: start_join(x, rows).wait(), "_OwnRows")
-_OwnRows = _make("_OwnRows", lambda x, rows: x[rows.own].clone(), "_JoinRows")
+_ToRows: Any = linear_function("_ToRows", lambda x, rows: start_to_rows(x, rows).wait(), lambda: _ToChannels)
+_ToChannels: Any = linear_function(
+    "_ToChannels", lambda x, rows: start_to_channels(x, rows).wait(), lambda: _ToRows
+)
+_JoinRows: Any = linear_function("_JoinRows", lambda x, rows: start_join(x, rows).wait(), lambda: _OwnRows)
+_OwnRows: Any = linear_function("_OwnRows", lambda x, rows: x[rows.own].clone(), lambda: _JoinRows)
 
 
 def balanced_bounds(row_ptr: Sequence[int] | Tensor, ranks: int) -> tuple[int, ...]:

@@ -30,9 +30,8 @@ def first_order(patch: pytest.MonkeyPatch) -> None:
 
 def _unseen(conjugate: Any) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        where = ctx.where if hasattr(ctx, "where") else (ctx.rows,)
         with torch.no_grad():
-            return conjugate.apply(grads[0].detach(), *where), *(None for _ in where)
+            return conjugate.apply(grads[0].detach(), *ctx.where), *(None for _ in ctx.where)
 
     return backward
 
