@@ -10,8 +10,10 @@ They have the same weights; every loss and gradient is compared before anything 
 
 The ceiling is the vendor's matrix product with (F, F), of (E, F) or of blocks that stay in the cache, the
 faster one, timed in the same rounds; a share of it is the time in which it would do the products of the
-formulation (concatenating, twice as many as ours) over the time of the step. Peak memory is that of tensors
-above what lives between steps, measured in a process of its own.
+formulation (concatenating, twice as many as ours) over the time of the step. The floor of a step with direct
+forces adds to that the evaluations of SiLU that no formulation can leave out, at the rate of our own vector
+code on data that stay in the first-level cache, timed in the same rounds (docs/kernels.md, The floor). Peak
+memory is that of tensors above what lives between steps, measured in a process of its own.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from step_memory import peak_memory
 
 from megagnn.data import keys
+from megagnn.ops import extension
 
 EDGES = {"direct": (10_000, 30_000, 100_000), "conservative": (10_000, 40_000)}
 WIDTHS = (64, 128, 256, 512)
@@ -40,12 +43,14 @@ class StepRecord(benchmark.Record):
 
     flops: products of the step, multiply-adds counted as 2; share_of_ceiling and gflop_per_s refer to them.
     share_of_product: share_of_ceiling with the product of (E, F) alone as the ceiling.
+    share_of_floor: the same with the time of the SiLU evaluations added to that of the products.
     speed_up: for each peer, its time over that of this implementation, the median over the rounds.
     peak_bytes, resident_bytes: see tools/step_memory.py.
     """
 
     flops: float | None = None
     share_of_product: float | None = None
+    share_of_floor: float | None = None
     speed_up: dict[str, float] = field(default_factory=dict)
     peak_bytes: float | None = None
     resident_bytes: float | None = None
@@ -90,7 +95,8 @@ def step_case(forces: str, num_edges: int, width: int, args: Any) -> list[benchm
     shape = {"E": exact_edges, "N": num_atoms, "F": width, "L": workload.DEPTH}
     case = benchmark.Case(f"{forces} step", shape, "float32", dict(steps))
     flops = {name: workload.step_flops(name, forces, width, num_atoms, exact_edges) for name in names}
-    records = timed(case, width, flops, args)
+    evaluations = workload.step_evaluations(forces, width, exact_edges)
+    records = timed(case, width, flops, args, evaluations)
     print(f"  losses and gradients equal to {error:.1e} of the largest")
     del steps, case
     gc.collect()
@@ -124,7 +130,7 @@ def layer_case(num_edges: int, width: int, args: Any) -> list[benchmark.Record]:
 def summary(records: Sequence[StepRecord]) -> str:
     """The steps of megagnn by forces and width, the worst over the numbers of edges, as Markdown."""
     columns = ("step", "F", "implementation", "over usual", "over torch_geometric")
-    columns += ("of products (E, F)", "of the faster product", "memory over least peer's")
+    columns += ("of products (E, F)", "of the faster product", "of the floor", "memory over least peer's")
     lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     ours = [r for r in records if r.impl.startswith("megagnn") and r.op.endswith("step")]
     for op, width, impl in dict.fromkeys((r.op, r.shape["F"], r.impl) for r in ours):
@@ -134,6 +140,7 @@ def summary(records: Sequence[StepRecord]) -> str:
             cells.append(worst([x for r in mine for name, x in r.speed_up.items() if name.startswith(peer)]))
         cells.append(worst([r.share_of_product for r in mine if r.share_of_product], ".0%"))
         cells.append(worst([r.share_of_ceiling for r in mine if r.share_of_ceiling], ".0%"))
+        cells.append(worst([r.share_of_floor for r in mine if r.share_of_floor], ".0%"))
         cells.append(worst([-memory_share(r, records) for r in mine if r.peak_bytes]).removeprefix("-"))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if ours else ""
@@ -157,23 +164,34 @@ def names_of_implementations(batch: workload.Batch, width: int) -> list[str]:
     return [*workload.our_variants(), *(name for name in workload.peer_layers() if name != slower)]
 
 
-def timed(case: benchmark.Case, width: int, flops: dict[str, float], args: Any) -> list[StepRecord]:
-    """Times the case beside the matrix product of its edges, prints it, and fills in the arithmetic."""
+def timed(
+    case: benchmark.Case, width: int, flops: dict[str, float], args: Any, evaluations: float = 0
+) -> list[StepRecord]:
+    """Times the case beside the matrix product of its edges, prints it, and fills in the arithmetic.
+
+    evaluations: of SiLU in each of forward and backward, for the floor; 0: there is none.
+    """
     ceilings = [benchmark.product_ceiling(case.shape["E"], width), cached_ceiling(case.shape["E"], width)]
-    case.ceilings = ceilings
+    passes = silu_ceilings() if evaluations and extension.has_cpu else []
+    case.ceilings = [*ceilings, *passes]
     records = [StepRecord(**vars(record)) for record in benchmark.compare(case, args)]
-    products = {record.impl: record.round_seconds for record in records if record.note == "ceiling"}
-    large, cached = ([t / c.num_flops for t in products[c.name]] for c in ceilings)
+    rounds = {record.impl: record.round_seconds for record in records if record.note == "ceiling"}
+    large, cached = ([t / c.num_flops for t in rounds[c.name]] for c in ceilings)
     fastest = [min(both) for both in zip(large, cached, strict=True)]
+    silu = [sum(both) / SILU_ELEMENTS for both in zip(*(rounds[c.name] for c in passes), strict=True)]
     for record in records:
         if record.seconds is None or record.note == "ceiling":
             continue
         record.flops = flops[record.impl]
         record.share_of_ceiling = share(record.flops, fastest, record)
         record.share_of_product = share(record.flops, large, record)
+        if silu:
+            floors = [record.flops * f + evaluations * s for f, s in zip(fastest, silu, strict=True)]
+            record.share_of_floor = share(1.0, floors, record)
         record.gflop_per_s = record.flops / record.seconds / 1e9
         record.speed_up = {other.impl: speed_up(record, other) for other in records if is_peer(other)}
     print(benchmark.table(records))
+    print(floor_lines(records))
     print(speed_up_lines(records))
     return records
 
@@ -195,6 +213,36 @@ def cached_ceiling(rows: int, width: int) -> benchmark.Ceiling:
             torch.mm(a, b, out=out)
 
     return benchmark.Ceiling("mm in cache", work, num_flops=2.0 * repeats * block * width * width)
+
+
+SILU_COLUMNS = 1024  # four rows of 4 KiB fit any first-level cache
+SILU_ELEMENTS = 2**20
+
+
+def silu_ceilings() -> list[benchmark.Ceiling]:
+    """SILU_ELEMENTS evaluations alone: act(x), and with its slope times a cotangent; a row per thread."""
+    threads = torch.get_num_threads()
+    x, bar = torch.randn(threads, SILU_COLUMNS), torch.randn(threads, SILU_COLUMNS)
+    value, x_bar, none = torch.empty_like(x), torch.empty_like(x), x.new_empty(0)
+    repeats = SILU_ELEMENTS // (SILU_COLUMNS * threads)
+
+    def forward() -> None:
+        torch.ops.megagnn.silu_pass_(x, none, value, none, repeats)
+
+    def backward() -> None:
+        torch.ops.megagnn.silu_pass_(x, bar, value, x_bar, repeats)
+
+    return [benchmark.Ceiling("silu forward", forward), benchmark.Ceiling("silu backward", backward)]
+
+
+def floor_lines(records: Sequence[StepRecord]) -> str:
+    """Share of the products and of the floor of each step."""
+    lines = [
+        f"  {r.impl:28} {r.share_of_ceiling or 0:.0%} of its products, {r.share_of_floor:.0%} of the floor"
+        for r in records
+        if r.share_of_floor is not None
+    ]
+    return "\n".join(lines)
 
 
 def is_peer(record: benchmark.Record) -> bool:

@@ -12,6 +12,7 @@ ratios taken within a round. Results are checked before anything is timed. Use:
 
 The first implementation is ours; None stands for a peer that is not installed, which is named as missing.
 Neighbours that share the cores disturb parallel regions least with OMP_PROC_BIND=true in the environment.
+Where there are more of them than cores, compare long with short work by --threads 1 --clock cpu only.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from megagnn.ops.allocator import configure_allocator
 
 Work = Callable[[], Any]
 _SAMPLE_SECONDS = 2e-3  # shorter work is repeated within a sample until it takes about this long
-_state = {"allocator": "default"}
+_state = {"allocator": "default", "clock": "wall"}
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 @dataclass
@@ -129,11 +131,16 @@ def parse_args(
     parser.add_argument("--threads", type=int, default=2, help="threads of torch's pool (default 2)")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per case (default 3)")
     parser.add_argument("--rounds", type=int, default=9, help="least number of rounds (default 9)")
+    clock_help = "cpu: processor time, for one thread, where other processes take turns on the cores"
+    parser.add_argument("--clock", choices=tuple(_CLOCKS), default="wall", help=clock_help)
     parser.add_argument("--json", type=Path, metavar="PATH", help="writes the records there")
     parser.add_argument("--plot", type=Path, metavar="PATH", help="draws ratios and shares there (png, pdf)")
     for name, keywords in extra:
         parser.add_argument(name, **keywords)
     args = parser.parse_args(argv)
+    if args.clock == "cpu" and args.threads > 1:
+        parser.error(f"--clock cpu adds up the threads' waiting, got --threads {args.threads}; use 1")
+    _state["clock"] = args.clock
     prepare(args.threads)
     return args
 
@@ -230,12 +237,13 @@ def _check(case: Case, works: dict[str, Work], ours: str) -> dict[str, float]:
 
 
 def _sample(work: Work, repeats: int) -> float:
-    start = time.perf_counter()
+    clock = _CLOCKS[_state["clock"]]
+    start = clock()
     for _ in range(repeats):
         work()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _times(works: dict[str, Work], rounds: int, seconds: float) -> dict[str, list[float]]:

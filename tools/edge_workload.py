@@ -253,3 +253,12 @@ def step_flops(name: str, forces: str, width: int, num_atoms: int, num_edges: in
         atoms += (5 if name.startswith("megagnn") else 3) * width * width
     edge_units, atom_units = UNITS[forces][formulation(name)], UNITS[forces]["plain"]
     return 2.0 * (edge_units * edges * num_edges + atom_units * atoms * num_atoms)
+
+
+def step_evaluations(forces: str, width: int, num_edges: int) -> float:
+    """Evaluations of SiLU on edges in each of forward and backward of a direct step, for every formulation.
+
+    Three for each channel and edge of a layer: hidden layer, message, vector branch. 0 for conservative
+    forces, whose formulations differ in how often they evaluate what.
+    """
+    return 3.0 * DEPTH * width * num_edges if forces == "direct" else 0.0

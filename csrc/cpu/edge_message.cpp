@@ -1,28 +1,10 @@
 // Compiled once for each SIMD level, like cpu/segment.cpp. Derivations are in docs/kernels.md.
 #include "cpu/edge_message.h"
 
-#include "cpu/math.h"
+#include "cpu/jet.h"
 
 namespace megagnn::cpu::MEGAGNN_SIMD {
 namespace {
-
-// Value, first and second derivative of the activation.
-template <class T>
-struct Jet {
-  Vec<T> value, first, second;
-};
-
-template <class T, int ACTIVATION>
-inline __attribute__((always_inline)) Jet<T> activate(Vec<T> x) {
-  if constexpr (ACTIVATION == kSiLU) {
-    const Logistic<T> s = logistic<T>(x);
-    const Vec<T> y = x * s.value, product = s.value * s.rest;
-    return {y, s.value + x * product, product * (T(2) + x - T(2) * y)};
-  } else {
-    const Vec<T> zero = {}, one = broadcast(T(1));
-    return {x < T(0) ? zero : x, x > T(0) ? one : zero, zero};
-  }
-}
 
 // t(d), the factor of r in the vector branch, and its derivatives.
 template <class T>
@@ -106,6 +88,11 @@ void radial(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   }
 }
 
+template <class T, class Lanes>
+inline __attribute__((always_inline)) void add_row(T* to, Vec<T> x, Lanes lanes) {
+  store(to, load(to, lanes) + x, lanes);
+}
+
 constexpr int64_t kAhead = 4;  // edges whose source row is fetched before its turn: sources are in no order
 
 template <class T, bool PAIR>
@@ -118,26 +105,32 @@ inline void prefetch_source(const EdgeProblem<T>& in, const EdgeBlock<T>& block,
   }
 }
 
+// Pointers are taken out of the structs before a loop: its stores might, for all the compiler knows, change
+// them, and it would read each again for every vector.
 template <class T, bool PAIR, int ACTIVATION, bool SLOPE>
 void before_rows(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   const int64_t width = in.hidden, plane = block.count * width;
+  const bool complete = block.a_complete;
+  T *const keep = block.a_keep, *const z = block.z, *const slope = block.a_slope;
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t e = block.begin + k, to = in.destination[e] * width, from = in.source[e] * width;
-    if (!block.a_complete) prefetch_source<T, PAIR>(in, block, k);
-    for_columns<T>(width, [&](int64_t c, auto lanes) {
+    const T *const a_row = block.a + k * width, *const p = in.p[0] + to, *const q = in.q[0] + from;
+    const T *const p_t = PAIR ? in.p[1] + to : nullptr, *const q_t = PAIR ? in.q[1] + from : nullptr;
+    if (!complete) prefetch_source<T, PAIR>(in, block, k);
+    for_columns<T>(width, [=](int64_t c, auto lanes) {
       const int64_t at = k * width + c;
-      Vec<T> a = load(block.a + at, lanes);
-      if (!block.a_complete) a += load(in.p[0] + to + c, lanes) + load(in.q[0] + from + c, lanes);
-      if (block.a_keep) store(block.a_keep + at, a, lanes);
+      Vec<T> a = load(a_row + c, lanes);
+      if (!complete) a += load(p + c, lanes) + load(q + c, lanes);
+      if (keep) store(keep + at, a, lanes);
       const Jet<T> jet = activate<T, ACTIVATION>(a);
-      store(block.z + at, jet.value, lanes);
-      if (SLOPE) store(block.a_slope + at, jet.first, lanes);
+      store(z + at, jet.value, lanes);
+      if (SLOPE) store(slope + at, jet.first, lanes);
       if constexpr (PAIR) {
-        Vec<T> a_t = load(block.a + plane + at, lanes);
-        if (!block.a_complete) a_t += load(in.p[1] + to + c, lanes) + load(in.q[1] + from + c, lanes);
-        if (block.a_keep) store(block.a_keep + plane + at, a_t, lanes);
-        store(block.z + plane + at, Vec<T>(jet.first * a_t), lanes);
-        if (SLOPE) store(block.a_slope + plane + at, Vec<T>(jet.second * a_t), lanes);
+        Vec<T> a_t = load(a_row + plane + c, lanes);
+        if (!complete) a_t += load(p_t + c, lanes) + load(q_t + c, lanes);
+        if (keep) store(keep + plane + at, a_t, lanes);
+        store(z + plane + at, Vec<T>(jet.first * a_t), lanes);
+        if (SLOPE) store(slope + plane + at, Vec<T>(jet.second * a_t), lanes);
       }
     });
   }
@@ -152,23 +145,23 @@ void before(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
 template <class T, bool PAIR, int ACTIVATION, bool SLOPE>
 void message_rows(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   const int64_t width = in.message, plane = block.count * width;
+  const T *const pre = block.c, *const b2 = in.b2;
+  T *const message = block.m, *const slope = block.c_slope;
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t e = block.begin + k, to = in.destination[e] * width;
     const T f = in.f[0] ? in.f[0][e] : T(1), f_t = PAIR && in.f[1] ? in.f[1][e] : T(0);
-    for_columns<T>(width, [&](int64_t c, auto lanes) {
+    T *const sum = in.sum[0] ? in.sum[0] + to : nullptr, *const sum_t = in.sum[1] ? in.sum[1] + to : nullptr;
+    for_columns<T>(width, [=](int64_t c, auto lanes) {
       const int64_t at = k * width + c;
-      const Jet<T> jet = activate<T, ACTIVATION>(load(block.c + at, lanes) + load(in.b2 + c, lanes));
-      if (block.m) store(block.m + at, jet.value, lanes);
-      if (SLOPE) store(block.c_slope + at, jet.first, lanes);
-      if (in.sum[0]) store(in.sum[0] + to + c, load(in.sum[0] + to + c, lanes) + f * jet.value, lanes);
+      const Jet<T> jet = activate<T, ACTIVATION>(load(pre + at, lanes) + load(b2 + c, lanes));
+      if (message) store(message + at, jet.value, lanes);
+      if (SLOPE) store(slope + at, jet.first, lanes);
+      if (sum) add_row<T>(sum + c, f * jet.value, lanes);
       if constexpr (PAIR) {
-        const Vec<T> c_t = load(block.c + plane + at, lanes), m_t = jet.first * c_t;
-        if (block.m) store(block.m + plane + at, m_t, lanes);
-        if (SLOPE) store(block.c_slope + plane + at, Vec<T>(jet.second * c_t), lanes);
-        if (in.sum[1]) {
-          const Vec<T> sum = load(in.sum[1] + to + c, lanes) + f * m_t + f_t * jet.value;
-          store(in.sum[1] + to + c, sum, lanes);
-        }
+        const Vec<T> c_t = load(pre + plane + at, lanes), m_t = jet.first * c_t;
+        if (message) store(message + plane + at, m_t, lanes);
+        if (SLOPE) store(slope + plane + at, Vec<T>(jet.second * c_t), lanes);
+        if (sum_t) add_row<T>(sum_t + c, f * m_t + f_t * jet.value, lanes);
       }
     });
   }
@@ -183,22 +176,24 @@ void message(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
 template <class T, bool PAIR, int ACTIVATION, bool SLOPE>
 void scalar_rows(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   const int64_t width = in.vector, plane = block.count * width;
+  const T *const g = block.g, *const b3 = in.b3, *const w4 = in.w4;
+  T *const u = block.u, *const slope = block.g_bar;
   for (int64_t k = 0; k < block.count; ++k) {
     Vec<T> sum = {}, sum_t = {};
-    for_columns<T>(width, [&](int64_t c, auto lanes) {
+    for_columns<T>(width, [=, &sum, &sum_t](int64_t c, auto lanes) {
       const int64_t at = k * width + c;
-      const Jet<T> jet = activate<T, ACTIVATION>(load(block.g + at, lanes) + load(in.b3 + c, lanes));
-      const Vec<T> weight = load(in.w4 + c, lanes);
+      const Jet<T> jet = activate<T, ACTIVATION>(load(g + at, lanes) + load(b3 + c, lanes));
+      const Vec<T> weight = load(w4 + c, lanes);
       sum += weight * jet.value;
       Vec<T> g_t = {}, u_t = {};
       if constexpr (PAIR) {
-        g_t = load(block.g + plane + at, lanes), u_t = jet.first * g_t;
+        g_t = load(g + plane + at, lanes), u_t = jet.first * g_t;
         sum_t += weight * u_t;
       }
       if constexpr (SLOPE) {  // at last: the slopes may take the place of g
-        store(block.u + at, jet.value, lanes), store(block.g_bar + at, jet.first, lanes);
-        if (PAIR) store(block.u + plane + at, u_t, lanes);
-        if (PAIR) store(block.g_bar + plane + at, Vec<T>(jet.second * g_t), lanes);
+        store(u + at, jet.value, lanes), store(slope + at, jet.first, lanes);
+        if (PAIR) store(u + plane + at, u_t, lanes);
+        if (PAIR) store(slope + plane + at, Vec<T>(jet.second * g_t), lanes);
       }
     });
     block.w[0][k] = sum_lanes<T>(sum);
@@ -296,12 +291,13 @@ void vector_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const 
   for (int64_t k = 0; k < block.count; ++k) {
     T w_bar[2];
     scalar_backward<T, PAIR>(in, block, k, w_bar);
-    const T* u = block.u + k * width;
+    const T *const u = block.u + k * width, *const w4 = in.w4;
+    T *const slopes = block.g_bar + k * width, *const w4_sum = sums.w4_bar, *const b3_sum = sums.b3_bar;
     const T bar = w_bar[0], bar_t = w_bar[1];
     if (sums.b4_bar) sums.b4_bar[0] += bar;
-    for_columns<T>(width, [&](int64_t c, auto lanes) {
-      T* slope = block.g_bar + k * width + c;
-      const Vec<T> weight = load(in.w4 + c, lanes), first = load(slope, lanes);
+    for_columns<T>(width, [=](int64_t c, auto lanes) {
+      T* slope = slopes + c;
+      const Vec<T> weight = load(w4 + c, lanes), first = load(slope, lanes);
       Vec<T> g_bar = bar * weight * first, w4_bar = bar * load(u + c, lanes);
       if constexpr (PAIR) {
         g_bar += bar_t * weight * load(slope + plane, lanes);
@@ -309,10 +305,7 @@ void vector_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const 
         store(slope + plane, Vec<T>(bar_t * weight * first), lanes);
       }
       store(slope, g_bar, lanes);
-      if (sums.w4_bar) {
-        store(sums.w4_bar + c, load(sums.w4_bar + c, lanes) + w4_bar, lanes);
-        store(sums.b3_bar + c, load(sums.b3_bar + c, lanes) + g_bar, lanes);
-      }
+      if (w4_sum) add_row<T>(w4_sum + c, w4_bar, lanes), add_row<T>(b3_sum + c, g_bar, lanes);
     });
   }
 }
@@ -320,60 +313,64 @@ void vector_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const 
 template <class T, bool PAIR>
 void message_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const EdgeSums<T>& sums) {
   const int64_t width = in.message, plane = block.count * width;
+  const T *const message = block.m, *const slopes = block.c_slope;
+  T *const bars = block.m_bar, *const b2_sum = sums.b2_bar;
+  const bool branch = in.vector != 0;
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t e = block.begin + k, to = in.destination[e] * width;
     const T f = in.f[0] ? in.f[0][e] : T(1), f_t = PAIR && in.f[1] ? in.f[1][e] : T(0);
+    const T *const sum_bars = in.sum_bar[0] + to, *const sum_t_bars = PAIR ? in.sum_bar[1] + to : nullptr;
     Vec<T> f_bar = {}, f_t_bar = {};
-    for_columns<T>(width, [&](int64_t c, auto lanes) {
+    for_columns<T>(width, [=, &f_bar, &f_t_bar](int64_t c, auto lanes) {
       const int64_t at = k * width + c;
-      const Vec<T> sum_bar = load(in.sum_bar[0] + to + c, lanes), slope = load(block.c_slope + at, lanes);
-      const Vec<T> m = load(block.m + at, lanes);
+      const Vec<T> sum_bar = load(sum_bars + c, lanes), slope = load(slopes + at, lanes);
+      const Vec<T> m = load(message + at, lanes);
       Vec<T> m_bar = f * sum_bar;
-      if (in.vector) m_bar += load(block.m_bar + at, lanes);
+      if (branch) m_bar += load(bars + at, lanes);
       f_bar += sum_bar * m;
       Vec<T> c_bar = m_bar * slope;
       if constexpr (PAIR) {
-        const Vec<T> sum_t_bar = load(in.sum_bar[1] + to + c, lanes);
+        const Vec<T> sum_t_bar = load(sum_t_bars + c, lanes);
         Vec<T> m_t_bar = f * sum_t_bar;
-        if (in.vector) m_t_bar += load(block.m_bar + plane + at, lanes);
-        c_bar += f_t * sum_t_bar * slope + m_t_bar * load(block.c_slope + plane + at, lanes);
-        f_bar += sum_t_bar * load(block.m + plane + at, lanes);
+        if (branch) m_t_bar += load(bars + plane + at, lanes);
+        c_bar += f_t * sum_t_bar * slope + m_t_bar * load(slopes + plane + at, lanes);
+        f_bar += sum_t_bar * load(message + plane + at, lanes);
         f_t_bar += sum_t_bar * m;
-        store(block.m_bar + plane + at, Vec<T>(m_t_bar * slope), lanes);
+        store(bars + plane + at, Vec<T>(m_t_bar * slope), lanes);
       }
-      store(block.m_bar + at, c_bar, lanes);
-      if (sums.b2_bar) store(sums.b2_bar + c, load(sums.b2_bar + c, lanes) + c_bar, lanes);
+      store(bars + at, c_bar, lanes);
+      if (b2_sum) add_row<T>(b2_sum + c, c_bar, lanes);
     });
     if (in.f_bar[0]) in.f_bar[0][e] += sum_lanes<T>(f_bar);
     if (PAIR && in.f_bar[1]) in.f_bar[1][e] += sum_lanes<T>(f_t_bar);
   }
 }
 
-template <class T, class Lanes>
-inline __attribute__((always_inline)) void add_row(T* to, Vec<T> x, Lanes lanes) {
-  store(to, load(to, lanes) + x, lanes);
-}
-
 template <class T, bool PAIR>
 void before_backward(const EdgeProblem<T>& in, const EdgeBlock<T>& block, const EdgeSums<T>& sums) {
   const int64_t width = in.hidden, plane = block.count * width;
+  const T* const slopes = block.a_slope;
+  T* const bars = block.z_bar;
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t e = block.begin + k, to = in.destination[e] * width;
     const int64_t from = (in.source[e] - sums.first_source) * width;
-    for_columns<T>(width, [&](int64_t c, auto lanes) {
+    T *const p_bar = in.p_bar[0] + to, *const q_bar = sums.q_bar[0] + from;
+    T *const p_t_bar = PAIR ? in.p_bar[1] + to : nullptr, *const q_t_bar =
+                                                              PAIR ? sums.q_bar[1] + from : nullptr;
+    for_columns<T>(width, [=](int64_t c, auto lanes) {
       const int64_t at = k * width + c;
-      const Vec<T> slope = load(block.a_slope + at, lanes);
-      Vec<T> a_bar = load(block.z_bar + at, lanes) * slope;
+      const Vec<T> slope = load(slopes + at, lanes);
+      Vec<T> a_bar = load(bars + at, lanes) * slope;
       if constexpr (PAIR) {
-        const Vec<T> z_t_bar = load(block.z_bar + plane + at, lanes), a_t_bar = z_t_bar * slope;
-        a_bar += z_t_bar * load(block.a_slope + plane + at, lanes);
-        store(block.z_bar + plane + at, a_t_bar, lanes);
-        add_row<T>(in.p_bar[1] + to + c, a_t_bar, lanes);
-        add_row<T>(sums.q_bar[1] + from + c, a_t_bar, lanes);
+        const Vec<T> z_t_bar = load(bars + plane + at, lanes), a_t_bar = z_t_bar * slope;
+        a_bar += z_t_bar * load(slopes + plane + at, lanes);
+        store(bars + plane + at, a_t_bar, lanes);
+        add_row<T>(p_t_bar + c, a_t_bar, lanes);
+        add_row<T>(q_t_bar + c, a_t_bar, lanes);
       }
-      store(block.z_bar + at, a_bar, lanes);
-      add_row<T>(in.p_bar[0] + to + c, a_bar, lanes);
-      add_row<T>(sums.q_bar[0] + from + c, a_bar, lanes);
+      store(bars + at, a_bar, lanes);
+      add_row<T>(p_bar + c, a_bar, lanes);
+      add_row<T>(q_bar + c, a_bar, lanes);
     });
   }
 }

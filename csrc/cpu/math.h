@@ -1,6 +1,6 @@
 // Elementary functions on vectors of the SIMD level that is being compiled, and loops over the columns of a
-// row. Included like cpu/vector.h. exp, sin and cos follow the polynomials of the Cephes library (Moshier
-// 1989); their errors are below 2 units in the last place over the ranges that occur.
+// row. Included like cpu/vector.h. sin, cos and exp of double follow the polynomials of the Cephes library
+// (Moshier 1989); all errors are below 2 units in the last place over the ranges that occur.
 #pragma once
 
 #include "cpu/vector.h"
@@ -53,11 +53,15 @@ template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
+// By halves: lane after lane each addition would wait for the one before it.
 template <class T>
 inline T sum_lanes(Vec<T> x) {
-  T sum = 0;
-  for (int64_t lane = 0; lane < kLanesOf<T>; ++lane) sum += x[lane];
-  return sum;
+  T lanes[kLanesOf<T>];
+  __builtin_memcpy(lanes, &x, sizeof x);
+  for (int64_t half = kLanesOf<T> / 2; half > 0; half /= 2) {
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
 }
 
 // The lanes that are there: all, or the first `count` at the end of a row; the others read as zero.
@@ -92,19 +96,50 @@ inline __attribute__((always_inline)) void for_columns(int64_t width, const Body
   if (column < width) body(column, Some{width - column});
 }
 
-// e^x for x clamped to where neither the result nor its reciprocal overflows; NaN stays NaN.
+// The larger of low and x, the smaller of high and x; NaN stays NaN. Spelled for gcc, which makes two
+// instructions of the comparison where there is one.
+template <class T>
+inline Vec<T> at_least(T low, Vec<T> x) {
+  return broadcast(low) > x ? broadcast(low) : x;
+}
+template <class T>
+inline Vec<T> at_most(T high, Vec<T> x) {
+  return broadcast(high) < x ? broadcast(high) : x;
+}
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX512F__)
+template <>
+inline Vec<float> at_least(float low, Vec<float> x) {
+  return __builtin_ia32_maxps512_mask(broadcast(low), x, x, -1, 4);
+}
+template <>
+inline Vec<float> at_most(float high, Vec<float> x) {
+  return __builtin_ia32_minps512_mask(broadcast(high), x, x, -1, 4);
+}
+#elif defined(__GNUC__) && !defined(__clang__) && defined(__AVX2__)
+template <>
+inline Vec<float> at_least(float low, Vec<float> x) {
+  return __builtin_ia32_maxps256(broadcast(low), x);
+}
+template <>
+inline Vec<float> at_most(float high, Vec<float> x) {
+  return __builtin_ia32_minps256(broadcast(high), x);
+}
+#endif
+
+// e^x for x clamped to where neither the result nor its reciprocal overflows; NaN stays NaN. The polynomial
+// is the one of degree 6 that begins with 1 + r and has the least largest relative error, 3e-9, for
+// |r| <= ln(2) / 2, its coefficients rounded to float.
 inline Vec<float> exponential(Vec<float> x) {
-  x = x > 87.0f ? broadcast(87.0f) : x;
-  x = x < -87.0f ? broadcast(-87.0f) : x;
+  x = at_most(87.0f, at_least(-87.0f, x));
   const Vec<float> shifted = x * 1.44269504088896341f + kPower<float>;
   const Vec<float> n = shifted - kPower<float>;
   const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-  Vec<float> y = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  y = y * r + 8.3334519073e-3f;
-  y = y * r + 4.1665795894e-2f;
-  y = y * r + 1.6666665459e-1f;
-  y = y * r + 5.0000001201e-1f;
-  y = y * (r * r) + r + 1.0f;
+  Vec<float> y = r * 1.3814540580e-3f + 8.3687454462e-3f;
+  y = y * r + 4.1668388993e-2f;
+  y = y * r + 1.6666521132e-1f;
+  y = y * r + 4.9999994040e-1f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
   return y * from_bits<float>(bits_of<float>(shifted) << 23);
 }
 

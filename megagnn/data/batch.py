@@ -71,7 +71,8 @@ def collate(graphs: Sequence[Mapping[str, Any]], dtype: torch.dtype = torch.floa
     num_edges = np.array([g[keys.EDGE_INDEX].shape[1] for g in graphs], dtype=np.int64)
     graph_ptr = _pointer(counts)
     edge_index = _concatenate([g[keys.EDGE_INDEX] for g in graphs], (2, 0), np.int64, axis=1)
-    edge_index = edge_index + np.repeat(graph_ptr[:-1], num_edges)
+    # by rows: structures have theirs by columns, and every operation would copy both ends for itself
+    edge_index = np.ascontiguousarray(edge_index + np.repeat(graph_ptr[:-1], num_edges))
     row_ptr, source_ptr, source_perm = _rows_and_sources(edge_index, int(graph_ptr[-1]))
     real = np.float64 if dtype == torch.float64 else np.float32
     arrays = {

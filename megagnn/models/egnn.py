@@ -109,9 +109,8 @@ class EGNN(nn.Module):
         partition = partition_edges(batch, self.context, plan)
         own = partition.edges
         structure_E = batch[keys.BATCH][batch[keys.EDGE_INDEX][0, own]]
-        shifts_EC1 = batch[keys.CELL_SHIFTS][own].unsqueeze(-1)
         cell_B33 = share(batch[keys.CELL], self.context)
-        shift_EC = (cell_B33[structure_E] * shifts_EC1).sum(-2)
+        shift_EC = dual.lattice_shift(cell_B33, batch[keys.CELL_SHIFTS][own], structure_E)
         degree_N1 = batch[keys.ROW_PTR].diff().clamp(min=1).unsqueeze(-1)
         return Edges(partition, shift_EC, self.distance_feature.centres_R, degree_N1=degree_N1)
 

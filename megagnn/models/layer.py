@@ -49,8 +49,7 @@ class Edges:
 def edge_vectors(x_NC: T, edges: Edges) -> T:
     """r_ij = x_j + shift_ij - x_i at coordinates x, Å: (N, 3) to (E, 3)."""
     graph, own = edges.partition.graph, edges.partition.own_rows
-    shift_EC: T = edges.shift_EC  # type: ignore[assignment] # a Dual where x is one
-    return dual.gather(x_NC, graph.source) + shift_EC - dual.gather(x_NC[own], graph.destination)
+    return dual.edge_difference(x_NC[own], x_NC, edges.shift_EC, graph.destination, graph.source)
 
 
 def edge_distances(r_EC: T) -> T:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megagnn.ops import segment
+from megagnn.ops import geometry, segment
 from megagnn.ops.activation import silu as silu_of_tensor
 from megagnn.ops.activation import silu_second_derivative
 from megagnn.ops.segment import Segments
@@ -159,6 +159,23 @@ def gather(x: T, segments: Segments) -> T:
     if isinstance(x, Dual):
         return Dual(segment.gather(x.value, segments), segment.gather(x.tangent, segments))
     return segment.gather(x, segments)
+
+
+def edge_difference(to: T, sender: T, shift: Any, destination: Segments, source: Segments) -> T:
+    """`ops.geometry.edge_difference`; the shift is a Dual where the positions are."""
+    if isinstance(to, Dual) and isinstance(sender, Dual):
+        ends = (destination, source)
+        value = geometry.edge_difference(to.value, sender.value, shift.value, *ends)
+        return Dual(value, geometry.edge_difference(to.tangent, sender.tangent, shift.tangent, *ends))
+    return geometry.edge_difference(to, sender, shift, destination, source)
+
+
+def lattice_shift(cell: T, shifts: Tensor, structure: Tensor) -> T:
+    """`ops.geometry.lattice_shift`."""
+    if isinstance(cell, Dual):
+        value = geometry.lattice_shift(cell.value, shifts, structure)
+        return Dual(value, geometry.lattice_shift(cell.tangent, shifts, structure))
+    return geometry.lattice_shift(cell, shifts, structure)
 
 
 def segment_sum(x: T, segments: Segments) -> T:

@@ -37,14 +37,32 @@ def test_timed_fills_in_the_arithmetic_of_each() -> None:
         assert (mine.share_of_ceiling or 1) <= (mine.share_of_product or 0)
 
 
+@pytest.mark.skipif(not bench.extension.has_cpu, reason="the evaluations are timed on the CPU kernels")
+def test_the_floor_adds_the_evaluations_to_the_products() -> None:
+    """With as good as no products the floor is the evaluations' time, and it grows with their number."""
+    case = benchmark.Case("direct step", {"E": 256, "F": 64}, "float32", {"megagnn save": time_of_sum})
+    args, flops = Namespace(rounds=3, seconds=0.0), {"megagnn save": 1.0}
+    ours, *ceilings = bench.timed(case, 64, flops, args, evaluations=1e6)
+    per_element = [
+        sum(both) / bench.SILU_ELEMENTS for both in zip(*(c.round_seconds for c in ceilings[2:]), strict=True)
+    ]
+    assert ours.share_of_floor == pytest.approx(bench.share(1e6, per_element, ours), rel=1e-3)
+    assert bench.timed(case, 64, flops, args)[0].share_of_floor is None
+
+
+def time_of_sum() -> int:
+    """Some work."""
+    return sum(range(1000))
+
+
 def test_summary_keeps_the_worst() -> None:
-    memory = [{"peak_bytes": 10.0}, {"peak_bytes": 30.0}]
+    memory = [{"peak_bytes": 10.0, "share_of_floor": 0.9}, {"peak_bytes": 30.0, "share_of_floor": 0.8}]
     ours = [
         record("megagnn save", (1.0, 1.0, 1.0), edges, speed_up={"usual index_add": up}, **kept)
         for edges, up, kept in zip((10, 20), (2.5, 1.5), memory, strict=True)
     ]
     peers = [record("usual index_add", (2.0, 2.0, 2.0), edges, peak_bytes=100.0) for edges in (10, 20)]
     (line,) = [line for line in bench.summary([*ours, *peers]).splitlines() if "megagnn" in line]
-    assert line == "| direct step | 64 | megagnn save | 1.50 | - | - | - | 0.30 |"
+    assert line == "| direct step | 64 | megagnn save | 1.50 | - | - | - | 80% | 0.30 |"
     assert bench.memory_share(ours[1], [*ours, *peers]) == pytest.approx(0.3)
     assert bench.summary(peers) == ""

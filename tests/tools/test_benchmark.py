@@ -101,3 +101,16 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_missing_modules_are_none() -> None:
     assert benchmark.optional("no_such_module") is None
     assert benchmark.optional("torch") is torch
+
+
+def test_processor_time_leaves_waiting_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sleep takes no processor time; the clock of the wall sees it."""
+    assert benchmark._sample(lambda: time.sleep(0.02), 1) >= 0.02
+    monkeypatch.setitem(benchmark._state, "clock", "cpu")
+    assert benchmark._sample(lambda: time.sleep(0.02), 1) < 0.01
+
+
+def test_processor_time_of_several_threads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        benchmark.parse_args("", argv=["--clock", "cpu", "--threads", "2"])
+    assert "--clock cpu adds up the threads' waiting, got --threads 2; use 1" in capsys.readouterr().err
