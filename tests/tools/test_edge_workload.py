@@ -32,7 +32,7 @@ class CountProducts(TorchDispatchMode):
 
 
 def make_step(name: str, forces: str = "direct", width: int = 64) -> workload.TrainingStep:
-    step = workload.make_step(name, BATCH, workload.model_config(width, forces, CUTOFF), "create_graph")
+    step = workload.make_step(name, BATCH, workload.model_config(width, forces, CUTOFF))
     assert step is not None
     return step
 
