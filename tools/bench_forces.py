@@ -19,10 +19,11 @@ between steps, of a process of its own (tools/step_memory.py).
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,10 @@ def main() -> None:
                 print(markdown(found), flush=True)
                 records += found
     plot_path, args.plot = args.plot, None
-    benchmark.report(records, args)
+    if not args.no_time:
+        benchmark.report(records, args)
+    elif args.json:
+        args.json.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
     if plot_path:
         plot(records, plot_path)
 
