@@ -3,7 +3,8 @@
 A step is forward, loss on energies and forces, backward and fused AdamW on a batch of liquid-like metal with
 30 neighbours an atom; three layers, float32. The peers (tools/peers) concatenate both atoms and the distance:
 in plain PyTorch with the faster of index_add and torch_scatter, and as a `MessagePassing` of torch_geometric.
-They have the same weights; every loss and gradient is compared before anything is timed.
+They have the same weights; every loss and gradient is compared before anything is timed. Conservative steps
+of ours take one backward, and those named so `create_graph`, as the peers do.
 
     python tools/bench_edge_message.py --threads 2 --json edge_message.json --plot edge_message.png
     python tools/bench_edge_message.py --forces direct --edges 10000 --widths 64 128 --no-memory
@@ -68,7 +69,6 @@ def main() -> None:
         ),
         ("--widths", {"nargs": "+", "type": int, "default": WIDTHS}),
         ("--no-memory", {"action": "store_true", "help": "leaves the memory of the steps out"}),
-        ("--gradient-method", {"default": "create_graph", "help": "of ours, for conservative forces"}),
     )
     records: list[benchmark.Record] = []
     for forces in args.forces:
@@ -88,8 +88,8 @@ def step_case(forces: str, num_edges: int, width: int, args: Any) -> list[benchm
     """Checks and times one training step of every implementation."""
     batch, cutoff = workload.dense_batch(num_edges)
     config = workload.model_config(width, forces, cutoff)
-    names = names_of_implementations(batch, width)
-    steps = {name: workload.make_step(name, batch, config, args.gradient_method) for name in names}
+    names = names_of_implementations(batch, width, forces)
+    steps = {name: workload.make_step(name, batch, config) for name in names}
     error = workload.check_equal({name: step for name, step in steps.items() if step})
     num_atoms, exact_edges = len(batch[keys.POSITIONS]), batch[keys.EDGE_INDEX].shape[1]
     shape = {"E": exact_edges, "N": num_atoms, "F": width, "L": workload.DEPTH}
@@ -158,10 +158,10 @@ def memory_share(record: StepRecord, records: Sequence[StepRecord]) -> float:
     return (record.peak_bytes or 0.0) / least if least else float("nan")
 
 
-def names_of_implementations(batch: workload.Batch, width: int) -> list[str]:
+def names_of_implementations(batch: workload.Batch, width: int, forces: str = "direct") -> list[str]:
     """Ours first, then the peers, without the slower scatter of the usual way."""
     slower = workload.slower_scatter(batch, width)
-    return [*workload.our_variants(), *(name for name in workload.peer_layers() if name != slower)]
+    return [*workload.our_variants(forces), *(name for name in workload.peer_layers() if name != slower)]
 
 
 def timed(

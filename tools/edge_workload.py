@@ -70,9 +70,11 @@ def _liquid(size: int, rng: np.random.Generator) -> tuple[Any, ...]:
     return rng.choice(ELEMENTS, size), positions, np.eye(3) * length, np.ones(3, dtype=bool)
 
 
-def model_config(width: int, forces: str, cutoff: float, **values: Any) -> ModelConfig:
-    """The default EGNN of this width and three layers."""
-    sizes = {"width": width, "num_layers": DEPTH, "num_radial": NUM_RADIAL, "cutoff": cutoff}
+def model_config(
+    width: int, forces: str, cutoff: float, num_layers: int = DEPTH, **values: Any
+) -> ModelConfig:
+    """The default EGNN of this width, three layers where nothing else is said."""
+    sizes = {"width": width, "num_layers": num_layers, "num_radial": NUM_RADIAL, "cutoff": cutoff}
     return ModelConfig(**sizes, forces=forces, **values)  # type: ignore[arg-type] # checked by pydantic
 
 
@@ -91,13 +93,38 @@ def statistics() -> Statistics:
     )
 
 
-def our_variants() -> dict[str, dict[str, Any]]:
-    """The configurations of megagnn that are compared, the fastest first, by the name they go by."""
-    return {
-        "megagnn save": {"edge_operation": "fused", "edge_memory": "save"},
-        "megagnn recompute": {"edge_operation": "fused", "edge_memory": "recompute"},
-        "megagnn unfused": {"edge_operation": "unfused"},
-    }
+# What of the edges is kept for the backward, by the name it goes by.
+MEMORY: dict[str, dict[str, Any]] = {
+    "save": {"edge_operation": "fused", "edge_memory": "save"},
+    "recompute": {"edge_operation": "fused", "edge_memory": "recompute"},
+    "layers": {"edge_operation": "fused", "edge_memory": "save", "recompute_layers": True},
+    "both": {"edge_operation": "fused", "edge_memory": "recompute", "recompute_layers": True},
+    "unfused": {"edge_operation": "unfused"},
+    "unfused layers": {"edge_operation": "unfused", "recompute_layers": True},
+}
+
+
+def our_variants(forces: str = "direct") -> list[str]:
+    """The variants of megagnn that are compared with others, the fastest first, by `our_name`."""
+    names = [our_name(memory) for memory in ("save", "recompute", "unfused")]
+    if forces == "conservative":
+        names += [our_name(memory, "create_graph") for memory in ("save", "recompute")]
+    return names
+
+
+def our_name(memory: str, method: str = "one_backward") -> str:
+    """The name of a variant: "megagnn", its memory, and the gradient method where it is not the default."""
+    return f"megagnn {memory}" + (f" {method}" if method != "one_backward" else "")
+
+
+def variant(name: str) -> tuple[str, str]:
+    """Memory (a key of MEMORY) and gradient method of a name; a peer is "plain" and takes create_graph."""
+    if not name.startswith("megagnn "):
+        return "plain", "create_graph"
+    memory = name.removeprefix("megagnn ")
+    if memory.endswith(" create_graph"):
+        return memory.removesuffix(" create_graph"), "create_graph"
+    return memory, "one_backward"
 
 
 def peer_layers() -> dict[str, Callable[..., nn.Module] | None]:
@@ -142,7 +169,8 @@ class TrainingStep:
             else (model.config.forces == "conservative")
         )
         self.gradient_method = GRADIENT_METHODS[gradient_method]
-        self.loss = Loss(LossConfig(energy="mse", forces="mse"))
+        has_forces = not isinstance(model, Potential) or model.forces != "none"
+        self.loss = Loss(LossConfig(energy="mse", forces="mse", force_weight=float(has_forces)))
         self.counts = label_counts(batch, ParallelContext())
         # so small a rate that the timed function stays the one that was checked
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
@@ -189,15 +217,21 @@ class TrainingStep:
         return {"loss": loss, **gradients}
 
 
-def make_step(name: str, batch: Batch, config: ModelConfig, gradient_method: str) -> TrainingStep | None:
-    """The step of an implementation, all of them with the same weights; None where it is not installed."""
-    if name in our_variants():
-        config = dataclasses.replace(config, **our_variants()[name])
-        return TrainingStep(build_potential(config, statistics()), batch, gradient_method)
+def make_step(
+    name: str, batch: Batch, config: ModelConfig, fitted: Statistics | None = None
+) -> TrainingStep | None:
+    """The step of an implementation, all of them with the same weights; None where it is not installed.
+
+    fitted: of the batch's data set, where it is not a dense batch.
+    """
+    memory, method = variant(name)
+    if memory in MEMORY:
+        config = dataclasses.replace(config, **MEMORY[memory])
+        return TrainingStep(build_potential(config, fitted or statistics()), batch, method)
     layer = peer_layers()[name]
     if layer is None:
         return None
-    return TrainingStep(PeerEGNN(build_potential(config, statistics()).model, layer), batch, gradient_method)
+    return TrainingStep(PeerEGNN(build_potential(config, statistics()).model, layer), batch, method)
 
 
 def check_equal(steps: dict[str, TrainingStep], tolerance: float = 1e-4) -> float:
@@ -224,35 +258,39 @@ def check_equal(steps: dict[str, TrainingStep], tolerance: float = 1e-4) -> floa
 
 
 # Products of edge rows that a training step takes, in units of those of one forward pass.
-#   Direct forces: forward 1, backward to inputs 1 and to weights 1.
-#   Conservative, each intermediate a tensor: forward 1, backward to positions 1, and the backward through
-#   both, to inputs and weights of each, 4.
-#   Conservative, in blocks: nothing of the first backward is kept, so that the backward through it makes
-#   value and tangent again, 2, for its 4; then the backward of the forward, 2.
-# Where blocks are made again, 1 more for each backward of the forward. Products of atom rows: 3 and 6.
+#   Direct forces, or none: forward 1, backward to inputs 1 and to weights 1.
+#   One backward, in blocks: forward 1, backward to positions 1, pair forward 2, pair backward 4; where blocks
+#   or layers are made again, 1 more for the first backward and 2 for the other.
+#   One backward, each intermediate a tensor: the pair's tangent is a derivative of the backward, so that the
+#   backward is made once more: 1. Made again as a layer 16, for that derivative runs within the layer.
+#   create_graph, each intermediate a tensor: forward 1, backward to positions 1, and the backward through
+#   both, to inputs and weights of each, 4; a layer is made again by each of the two backwards, 2.
+#   create_graph, in blocks: nothing of the first backward is kept, so that the backward through it makes
+#   value and tangent again, 2, for its 4; then the backward of the forward, 2. Blocks made again 2 more.
 UNITS = {
-    "direct": {"plain": 3, "save": 3, "recompute": 4},
-    "conservative": {"plain": 6, "save": 10, "recompute": 12},
+    "direct": dict(zip(("plain", *MEMORY), (3, 3, 4, 4, 4, 3, 4), strict=True)),
+    "one_backward": dict(zip(MEMORY, (8, 11, 11, 11, 9, 16), strict=True)),
+    "create_graph": dict(zip(("plain", *MEMORY), (6, 10, 12, 12, 12, 6, 8), strict=True)),
 }
+# The same of atom rows, which only a layer makes again, and of which no backward drops anything.
+ATOM_UNITS = {"direct": (3, 4), "one_backward": (8, 11), "create_graph": (6, 8)}
 
 
-def formulation(name: str) -> str:
-    """Of an implementation: "plain" with each intermediate a tensor, or the memory of its blocks."""
-    last = name.split()[-1]
-    return last if last in ("save", "recompute") else "plain"
-
-
-def step_flops(name: str, forces: str, width: int, num_atoms: int, num_edges: int) -> float:
+def step_flops(
+    name: str, forces: str, width: int, num_atoms: int, num_edges: int, num_layers: int = DEPTH
+) -> float:
     """The matrix products of a step, multiply-adds counted as 2: what this formulation takes."""
     edges, atoms = 0.0, float(width * width + width)
-    for layer in range(DEPTH):
-        vector = layer < DEPTH - 1 or forces == "direct"
+    for layer in range(num_layers):
+        vector = layer < num_layers - 1 or forces == "direct"
         branch = width * width + width if vector else 0
         first = NUM_RADIAL * width + (0 if name.startswith("megagnn") else 2 * width * width)
         edges += first + width * width + branch
         atoms += (5 if name.startswith("megagnn") else 3) * width * width
-    edge_units, atom_units = UNITS[forces][formulation(name)], UNITS[forces]["plain"]
-    return 2.0 * (edge_units * edges * num_edges + atom_units * atoms * num_atoms)
+    memory, method = variant(name)
+    method = method if forces == "conservative" else "direct"
+    again = memory in ("layers", "both", "unfused layers")
+    return 2.0 * (UNITS[method][memory] * edges * num_edges + ATOM_UNITS[method][again] * atoms * num_atoms)
 
 
 def step_evaluations(forces: str, width: int, num_edges: int) -> float:

@@ -12,7 +12,7 @@ from typing import Any
 
 import edge_workload
 import torch
-from edge_workload import NUM_RADIAL, Batch, our_variants, peer_layers, statistics
+from edge_workload import MEMORY, NUM_RADIAL, Batch, peer_layers, statistics
 from peers.model import PeerEGNN, concatenated
 from torch import Tensor, nn
 
@@ -26,9 +26,9 @@ from megagnn.models.radial import envelope
 PARTS = ("forward", "backward", "force gradient")
 # Products of edge rows in units of a forward, see edge_workload.UNITS.
 UNITS = {
-    "forward": {"plain": 1, "save": 1, "recompute": 1},
+    "forward": dict.fromkeys(edge_workload.UNITS["direct"], 1),
     "backward": edge_workload.UNITS["direct"],
-    "force gradient": edge_workload.UNITS["conservative"],
+    "force gradient": edge_workload.UNITS["create_graph"],
 }
 
 Evaluate = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -81,8 +81,9 @@ class LayerWork:
 
 def make_layer(name: str, batch: Batch, config: ModelConfig) -> LayerWork | None:
     """The layer of an implementation, all with the same weights; None where it is not installed."""
-    if name in our_variants():
-        config = dataclasses.replace(config, **our_variants()[name])
+    memory, _ = edge_workload.variant(name)
+    if memory in MEMORY:
+        config = dataclasses.replace(config, **MEMORY[memory])
         model = build_potential(config, statistics()).model
         return LayerWork(model, _ours(model, batch), batch, config.width)
     layer = peer_layers()[name]
@@ -122,5 +123,5 @@ def flops(name: str, part: str, width: int, num_atoms: int, num_edges: int) -> f
     square = width * width
     edges = NUM_RADIAL * width + (2 if ours else 4) * square + width
     atoms = (5 if ours else 3) * square
-    edge_units, atom_units = UNITS[part][edge_workload.formulation(name)], UNITS[part]["plain"]
+    edge_units, atom_units = UNITS[part][edge_workload.variant(name)[0]], UNITS[part]["plain"]
     return 2.0 * (edge_units * edges * num_edges + atom_units * atoms * num_atoms)

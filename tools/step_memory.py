@@ -12,12 +12,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 
 def peak_memory(name: str, forces: str, num_edges: int, width: int, threads: int) -> dict[str, float]:
     """Both numbers for an implementation (a name of edge_workload), from a fresh process."""
     work = {"name": name, "forces": forces, "edges": num_edges, "width": width, "threads": threads}
+    return _in_process(work)
+
+
+def peak_memory_on(batch: Path, name: str, forces: str, width: int, num_layers: int, threads: int) -> float:
+    """Peak bytes of a variant of ours on a saved batch (forces_workload.py), from a fresh process."""
+    work = {"name": name, "forces": forces, "width": width, "threads": threads}
+    return _in_process({**work, "batch": str(batch), "layers": num_layers})["peak_bytes"]
+
+
+def _in_process(work: dict[str, Any]) -> dict[str, float]:
     command = [sys.executable, "-W", "ignore", __file__, json.dumps(work)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
@@ -32,19 +43,34 @@ def _measure(work: dict[str, Any]) -> dict[str, float]:
     import benchmark
 
     benchmark.prepare(work["threads"])
-    import edge_workload
-
-    batch, cutoff = edge_workload.dense_batch(work["edges"])
-    config = edge_workload.model_config(work["width"], work["forces"], cutoff)
-    step = edge_workload.make_step(work["name"], batch, config, "create_graph")
-    assert step is not None, f"{work['name']} is not installed"
-    step.use(edge_workload.dense_batch(2000)[0])()  # makes gradients and optimizer state, loads libraries
+    step, batch, small = _saved_work(work) if "batch" in work else _dense_work(work)
+    step.use(small)()  # makes gradients and optimizer state, loads libraries
     step.use(batch)
     before = _status("VmRSS")
     _reset_peak()
     step()
     resident = _status("VmHWM") - before
     return {"peak_bytes": peak_of_events(step), "resident_bytes": resident}
+
+
+def _dense_work(work: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Step, batch and a small batch."""
+    import edge_workload
+
+    batch, cutoff = edge_workload.dense_batch(work["edges"])
+    config = edge_workload.model_config(work["width"], work["forces"], cutoff)
+    step = edge_workload.make_step(work["name"], batch, config)
+    assert step is not None, f"{work['name']} is not installed"
+    return step, batch, edge_workload.dense_batch(2000)[0]
+
+
+def _saved_work(work: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The same of a saved batch."""
+    from forces_workload import ForcesBatch
+
+    made = ForcesBatch.load(Path(work["batch"]))
+    step = made.step(work["name"], work["forces"], work["width"], work["layers"])
+    return step, made.batch, made.small
 
 
 def peak_of_events(run: Any) -> float:

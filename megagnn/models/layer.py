@@ -54,7 +54,7 @@ def edge_vectors(x_NC: T, edges: Edges) -> T:
 
 def edge_distances(r_EC: T) -> T:
     """sqrt(|r|^2 + eps^2), Å: (E, 3) to (E,); every derivative is finite where two atoms coincide."""
-    return dual.sqrt((r_EC * r_EC).sum(-1) + DISTANCE_EPSILON**2)
+    return dual.distance(r_EC, DISTANCE_EPSILON)
 
 
 def edge_spec(config: ModelConfig, feature: DistanceFeature) -> EdgeSpec:

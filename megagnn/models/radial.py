@@ -1,6 +1,7 @@
 """Functions of the interatomic distance: the features that messages see, and the cutoff envelope."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,8 @@ def envelope(distance_E: T, cutoff: float) -> T:
     Polynomial of Gasteiger, Gross, Günnemann, "Directional message passing", ICLR 2020, eq. 8, with p = 6.
     """
     if isinstance(distance_E, Dual):
-        slope_E = envelope_slope(distance_E.value, cutoff)
-        return Dual(envelope(distance_E.value, cutoff), slope_E * distance_E.tangent)
+        planes: Tensor = _PlanesEnvelope.apply(distance_E.planes, cutoff)
+        return Dual.of_planes(planes)
     s = distance_E / cutoff
     s3 = s * s * s
     s6 = s3 * s3
@@ -28,6 +29,32 @@ def envelope_slope(distance_E: Tensor, cutoff: float) -> Tensor:
     s = distance_E / cutoff
     s2, rest = s * s, 1.0 - s
     return s2 * s2 * s * (rest * rest) * (-168.0 / cutoff) * (s < 1.0)
+
+
+def envelope_curvature(distance_E: Tensor, cutoff: float) -> Tensor:
+    """The second derivative of `envelope`, 1/Å^2, (E,): -168/c^2 s^4 (1 - s) (5 - 7 s)."""
+    s = distance_E / cutoff
+    s2 = s * s
+    return s2 * s2 * (1.0 - s) * (5.0 - 7.0 * s) * (-168.0 / cutoff**2) * (s < 1.0)
+
+
+class _PlanesEnvelope(torch.autograd.Function):
+    """f, f' = f_c'(d) d'; with bars of both, d_bar = f_c' f_bar + f_c'' d' f'_bar, d'_bar = f_c' f'_bar."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor, cutoff: float) -> Tensor:
+        ctx.save_for_backward(planes)
+        ctx.cutoff = cutoff
+        distance_E, tangent_E = planes.unbind(0)
+        return torch.stack((envelope(distance_E, cutoff), envelope_slope(distance_E, cutoff) * tangent_E))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (planes,) = ctx.saved_tensors
+        distance_E, tangent_E = planes.unbind(0)
+        by_value, by_tangent = (grads[0] * envelope_slope(distance_E, ctx.cutoff)).unbind(0)
+        second_E = envelope_curvature(distance_E, ctx.cutoff) * tangent_E
+        return torch.stack((torch.addcmul(by_value, second_E, grads[0][1]), by_tangent)), None
 
 
 class DistanceFeature(nn.Module):

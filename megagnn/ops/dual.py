@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megagnn.ops import geometry, segment
+from megagnn.ops import dual_functions, geometry, segment
 from megagnn.ops.activation import silu as silu_of_tensor
 from megagnn.ops.activation import silu_second_derivative
 from megagnn.ops.segment import Segments
@@ -141,17 +141,29 @@ def relu(x: T) -> T:
 def rsqrt(x: T) -> T:
     """1 / sqrt(x)."""
     if isinstance(x, Dual):
-        root = torch.rsqrt(x.value)
-        return Dual(root, -0.5 * root * root * root * x.tangent)
+        return Dual.of_planes(dual_functions.InverseRoot.call(x.planes))
     return torch.rsqrt(x)
 
 
-def sqrt(x: T) -> T:
-    """sqrt(x), of positive x."""
+def square_sum(x: T) -> T:
+    """Sum of x^2 over the last dimension, (..., F) to (..., 1)."""
     if isinstance(x, Dual):
-        root = torch.sqrt(x.value)
-        return Dual(root, 0.5 * x.tangent / root)
-    return torch.sqrt(x)
+        return Dual.of_planes(dual_functions.SquareSum.call(x.planes))
+    return (x * x).sum(-1, keepdim=True)
+
+
+def scale_rows(x: T, rows: T, gain: Tensor) -> T:
+    """x of (..., F) times rows (..., 1) and gain (F)."""
+    if isinstance(x, Dual):
+        return Dual.of_planes(dual_functions.ScaleRows.call(x.planes, rows.planes, gain))
+    return x * rows * gain
+
+
+def distance(r: T, epsilon: float) -> T:
+    """sqrt(|r|^2 + epsilon^2), (..., 3) to (...)."""
+    if isinstance(r, Dual):
+        return Dual.of_planes(dual_functions.Distance.call(r.planes, epsilon))
+    return torch.sqrt((r * r).sum(-1) + epsilon**2)
 
 
 def gather(x: T, segments: Segments) -> T:

@@ -130,6 +130,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, h_NF: T) -> T:
         """See the class."""
-        sum_N1 = reduce_partial((h_NF * h_NF).sum(-1, keepdim=True), self.context)
+        sum_N1 = reduce_partial(dual.square_sum(h_NF), self.context)
         inverse_N1 = share(dual.rsqrt(sum_N1 * (1.0 / self.width) + self.eps), self.context)
-        return h_NF * inverse_N1 * self.gain_F
+        return dual.scale_rows(h_NF, inverse_N1, self.gain_F)

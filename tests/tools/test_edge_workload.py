@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Any
+
 import edge_workload as workload
 import layer_workload
 import pytest
@@ -12,7 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megagnn.data import keys
+from megagnn.ops import extension
+from megagnn.ops.edge_runner import Call, SerialRunner
 
+UNFUSED, METHODS = ("unfused", "unfused layers"), ("one_backward", "create_graph")
 BATCH, CUTOFF = workload.dense_batch(2000)
 NUM_ATOMS, NUM_EDGES = len(BATCH[keys.POSITIONS]), BATCH[keys.EDGE_INDEX].shape[1]
 PEERS = [name for name, layer in workload.peer_layers().items() if layer]
@@ -31,8 +37,33 @@ class CountProducts(TorchDispatchMode):
         return out
 
 
+class CountCalls:
+    """Units of the fused operation's products, by what each pass of `edge_runner` is asked for.
+
+    A pair has twice the rows of values. A backward takes as many products as a forward for the inputs, as
+    many for the weights where they are wanted, and as many once more where nothing was kept.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.units = 0
+        forward, backward = SerialRunner.forward, SerialRunner.backward
+
+        def counted_forward(runner: SerialRunner, call: Call, save: bool) -> Any:
+            self.units += 2 if call.pair else 1
+            return forward(runner, call, save)
+
+        def counted_backward(
+            runner: SerialRunner, call: Call, kept: Any, bars: Any, wanted: Any, outputs: bool = False
+        ) -> Any:
+            self.units += (2 if call.pair else 1) * (1 + int(wanted[1]) + int(kept[0].numel() == 0))
+            return backward(runner, call, kept, bars, wanted, outputs)
+
+        monkeypatch.setattr(SerialRunner, "forward", counted_forward)
+        monkeypatch.setattr(SerialRunner, "backward", counted_backward)
+
+
 def make_step(name: str, forces: str = "direct", width: int = 64) -> workload.TrainingStep:
-    step = workload.make_step(name, BATCH, workload.model_config(width, forces, CUTOFF), "create_graph")
+    step = workload.make_step(name, BATCH, workload.model_config(width, forces, CUTOFF))
     assert step is not None
     return step
 
@@ -49,7 +80,9 @@ def test_batches_are_dense_and_as_large_as_asked() -> None:
 
 
 @pytest.mark.parametrize("forces", ["direct", "conservative"])
-@pytest.mark.parametrize("name", ["megagnn unfused", *PEERS])
+@pytest.mark.parametrize(
+    "name", [*(workload.our_name(*which) for which in product(UNFUSED, METHODS)), *PEERS]
+)
 def test_arithmetic_is_what_runs(name: str, forces: str) -> None:
     """Against torch's own count of the products; embedding-side gradients nobody needs are the difference."""
     step = make_step(name, forces)
@@ -60,11 +93,35 @@ def test_arithmetic_is_what_runs(name: str, forces: str) -> None:
     assert stated == pytest.approx(counted, rel=0.05)
 
 
+@pytest.mark.skipif(not extension.has_cpu, reason="counts calls of the compiled operations")
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("memory", [memory for memory in workload.MEMORY if memory not in UNFUSED])
+def test_units_are_those_of_the_compiled_calls(
+    memory: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every layer; also for direct forces and for none, where the method does not matter."""
+    calls = CountCalls(monkeypatch)
+    for forces in ("conservative", "direct", "none"):
+        calls.units = 0
+        make_step(workload.our_name(memory, method), forces)()
+        table = method if forces == "conservative" else "direct"
+        assert calls.units == workload.DEPTH * workload.UNITS[table][memory]
+
+
+def test_one_backward_takes_eight_units_and_eleven_again() -> None:
+    assert [workload.UNITS["one_backward"][memory] for memory in ("save", "recompute", "layers", "both")] == [
+        8,
+        11,
+        11,
+        11,
+    ]
+
+
 def test_arithmetic_of_the_two_formulations() -> None:
     """6[(4L-1) F^2 E + 3 L F^2 N] for concatenations, half of the leading term for the split Linear."""
     width, atoms, edges, depth = 512, 10_000, 300_000, workload.DEPTH
     usual = workload.step_flops("usual index_add", "conservative", width, atoms, edges) / 2
-    ours = workload.step_flops("megagnn unfused", "conservative", width, atoms, edges) / 2
+    ours = workload.step_flops("megagnn unfused create_graph", "conservative", width, atoms, edges) / 2
     square = width * width
     assert usual == pytest.approx(
         6 * ((4 * depth - 1) * square * edges + 3 * depth * square * atoms), rel=0.02
@@ -79,7 +136,7 @@ def test_arithmetic_of_the_two_formulations() -> None:
 
 @pytest.mark.parametrize("forces", ["direct", "conservative"])
 def test_every_implementation_takes_the_same_step(forces: str) -> None:
-    names = [*workload.our_variants(), *PEERS]
+    names = [*workload.our_variants(forces), *PEERS]
     steps = {name: make_step(name, forces, width=16) for name in names}
     assert workload.check_equal(steps) < 1e-3
     losses = [float(step()) for step in steps.values()]
