@@ -1,1 +1,1 @@
-"""Message passing split over ranks. Nothing is here yet; ranks share data only (`parallel/`)."""
+"""Layers over tensor-parallel ranks; two plans divide the edge operation (docs/tensor-parallel.md)."""
