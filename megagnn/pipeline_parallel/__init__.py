@@ -1,1 +1,1 @@
-"""Layers split over ranks. Nothing is here yet; ranks share data only (`parallel/`)."""
+"""Layers split over ranks. Nothing is here yet."""
