@@ -19,8 +19,10 @@ from typing import Any
 import edge_workload
 from step_memory import peak_of_events
 
+from megagnn.config import OptimConfig
 from megagnn.data import keys
 from megagnn.models.potential import build_potential
+from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.spawn import spawn
 from megagnn.tensor_parallel.cost import Setting, pass_elements
@@ -63,14 +65,19 @@ def step(context: ParallelContext, batch: Any, config: Any, plan: Any) -> dict[s
     run()  # gradients exist, libraries are loaded
     with context.traffic.measured() as sent:
         peak = peak_of_events(run)
+    optimizer = make_optimizer(potential, OptimConfig())
+    optimizer.step()
+    state = optimizer.state_dict()["state"].values()
     parameters = sum(p.numel() * p.element_size() for p in potential.parameters())
+    gradients = sum(p.grad.numel() * p.element_size() for p in potential.parameters() if p.grad is not None)
+    moments = sum(t.numel() * t.element_size() for entry in state for t in entry.values() if t.dim())
     return {
         "tp": context.tp_size,
         "plan": plan if context.tp_size > 1 else "-",
         "loss": value[-1],
         "parameter_bytes": parameters,
-        "gradient_bytes": parameters,
-        "moment_bytes": 2 * parameters,
+        "gradient_bytes": gradients,
+        "moment_bytes": moments,
         "peak_bytes": peak,
         "sent_bytes": int(sum(sent.bytes.values())),
         "formula_bytes": int(4 * formula(context, batch, config, plan)),
@@ -131,6 +138,11 @@ def main() -> None:
         arguments.json.write_text(json.dumps(records, indent=2) + "\n")
 
 
+def held_bytes(row: dict[str, Any]) -> int:
+    """What lives between steps."""
+    return int(row["parameter_bytes"] + row["gradient_bytes"] + row["moment_bytes"])
+
+
 def print_table(records: list[dict[str, Any]]) -> None:
     """Markdown, sizes in MB, and each as a share of one rank's."""
     first = {row["recompute"]: row for row in records}
@@ -139,9 +151,9 @@ def print_table(records: list[dict[str, Any]]) -> None:
     print("|---|---|---|---|---|---|")
     for row in records:
         base = first[row["recompute"]]
-        held = 4 * row["parameter_bytes"]
+        held = held_bytes(row)
         share = (
-            f" ({held / (4 * base['parameter_bytes']):.2f})",
+            f" ({held / held_bytes(base):.2f})",
             f" ({row['peak_bytes'] / base['peak_bytes']:.2f})",
         )
         print(

@@ -7,7 +7,7 @@ from megagnn.config import ModelConfig
 from megagnn.models.layer import Activation, laws, make_norm
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import constant
+from megagnn.parallel.parameter import Constant
 from megagnn.tensor_parallel.layers import ColumnLinear, LinearLaws, RowLinear, gather_channels
 
 
@@ -21,7 +21,7 @@ class EnergyHead(nn.Module):
     def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         width, self.context = config.width, context
-        last = LinearLaws(laws(config, width, scale=0.1).weight, constant(0.0))
+        last = LinearLaws(laws(config, width, scale=0.1).weight, Constant(0.0))
         self.norm = make_norm(config, context, dtype)
         self.hidden = ColumnLinear(width, width, context, laws(config, width), dtype)
         self.activation = Activation(config)

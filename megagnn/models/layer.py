@@ -20,7 +20,7 @@ from megagnn.ops import EdgeSpec, EdgeWeights, dual
 from megagnn.ops.backends import aggregation_backend
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import Initial, constant, normal, uniform
+from megagnn.parallel.parameter import Constant, Normal, Uniform
 from megagnn.tensor_parallel.edge_operation import EdgeOperation, EdgePartition
 from megagnn.tensor_parallel.layers import ColumnLinear, LinearLaws, RMSNorm, RowLinear, gather_channels
 
@@ -109,17 +109,9 @@ def laws(config: ModelConfig, in_features: int, scale: float = 1.0, zero_bias: b
     """How a Linear begins: N(0, scale^2/inputs) without bias, or PyTorch's even law (He et al. 2015)."""
     std = in_features**-0.5
     if config.initialisation == "lecun":
-        return LinearLaws(normal(scale * std), constant(0.0))
+        return LinearLaws(Normal(scale * std), Constant(0.0))
     # U(-a, a) with a = sqrt(3) gain std and PyTorch's gain of sqrt(1/3), for weight and bias alike
-    return LinearLaws(_scaled(uniform(std), scale), constant(0.0) if zero_bias else uniform(std))
-
-
-def _scaled(law: Initial, scale: float) -> Initial:
-    def initial(whole: Tensor, generator: torch.Generator) -> None:
-        law(whole, generator)
-        whole.mul_(scale)
-
-    return initial
+    return LinearLaws(Uniform(scale * std), Constant(0.0) if zero_bias else Uniform(std))
 
 
 class EdgeMessage(nn.Module):
@@ -138,7 +130,7 @@ class EdgeMessage(nn.Module):
         )
         message = config.message_width or width
         self.out = RowLinear(
-            hidden, message, context, laws(config, hidden), dtype, name="model.message_width or _hidden"
+            hidden, message, context, laws(config, hidden), dtype, names=(name, "model.message_width")
         )
 
 
@@ -157,10 +149,12 @@ class EdgeVector(nn.Module):
         if moves:  # the coordinate branch starts near zero
             last = laws(config, hidden, scale=0.3, zero_bias=True)
             if config.initialisation == "torch":  # Xavier's even law, gain 0.001, as published
-                last = LinearLaws(uniform(0.001 * (6 / (hidden + 1)) ** 0.5), constant(0.0))
-        name = "model.coordinate_hidden"
-        self.hidden = RowLinear(width, hidden, context, laws(config, width), dtype, name=name)
-        self.out = RowLinear(hidden, 1, context, last, dtype, bias=config.coordinate_bias, name=name)
+                last = LinearLaws(Uniform(0.001 * (6 / (hidden + 1)) ** 0.5), Constant(0.0))
+        names = ("model.message_width", "model.coordinate_hidden")
+        self.hidden = RowLinear(width, hidden, context, laws(config, width), dtype, names=names)
+        self.out = RowLinear(
+            hidden, 1, context, last, dtype, bias=config.coordinate_bias, names=(names[1], names[1])
+        )
 
 
 class NodeUpdate(nn.Module):
@@ -172,9 +166,15 @@ class NodeUpdate(nn.Module):
         hidden, name = config.node_hidden or width, "model.node_hidden"
         self.from_node = ColumnLinear(width, hidden, context, laws(config, width), dtype, name=name)
         self.from_messages = RowLinear(
-            message, hidden, context, laws(config, message), dtype, bias=False, name=name
+            message,
+            hidden,
+            context,
+            laws(config, message),
+            dtype,
+            bias=False,
+            names=("model.message_width", name),
         )
-        self.out = RowLinear(hidden, width, context, laws(config, hidden), dtype, name=name)
+        self.out = RowLinear(hidden, width, context, laws(config, hidden), dtype, names=(name, "model.width"))
         self.activation = Activation(config)
 
     def forward(self, h_NF: T, messages_NM: T) -> T:

@@ -80,8 +80,6 @@ class OwnBackend(AggregationBackend):
     segment_sum = staticmethod(segment_sum)
     segment_mean = staticmethod(segment_mean)
     segment_max = staticmethod(segment_max)
-    segment_mean = staticmethod(segment_mean)
-    segment_max = staticmethod(segment_max)
 
 
 class TorchBackend(AggregationBackend):

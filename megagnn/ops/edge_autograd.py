@@ -151,7 +151,7 @@ class _EdgeBackward(torch.autograd.Function):
             if ctx.runner is not SERIAL:
                 raise RuntimeError(
                     "edge_message: gradients of weights divided over ranks cannot be differentiated; "
-                    "use edge_operation = 'unfused'"
+                    "use model.edge_operation = 'unfused'"
                 )
             gradients = _double_backward_reference(ctx.graph, ctx.spec, bars, tensors, tangents)
             return (None,) * 4 + (*_last_derivative(gradients, made_of), None, None, None)

@@ -19,7 +19,7 @@ _OPS = torch.ops.megagnn
 
 @dataclass(frozen=True)
 class EdgeSpec:
-    """What the operation computes; see the module."""
+    """What the operation computes: the equations of megagnn/ops/edge_message.py."""
 
     feature: Literal["bessel", "gaussian", "distance", "squared"] = "bessel"
     """rho: see `edge_reference.distance_features`."""

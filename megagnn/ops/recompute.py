@@ -36,7 +36,8 @@ class Tape:
     def take(self) -> Sequence[Tensor | None]:
         """Those of the next one, in the order in which they were kept."""
         self._next += 1
-        return self._outputs[self._next - 1]
+        # Detached: autograd will hang the second pass's graph on them, which must not outlive it here.
+        return [None if t is None else t.detach() for t in self._outputs[self._next - 1]]
 
 
 _tape: ContextVar[Tape | None] = ContextVar("megagnn_tape", default=None)

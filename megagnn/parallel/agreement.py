@@ -16,7 +16,7 @@ from megagnn.parallel.rendezvous import Rendezvous
 
 MAY_DIFFER = ("train.threads", "train.device")  # between machines
 JOIN_SECONDS = 300.0
-_READ_SECONDS = 10.0  # that the store outlives a disagreement, so that every rank reads it
+_READ_SECONDS = 10.0  # that the store outlives the outcome, so that every rank reads it
 _NUM_SHOWN = 3
 _AGREED = "agreed"
 
@@ -87,12 +87,12 @@ def agree(
     _wait_for("outcome", store, range(world_size), deadline, seconds)
     outcome = store.get("outcome").decode()
     told = store.add("told", 1)
-    if outcome == _AGREED and not complaint:
-        return
     until = time.monotonic() + _READ_SECONDS
-    while rank == 0 and told < world_size and time.monotonic() < until:
+    while rank == 0 and told < world_size and time.monotonic() < until:  # the others still read its store
         time.sleep(0.05)
         told = store.add("told", 0)
+    if outcome == _AGREED and not complaint:
+        return
     raise ValueError(complaint if outcome == _AGREED else outcome)
 
 

@@ -90,7 +90,8 @@ def parallel_context(
     watcher = Watcher(own, roll, f"{meeting.host}:{meeting.port}", times)
     watcher.start()
     try:
-        local = (0, 1) if meeting.own_gpu else (meeting.local_rank, meeting.num_local)
+        alone = meeting.own_gpu and torch.cuda.device_count() < meeting.num_local
+        local = (0, 1) if alone else (meeting.local_rank, meeting.num_local)
         chosen = pick_device(device, *local)
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)

@@ -112,7 +112,10 @@ def start_all_to_all(
     context: ParallelContext,
     axis: str,
 ) -> Pending:
-    """Parts of a flat tensor to each rank, `send[r]` elements to rank r, and theirs back, in their order."""
+    """Parts of a flat tensor to each rank, `send[r]` elements to rank r, and theirs back, in their order.
+
+    Always a message: that one rank has nothing to send does not mean that all have nothing.
+    """
     check_contiguous("all_to_all", tensor)
     if context.size(axis) == 1:
         return done(tensor)

@@ -124,23 +124,37 @@ def initialise(module: nn.Module, seed: int) -> None:
             parameter.copy_(parameter.sharding.slice_of(whole))
 
 
-def normal(std: float) -> Initial:
+@dataclass(frozen=True)
+class Normal:
     """N(0, std^2)."""
-    return lambda whole, generator: void(whole.normal_(0.0, std, generator=generator))
+
+    std: float
+
+    def __call__(self, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill a whole parameter."""
+        whole.normal_(0.0, self.std, generator=generator)
 
 
-def uniform(bound: float) -> Initial:
+@dataclass(frozen=True)
+class Uniform:
     """Even in (-bound, bound)."""
-    return lambda whole, generator: void(whole.uniform_(-bound, bound, generator=generator))
+
+    bound: float
+
+    def __call__(self, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill a whole parameter."""
+        whole.uniform_(-self.bound, self.bound, generator=generator)
 
 
-def constant(value: float) -> Initial:
+@dataclass(frozen=True)
+class Constant:
     """The same everywhere."""
-    return lambda whole, generator: void(whole.fill_(value))
 
+    value: float
 
-def void(_: Tensor) -> None:
-    """Drops a value."""
+    def __call__(self, whole: Tensor, generator: torch.Generator) -> None:
+        """Fill a whole parameter."""
+        whole.fill_(self.value)
 
 
 def gather_whole(tensor: Tensor, layout: ParameterLayout, context: ParallelContext) -> Tensor:

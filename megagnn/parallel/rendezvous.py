@@ -37,7 +37,7 @@ class Rendezvous:
     prefix: str = "megagnn"
     """Of the store's keys; another one for each restart by torchrun."""
     own_gpu: bool = False
-    """Whether the launcher shows each rank one GPU, its own."""
+    """Whether the launcher gives each rank GPUs of its own, and so may show it no others."""
     listener: int | None = None
     """File descriptor of the socket that holds the port, where it was chosen by us."""
 

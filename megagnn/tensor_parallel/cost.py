@@ -174,8 +174,9 @@ def edge_total(plan: Plan, config: ModelConfig, ranks: int, num_atoms: int, num_
             config.recompute_layers,
             weights_wanted=count == planes[-1],
         )
-        for layer in range(config.num_layers):
-            total += sum(edge_elements(plan, s, w, has_vector(config, layer)))
+        vectors = sum(has_vector(config, layer) for layer in range(config.num_layers))
+        total += vectors * sum(edge_elements(plan, s, w, vector=True))
+        total += (config.num_layers - vectors) * sum(edge_elements(plan, s, w, vector=False))
     return total
 
 

@@ -16,7 +16,7 @@ from megagnn.ops import dual
 from megagnn.ops.dual import T
 from megagnn.parallel import collectives
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import Initial, constant, make_parameter, normal
+from megagnn.parallel.parameter import Constant, Initial, Normal, make_parameter
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class ColumnLinear(nn.Module):
         laws: LinearLaws,
         dtype: torch.dtype,
         bias: bool = True,
-        name: str = "width",
+        name: str = "model.width",
     ) -> None:
         super().__init__()
         shape = (out_features, in_features)
@@ -80,7 +80,8 @@ class ColumnLinear(nn.Module):
 class RowLinear(nn.Module):
     """x W^T + b with the inputs divided: sharded (..., in/tp) to sharded (..., out/tp).
 
-    With `out_features = 1`, which cannot be divided, the result and the bias are replicated.
+    With `out_features = 1`, which cannot be divided, the result and the bias are replicated. `names` are
+    those of both widths in messages.
     """
 
     def __init__(
@@ -91,13 +92,14 @@ class RowLinear(nn.Module):
         laws: LinearLaws,
         dtype: torch.dtype,
         bias: bool = True,
-        name: str = "width",
+        names: tuple[str, str] = ("model.width", "model.width"),
     ) -> None:
         super().__init__()
         self.context, self.scattered = context, out_features > 1
-        self.weight = make_parameter((out_features, in_features), 1, context, laws.weight, dtype, name)
+        shape = (out_features, in_features)
+        self.weight = make_parameter(shape, 1, context, laws.weight, dtype, names[0])
         dim = 0 if self.scattered else None
-        self.bias = make_parameter((out_features,), dim, context, laws.bias, dtype, name) if bias else None
+        self.bias = make_parameter(shape[:1], dim, context, laws.bias, dtype, names[1]) if bias else None
 
     def forward(self, x: T) -> T:
         """See the class."""
@@ -113,7 +115,7 @@ class Embedding(nn.Module):
 
     def __init__(self, num_rows: int, width: int, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = make_parameter((num_rows, width), 1, context, normal(1.0), dtype, "width")
+        self.weight = make_parameter((num_rows, width), 1, context, Normal(1.0), dtype, "model.width")
 
     def forward(self, index_N: Tensor) -> Tensor:
         """See the class."""
@@ -126,7 +128,7 @@ class RMSNorm(nn.Module):
     def __init__(self, width: int, context: ParallelContext, dtype: torch.dtype, eps: float = 1e-6) -> None:
         super().__init__()
         self.width, self.context, self.eps = width, context, eps
-        self.gain_F = make_parameter((width,), 0, context, constant(1.0), dtype, "width")
+        self.gain_F = make_parameter((width,), 0, context, Constant(1.0), dtype, "model.width")
 
     def forward(self, h_NF: T) -> T:
         """See the class."""

@@ -112,7 +112,7 @@ class RowsRunner:
         """See `EdgeRunner`."""
         weights = self.ring.take(self.index)
         self.ring.start(self.index - 1)
-        saved = any(t is not None and t.numel() for t in kept)
+        saved = any(t is not None and t.dim() == 2 for t in kept)  # (0, H) on a rank without edges
         whole = self._whole_call(call, weights, values=not saved)
         bars = [bar if bar is None else self._own_bar(k, bar) for k, bar in enumerate(bars)]
         gradients, found = SERIAL.backward(whole, kept, bars, wanted, outputs)

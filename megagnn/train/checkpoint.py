@@ -204,7 +204,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             _, index, name = key.split("/")
             layout = layout_of(parameters[int(index)])
             value = layout.slice_of(value) if value.shape == layout.full_shape else value
-            state.setdefault(int(index), {})[name] = value
+            # A copy: optimizers take tensors over, read them in the order of memory, and change them.
+            state.setdefault(int(index), {})[name] = value.clone(memory_format=torch.contiguous_format)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

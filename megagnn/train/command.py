@@ -8,7 +8,7 @@ from pathlib import Path
 from megagnn.config import RunConfig, flat_config, load_config
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
-from megagnn.parallel.world import barrier
+from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.trainer import Trainer
 
 
@@ -51,7 +51,7 @@ def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwr
     checkpoints = Path(config.out_dir) / "checkpoints"
     has_last = (checkpoints / "last.safetensors").exists()
     exists = has_last or (checkpoints / "best.safetensors").exists()
-    barrier(context)  # every rank has looked before the first one changes anything
+    exists, has_last = broadcast_object((exists, has_last), context)  # one answer, should disks differ
     if exists and not (resume or overwrite):
         raise ValueError(
             f"{config.out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, "

@@ -107,6 +107,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """`megagnn evaluate CHECKPOINT DATA... [--json OUT]`: a table of errors beside the baselines."""
+    if arguments.tensor < 1:
+        raise ValueError(f"--tensor must be at least 1, got {arguments.tensor}")
     checkpoint = load_checkpoint(arguments.checkpoint)
     trained = checkpoint.config.data
     data = dataclasses.replace(
@@ -116,7 +118,10 @@ def run(arguments: argparse.Namespace) -> int:
         max_edges=arguments.max_edges or trained.max_edges,
     )
     config = dataclasses.replace(checkpoint.config, data=data)
-    asked = {name: str(getattr(arguments, name)) for name in ("checkpoint", "split", "last_weights", "plot")}
+    asked = {
+        name: str(getattr(arguments, name))
+        for name in ("checkpoint", "split", "last_weights", "plot", "tensor")
+    }
     fingerprint = {**flat_config(config), **asked}
     # The layout of the training does not matter: checkpoints hold whole parameters.
     layout = ParallelConfig(tensor=arguments.tensor)

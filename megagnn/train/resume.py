@@ -43,8 +43,9 @@ def check_same_run(
     where = f"cannot resume from {checkpoint.path}"
     if checkpoint.progress.dp_size != context.dp_size:
         raise ValueError(
-            f"{where}: it was trained on {checkpoint.progress.dp_size} rank(s), this is {context.dp_size}: "
-            "the batches would be others. Start as many ranks"
+            f"{where}: it was trained on {checkpoint.progress.dp_size} data-parallel rank(s), this is "
+            f"{context.dp_size}: the batches would be others. Set parallel.data = "
+            f"{checkpoint.progress.dp_size} and start that many times pipeline x tensor ranks"
         )
     then, now = flat_config(checkpoint.config), flat_config(config)
     changed = [key for key in now if now[key] != then.get(key)]

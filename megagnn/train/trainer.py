@@ -207,7 +207,8 @@ class Trainer:
             f"step {self.progress.step}: validation loss {result.loss:.4f} in {seconds:.1f} s, "
             f"mean absolute errors {errors}"
         )
-        if result.loss < self.progress.best_loss:
+        # the main rank's verdict, for saving takes all ranks, and machines may round differently
+        if broadcast_object(result.loss < self.progress.best_loss, self.context):
             self.progress = dataclasses.replace(self.progress, best_loss=result.loss)
             self._save(self.best_path)
         monitor.restart_clock()

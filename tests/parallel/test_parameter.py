@@ -1,6 +1,7 @@
 """Parameters know their slice: weights, copies, counts and sizes on any layout. No processes needed."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ from megagnn.models.potential import Potential, build_potential
 from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import (
+    Constant,
     Parameter,
     ParameterLayout,
     check_divisible,
-    constant,
     gather_whole,
     layout_of,
     make_parameter,
@@ -126,7 +127,7 @@ def test_a_copy_keeps_its_layout() -> None:
 
 
 def test_a_shared_parameter_is_copied_once() -> None:
-    one = make_parameter((4, 2), 0, ParallelContext(tp_size=2), constant(1.0), torch.float32)
+    one = make_parameter((4, 2), 0, ParallelContext(tp_size=2), Constant(1.0), torch.float32)
     pair = copy.deepcopy([one, one])
     assert pair[0] is pair[1]
     assert pair[0] is not one
@@ -140,15 +141,15 @@ def test_what_does_not_divide_is_refused(size: int, tp: int, use: str) -> None:
     with pytest.raises(ValueError, match=text):
         check_divisible("width", size, tp)
     with pytest.raises(ValueError, match=text):
-        make_parameter((2, size), 1, ParallelContext(tp_size=tp), constant(0.0), torch.float32, "width")
+        make_parameter((2, size), 1, ParallelContext(tp_size=tp), Constant(0.0), torch.float32, "width")
 
 
 def test_what_divides_passes() -> None:
     check_divisible("width", 128, 4)
     check_divisible("width", 130, 1)
     context = ParallelContext(tp_size=4)
-    assert make_parameter((3, 8), 1, context, constant(0.0), torch.float32).shape == (3, 2)
-    assert make_parameter((3, 8), None, context, constant(0.0), torch.float32).shape == (3, 8)
+    assert make_parameter((3, 8), 1, context, Constant(0.0), torch.float32).shape == (3, 2)
+    assert make_parameter((3, 8), None, context, Constant(0.0), torch.float32).shape == (3, 8)
 
 
 @pytest.mark.parametrize(
@@ -175,3 +176,16 @@ def test_layouts() -> None:
     assert layout.full_numel == 12
     assert not ParameterLayout((2, 6), dim=1).is_sharded
     assert torch.equal(gather_whole(whole, ParameterLayout((2, 6), dim=1), ParallelContext()), whole)
+
+
+def test_a_model_can_be_pickled() -> None:
+    """Process pools and torch.save do; the initial laws go along."""
+    potential = build_potential(model_config(preset="satorras"), STATISTICS)
+    again = pickle.loads(pickle.dumps(potential))
+    for (name, p), q in zip(potential.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    again.model.reset_parameters(seed=0)
+    assert all(torch.equal(p, q) for p, q in zip(potential.parameters(), again.parameters(), strict=True))
+    assert again.model.element_embedding.weight.sharding == layout_of(
+        potential.model.element_embedding.weight
+    )

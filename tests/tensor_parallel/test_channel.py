@@ -41,7 +41,7 @@ def test_gradients_of_divided_weights_are_not_differentiated() -> None:
     outputs = present(edge_message(*case.inputs, case.weights, case.graph, EdgeSpec(), runner))
     w2_MH = case.weights.w2_MH
     (gradient,) = torch.autograd.grad(outputs[0].sin().sum(), w2_MH, create_graph=True)
-    with pytest.raises(RuntimeError, match="divided over ranks cannot be differentiated; use edge_operation"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated; use model\.edge_operation"):
         torch.autograd.grad(gradient.square().sum(), w2_MH)
 
 

@@ -7,8 +7,21 @@ import pytest
 import safetensors.torch
 import torch
 
+from megagnn.config import OptimConfig
+from megagnn.optim.optimizer import make_optimizer
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import Constant, Normal, initialise, layout_of
+from megagnn.tensor_parallel.layers import LinearLaws, RowLinear
 from megagnn.train import checkpoint as module
-from megagnn.train.checkpoint import load_checkpoint, load_potential, load_weights, save_checkpoint
+from megagnn.train.checkpoint import (
+    load_checkpoint,
+    load_optimizer,
+    load_potential,
+    load_weights,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from tests.tolerances import assert_close
 
 
 def test_round_trip(checkpoint: Path, tmp_path: Path) -> None:
@@ -96,3 +109,38 @@ def test_weights_of_another_model(checkpoint: Path) -> None:
         load_weights(model, {n: w for n, w in weights.items() if n != name}, checkpoint)
     with pytest.raises(ValueError, match=f"{name} is \\(3,\\)"):
         load_weights(model, {**weights, name: torch.ones(3)}, checkpoint)
+
+
+def linear(implementation: str, context: ParallelContext) -> tuple[RowLinear, torch.optim.Optimizer]:
+    """A layer whose matrix the ranks divide by columns, and its optimizer."""
+    layer = RowLinear(8, 6, context, LinearLaws(Normal(1.0), Constant(0.0)), torch.float32)
+    initialise(layer, seed=0)
+    return layer, make_optimizer(layer, OptimConfig(implementation=implementation, learning_rate=0.1))
+
+
+def take_step(layer: RowLinear, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in layer.parameters():
+        gradient = torch.randn(layout_of(p).full_shape, generator=generator)
+        p.grad = layout_of(p).slice_of(gradient).contiguous()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("implementation", ["own", "torch"])
+def test_slices_of_the_optimizer_continue_as_the_whole(implementation: str) -> None:
+    """Slices of columns are strided; torch's fused kernel reads moments in the order of memory."""
+    layer, optimizer = linear(implementation, ParallelContext())
+    take_step(layer, optimizer, seed=0)
+    state = {name: t.clone() for name, t in optimizer_tensors(optimizer, ParallelContext()).items()}
+    weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    take_step(layer, optimizer, seed=1)
+    parts = []
+    for rank in (0, 1):
+        part, part_optimizer = linear(implementation, ParallelContext(tp_size=2, tp_rank=rank))
+        load_weights(part, weights, Path("whole"))
+        load_optimizer(part_optimizer, state)
+        take_step(part, part_optimizer, seed=1)
+        parts.append(part)
+    for name, dim in (("weight", 1), ("bias", 0)):
+        joined = torch.cat([part.get_parameter(name).detach() for part in parts], dim)
+        assert_close(joined, layer.get_parameter(name).detach())
