@@ -100,16 +100,6 @@ T = TypeVar("T", Tensor, Dual)
 Map = Callable[[Tensor], Tensor]
 
 
-def value_of(x: Any) -> Any:
-    """The value of a Dual, or what is none."""
-    return x.value if isinstance(x, Dual) else x
-
-
-def linear_map(x: T, function: Callable[[Tensor], Tensor]) -> T:
-    """A linear function of x; with a leading dimension more for planes."""
-    return x.linear_map(function) if isinstance(x, Dual) else function(x)
-
-
 def linear(x: T, weight: Tensor, bias: Tensor | None = None) -> T:
     """x W^T + b, (..., in) to (..., out); of a Dual in one product of twice the rows."""
     if isinstance(x, Dual):
@@ -164,13 +154,6 @@ def distance(r: T, epsilon: float) -> T:
     if isinstance(r, Dual):
         return Dual.of_planes(dual_functions.Distance.call(r.planes, epsilon))
     return torch.sqrt((r * r).sum(-1) + epsilon**2)
-
-
-def gather(x: T, segments: Segments) -> T:
-    """`ops.segment.gather`."""
-    if isinstance(x, Dual):
-        return Dual(segment.gather(x.value, segments), segment.gather(x.tangent, segments))
-    return segment.gather(x, segments)
 
 
 def edge_difference(to: T, sender: T, shift: Any, destination: Segments, source: Segments) -> T:
