@@ -164,6 +164,11 @@ class OptimConfig:
     """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay, on matrices only."""
+    offload: Literal["none", "host", "disk"] = "none"
+    """Where moments, master copies and gradient shards lie, and in ZeRO stage 3 parameters, too: beside the
+    parameters, in the memory of the CPU, or in files."""
+    offload_dir: str | None = None
+    """Folder of those files, one the rank's own or shared."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: cosine to the floor; stay, then decay linearly (warmup-stable-decay); or stay."""
     warmup_steps: NonNegativeInt = 100
@@ -216,6 +221,9 @@ class ParallelConfig:
     """Ranks that hold one set of parameters between them and work on the same batch."""
     plan: Literal["auto", "channel", "edge"] = "auto"
     """How the edge products are divided over the tensor-parallel ranks."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """What data-parallel ranks divide: nothing, optimizer state (1), gradients, too (2), parameters, too (3).
+    """
     bucket_megabytes: PositiveFloat = 25.0
     """Data-parallel gradients are summed in messages of about this size, during the backward."""
 
@@ -249,10 +257,34 @@ class RunConfig:
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.num_steps "
                 f"({self.train.num_steps}); use at most {self.train.num_steps - 1}"
             )
+        self._check_sharding()
         if self.parallel.pipeline > 1:
             raise ValueError(
                 f"parallel.pipeline is not available yet, got {self.parallel.pipeline}; set "
                 "parallel.pipeline = 1 and use parallel.data or parallel.tensor"
+            )
+
+    def _check_sharding(self) -> None:
+        stage, optim = self.parallel.zero_stage, self.optim
+        if (stage > 0 or optim.offload != "none") and optim.implementation != "own":
+            raise ValueError(
+                f"optim.implementation = '{optim.implementation}' cannot be sharded or offloaded; set it to "
+                "'own', or parallel.zero_stage = 0 and optim.offload = 'none'"
+            )
+        if (
+            stage == 3
+            and self.model.forces == "conservative"
+            and self.train.gradient_method != "one_backward"
+        ):
+            raise ValueError(
+                "parallel.zero_stage = 3 needs train.gradient_method = 'one_backward', got "
+                f"'{self.train.gradient_method}': a graph through the gradient would need parameters that "
+                "are gone; set one of the two to match"
+            )
+        if (optim.offload == "disk") != (optim.offload_dir is not None):
+            raise ValueError(
+                f"optim.offload is '{optim.offload}' and optim.offload_dir is {optim.offload_dir!r}; 'disk' "
+                "and no other needs a folder"
             )
 
 

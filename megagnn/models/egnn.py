@@ -76,10 +76,11 @@ class EGNN(nn.Module):
             for k in range(config.num_layers)
         )
         self.energy_head = EnergyHead(config, context, dtype)
+        self.ring = None
         if context.tp_size > 1:
-            ring = WeightRing(context, [layer.edge_weights for layer in self.layers])
+            self.ring = WeightRing(context, [layer.edge_weights for layer in self.layers])
             for index, layer in enumerate(self.layers):
-                layer.edge_operation.join_ring(ring, index)
+                layer.edge_operation.join_ring(self.ring, index)
         element_index = torch.full((NUM_ATOMIC_NUMBERS,), -1)
         element_index[list(statistics.elements)] = torch.arange(len(statistics.elements))
         self.register_buffer("element_index", element_index, persistent=False)
@@ -98,6 +99,13 @@ class EGNN(nn.Module):
         They depend on the seed and the parameters' names only, not on the layout (parallel/parameter.py).
         """
         initialise(self, seed)
+
+    def stages(self) -> list[tuple[str, nn.Module]]:
+        """The modules that hold the parameters, with their names, in the order in which they run."""
+        names = ["element_embedding"]
+        names += ["level_embedding"] if self.level_embedding is not None else []
+        names += [f"layers.{k}" for k in range(self.config.num_layers)]
+        return [(name, self.get_submodule(name)) for name in [*names, "energy_head"]]
 
     def num_parameters(self) -> int:
         """Trainable parameters of the whole model."""
@@ -127,7 +135,7 @@ class EGNN(nn.Module):
         for layer in self.layers:
             run = recomputed if self.config.recompute_layers and torch.is_grad_enabled() else _run
             h_NF, x_new_NC, forces_NC = run(layer, h_NF, x_NC, r_EC, edges)
-            if x_new_NC is not x_NC:
+            if layer.vector_branch == "coordinates":
                 x_NC = x_new_NC
                 r_EC = edge_vectors(share(x_NC, self.context), edges)
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])

@@ -12,6 +12,7 @@ from megagnn.models.egnn import EGNN
 from megagnn.models.statistics import Statistics
 from megagnn.ops import dual
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import deferred_parameters
 from megagnn.tensor_parallel.cost import PlanChoice
 
 
@@ -128,8 +129,14 @@ def build_potential(
     dtype: torch.dtype = torch.float32,
     context: ParallelContext | None = None,
     plan: PlanChoice = "auto",
+    deferred: bool = False,
 ) -> Potential:
-    """A potential whose initial weights depend on the seed only, on any layout of ranks."""
-    model = EGNN(config, statistics, dtype, context, plan)
-    model.reset_parameters(seed)
+    """A potential whose initial weights depend on the seed only, on any layout of ranks.
+
+    With `deferred` its parameters take no memory yet (parallel/parameter.py).
+    """
+    with deferred_parameters() if deferred else contextlib.nullcontext():
+        model = EGNN(config, statistics, dtype, context, plan)
+    if not deferred:
+        model.reset_parameters(seed)
     return Potential(model)

@@ -1,16 +1,19 @@
 """The optimizer of a run, its step with clipping, and the moving average of the weights."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megagnn.config import OptimConfig
+from megagnn.config import OptimConfig, ParallelConfig, RunConfig
+from megagnn.models.egnn import EGNN
 from megagnn.ops import square_sum
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.apex import make_apex_adamw
+from megagnn.optim.sharded import ShardedAdamW
+from megagnn.optim.storage import DiskStorage, MemoryStorage, Storage
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
@@ -23,12 +26,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     with another. `own` takes over the memory of the parameters: move the model first. Raises ValueError for
     `apex` where it is not installed.
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = parameter_groups(model, config)
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if config.implementation == "own":
         return FlatAdamW(groups, **settings)
@@ -37,6 +35,48 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
     else:
         optimizer = torch.optim.AdamW(groups, **settings, fused=True)
     optimizer.register_step_post_hook(_say_that_weights_changed)
+    return optimizer
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Matrices, which decay, and vectors, which do not."""
+    return [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def is_sharded(config: RunConfig) -> bool:
+    """Whether a run needs `make_sharded_optimizer`."""
+    return config.parallel.zero_stage > 0 or config.optim.offload != "none"
+
+
+def make_sharded_optimizer(
+    model: EGNN, config: OptimConfig, parallel: ParallelConfig, context: ParallelContext, seed: int = 0
+) -> ShardedAdamW:
+    """AdamW by ZeRO, for a model on its device; what `parallel.zero_stage` and `optim.offload` say.
+
+    The seed is that of the initial weights, where the model was made with deferred parameters.
+    Raises ValueError where the offload folder cannot be written.
+    """
+    storage: Storage = MemoryStorage(host=config.offload == "host")
+    if config.offload == "disk":
+        assert config.offload_dir is not None
+        storage = DiskStorage(config.offload_dir)
+    optimizer = ShardedAdamW(
+        model.stages(),
+        parameter_groups(model, config),
+        context,
+        parallel.zero_stage,
+        config.learning_rate,
+        config.betas,
+        config.eps,
+        bucket_bytes=int(parallel.bucket_megabytes * 2**20),
+        storage=storage,
+        seed=seed,
+    )
+    if optimizer.residency is not None and model.ring is not None:
+        model.ring.prepare = optimizer.residency.looker(model.layers)
     return optimizer
 
 
@@ -57,6 +97,9 @@ def gradient_norm(optimizer: torch.optim.Optimizer, context: ParallelContext) ->
     parameters and replicas of the others, which count once; pipeline stages hold different layers. On one
     rank along both axes nothing is sent. Otherwise the norm is float64.
     """
+    if isinstance(optimizer, ShardedAdamW):
+        axes = ("dp", "tp", "pp") if optimizer.stage > 0 else ("tp", "pp")
+        return _sum_over(optimizer.gradient_square_sum(), context, axes).sqrt()
     parameters = _parameters(optimizer)
     whole_model_here = context.tp_size == 1 and context.pp_size == 1
     if whole_model_here and not isinstance(optimizer, FlatAdamW):
@@ -68,10 +111,15 @@ def gradient_norm(optimizer: torch.optim.Optimizer, context: ParallelContext) ->
     # Each rank takes an equal share in the replicas' squares: the sum counts them once, and is one number
     # even where machines round replicas differently.
     total = total - (1 - 1 / context.tp_size) * _square_sum(replicas).to(total.device)
+    return _sum_over(total, context, ("tp", "pp")).sqrt()
+
+
+def _sum_over(total: Tensor, context: ParallelContext, axes: Sequence[str]) -> Tensor:
+    """A scalar summed over the ranks of these axes, on its own device."""
     home, total = total.device, total.to(context.device)
-    for axis in ("tp", "pp"):
+    for axis in axes:
         messages.all_reduce(total, context, axis)
-    return total.to(home).sqrt()
+    return total.to(home)
 
 
 def _square_sum(parameters: list[Tensor]) -> Tensor:
@@ -86,7 +134,7 @@ def clipped_step(optimizer: torch.optim.Optimizer, norm: Tensor, clip_norm: floa
     Our own optimizer scales them as it reads them and leaves them as they are; the others' are scaled in
     place.
     """
-    if not isinstance(optimizer, FlatAdamW):
+    if not isinstance(optimizer, FlatAdamW | ShardedAdamW):
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(_parameters(optimizer), clip_norm, norm)
         optimizer.step()

@@ -6,6 +6,7 @@ wrongly and overwrites the memory beside it. A tensor without elements is no mes
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,37 @@ def start_all_gather(tensor: Tensor, context: ParallelContext, axis: str) -> Pen
 # The names without `_single` are deprecated since PyTorch 2.13.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def start_fill_rows(rows: Tensor, context: ParallelContext, axis: str) -> Pending:
+    """Every rank's own row to all others, in place: (ranks, n), of which row r is there on rank r.
+
+    An all-gather that needs no memory besides its result. Over gloo the rows travel point to point, which
+    moves three to six times the bytes per second of its all-gather from a megabyte on.
+    """
+    check_contiguous("fill_rows", rows)
+    ranks, rank = context.size(axis), getattr(context, f"{axis}_rank")
+    if rows.ndim != 2 or rows.shape[0] != ranks:
+        raise ValueError(f"fill_rows needs one row per rank, ({ranks}, n), got {tuple(rows.shape)}")
+    if ranks == 1 or rows.numel() == 0:
+        return done(rows)
+    _count(context, axis, "all_gather", rows.numel(), 1, rows.element_size())
+    group = context.group(axis)
+    if dist.get_backend(group) != "gloo":
+        work = _gather_into(rows.view(-1), rows[rank], group=group, async_op=True)
+        return Pending(work, lambda: rows)
+    works: list[Any] = []
+    for shift in range(1, ranks):
+        to, source = (rank + shift) % ranks, (rank - shift) % ranks
+        works.append(dist.isend(rows[rank], group=group, group_dst=to))
+        works.append(dist.irecv(rows[source], group=group, group_src=source))
+
+    def finish() -> Tensor:
+        for each in works:
+            each.wait()
+        return rows
+
+    return Pending(None, finish)
 
 
 def start_reduce_scatter(stacked: Tensor, context: ParallelContext, axis: str) -> Pending:

@@ -7,7 +7,9 @@ checkpoints read the layout, too; nothing guesses from names.
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +97,11 @@ def make_parameter(
     layout = ParameterLayout(
         full_shape, dim, tp if dim is not None else 1, context.tp_rank if dim is not None else 0
     )
-    return Parameter(torch.zeros(shape, dtype=dtype), layout, initial)
+    if not _deferred.get():
+        return Parameter(torch.zeros(shape, dtype=dtype), layout, initial)
+    data = torch.empty(shape, dtype=dtype, device=context.device)  # no page is touched
+    data.untyped_storage().resize_(0)
+    return Parameter(data, layout, initial)
 
 
 def check_divisible(name: str, size: int, tp: int) -> None:
@@ -117,11 +123,35 @@ def initialise(module: nn.Module, seed: int) -> None:
     """Fill every parameter of a module that has an initial law; the global random state is left alone."""
     for name, parameter in module.named_parameters():
         if isinstance(parameter, Parameter):
-            digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-            whole = torch.empty(parameter.sharding.full_shape, dtype=torch.float32)
-            parameter.initial(whole, generator)
-            parameter.copy_(parameter.sharding.slice_of(whole))
+            parameter.copy_(initial_values(name, parameter, seed))
+
+
+def initial_values(name: str, parameter: Parameter, seed: int) -> Tensor:
+    """What this rank's slice of a parameter begins with, float32."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    whole = torch.empty(parameter.sharding.full_shape, dtype=torch.float32)
+    parameter.initial(whole, generator)
+    return parameter.sharding.slice_of(whole)
+
+
+_deferred: ContextVar[bool] = ContextVar("megagnn_deferred", default=False)
+
+
+@contextmanager
+def deferred_parameters() -> Iterator[None]:
+    """Parameters that are made within the context take no memory: an optimizer that keeps a share of each
+    fills them, one module after another (optim/sharded.py)."""
+    token = _deferred.set(True)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
+
+
+def is_deferred(parameter: Tensor) -> bool:
+    """Whether a parameter has no memory yet."""
+    return parameter.numel() > 0 and parameter.untyped_storage().nbytes() == 0
 
 
 @dataclass(frozen=True)

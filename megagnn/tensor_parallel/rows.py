@@ -35,6 +35,8 @@ class WeightRing:
 
     def __init__(self, context: ParallelContext, layers: Sequence[Callable[[], EdgeWeights]]) -> None:
         self.context, self.layers = context, list(layers)
+        self.prepare: Callable[[int], None] = lambda index: None
+        """Called before the slices of a layer are read, which may be ahead of its turn."""
         self._coming: dict[int, tuple[_VERSIONS, messages.Pending]] = {}
         self._held: dict[int, tuple[_VERSIONS, Tensor]] = {}
 
@@ -60,6 +62,7 @@ class WeightRing:
         return self._whole(index, found)
 
     def _slices(self, index: int) -> list[Tensor]:
+        self.prepare(index)
         weights = self.layers[index]()
         return [
             t.detach()

@@ -14,14 +14,18 @@ from megagnn.config import RunConfig, config_to_dict
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import build_potential
 from megagnn.models.statistics import Statistics
+from megagnn.optim.average import ShardedAverage
 from megagnn.optim.optimizer import (
     WeightAverage,
     clipped_step,
     gradient_buffers,
     gradient_norm,
+    is_sharded,
     make_optimizer,
+    make_sharded_optimizer,
 )
 from megagnn.optim.schedule import learning_rate
+from megagnn.optim.sharded_reducer import ShardedReducer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.parameter import layout_of
@@ -66,18 +70,16 @@ class Trainer:
         self.train = BatchLoader(train_set, config, context, shuffle=True)
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
         self.potential = build_potential(
-            config.model, self.statistics, config.train.seed, self.dtype, context, config.parallel.plan
+            config.model,
+            self.statistics,
+            config.train.seed,
+            self.dtype,
+            context,
+            config.parallel.plan,
+            deferred=is_sharded(config),
         )
         self.potential.to(context.device)
-        broadcast_parameters(self.potential, context)
-        self.optimizer = make_optimizer(self.potential, config.optim)
-        self.reducer = GradientReducer(
-            self.potential.parameters(),
-            context,
-            bucket_bytes=int(config.parallel.bucket_megabytes * 2**20),
-            flat_buffers=gradient_buffers(self.optimizer),
-        )
-        self.average = WeightAverage(self.potential.model, config.optim.ema_decay)
+        self._make_optimizer()
         self.loss = Loss(config.loss)
         self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
         self.progress = Progress(dp_size=context.dp_size)
@@ -94,6 +96,29 @@ class Trainer:
     def best_path(self) -> Path:
         """The checkpoint with the lowest validation loss."""
         return self.out_dir / "checkpoints" / "best.safetensors"
+
+    def _make_optimizer(self) -> None:
+        """The optimizer, what sums its gradients over ranks, and the moving average."""
+        config, model = self.config, self.potential.model
+        self.optimizer: torch.optim.Optimizer
+        self.reducer: GradientReducer | ShardedReducer
+        self.average: WeightAverage | ShardedAverage
+        if is_sharded(config):
+            sharded = make_sharded_optimizer(
+                model, config.optim, config.parallel, self.context, config.train.seed
+            )
+            self.optimizer, self.reducer = sharded, sharded.reducer
+            self.average = ShardedAverage(sharded, config.optim.ema_decay)
+            return
+        broadcast_parameters(self.potential, self.context)
+        self.optimizer = make_optimizer(self.potential, config.optim)
+        self.reducer = GradientReducer(
+            self.potential.parameters(),
+            self.context,
+            bucket_bytes=int(config.parallel.bucket_megabytes * 2**20),
+            flat_buffers=gradient_buffers(self.optimizer),
+        )
+        self.average = WeightAverage(model, config.optim.ema_decay)
 
     def _fit_statistics(self, train_set: StructureDataset, checkpoint: Checkpoint | None) -> Statistics:
         """The main rank's, so that machines that round differently agree; a resumed run keeps its own."""
