@@ -14,6 +14,8 @@ from torch import Tensor
 
 from megagnn.optim import unit
 from megagnn.parallel.context import ParallelContext
+from megagnn.train.gradients import GRADIENT_METHODS
+from megagnn.train.loss import Loss, label_counts
 from tests.distributed import sharded
 from tests.distributed.pairwise import pairwise
 from tests.distributed.sharded import Case, on_rank, train, worst
@@ -29,14 +31,13 @@ AXES: tuple[tuple[Any, ...], ...] = (
     (0, 1, 2, 3),
     ("stress", "direct", "study"),
     ("auto", "channel", "edge"),
-    ("none", "block", "layer", "both"),
+    ("none", "layer", "both"),
     ("one_backward", "create_graph"),
-    (1000, 10**6),
 )
 
 
 def allowed(cell: tuple[Any, ...]) -> bool:
-    (_, tp), stage, configuration, plan, _, method, _ = cell
+    (_, tp), stage, configuration, plan, _, method = cell
     if (tp == 1) != (plan == "auto"):
         return False
     if method == "create_graph":
@@ -49,7 +50,11 @@ def cases(full: bool) -> list[Case]:
     cells = [cell for cell in product(*AXES) if allowed(cell)]
     if not full:
         cells = pairwise(cells)  # type: ignore[assignment]
-    chosen = dict.fromkeys(Case(*layout, *rest) for layout, *rest in cells)
+    chosen = dict.fromkeys(
+        # a message of everything where nothing is recomputed, else several of each layer
+        Case(*layout, *rest, bucket_bytes=10**6 if rest[3] == "none" else 1000)
+        for layout, *rest in cells
+    )
     for case in list(chosen):
         if case.stage == 3 or (full and case.stage > 0):
             chosen |= dict.fromkeys(case._replace(stage=stage) for stage in (1, 2))
@@ -108,7 +113,7 @@ def test_stages_give_the_same_bits(results: Results, world_size: int) -> None:
                 assert got["norms"] == want["norms"], case
                 for name, whole in want["final"].items():
                     assert torch.equal(got["final"][name], whole), f"{case}: {name}"
-    assert num_compared >= 4
+    assert num_compared >= 2
 
 
 def mistaken(context: ParallelContext, case: Case) -> dict[str, Tensor]:
@@ -143,9 +148,6 @@ def test_parameters_of_an_earlier_step_are_found() -> None:
 
 def accumulated(context: ParallelContext, case: Case, num_micro_batches: int) -> list[Tensor]:
     """Two steps' gradient shards, whole; the micro-batches of a step are the structures one by one."""
-    from megagnn.train.gradients import GRADIENT_METHODS
-    from megagnn.train.loss import Loss, LossCounts, label_counts
-
     potential = sharded.build(case, context)
     optimizer = sharded.optimizer_of(potential, case, context)
     what = sharded.CONFIGURATIONS[case.configuration]
@@ -155,7 +157,6 @@ def accumulated(context: ParallelContext, case: Case, num_micro_batches: int) ->
     for _ in range(2):
         optimizer.zero_grad()
         counts = label_counts(sharded.batch_of(share), context)
-        assert isinstance(counts, LossCounts)
         for k, part in enumerate(parts):
             if k == num_micro_batches - 1:
                 optimizer.reducer.start()
