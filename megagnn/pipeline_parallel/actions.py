@@ -35,6 +35,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, cast
 
 Kind = Literal["f", "b", "R", "F", "B", "I", "W"]
@@ -113,7 +114,7 @@ class Schedule:
         """Stages S, p times the chunks of a rank."""
         return len(self.placement)
 
-    @property
+    @cached_property
     def conservative(self) -> bool:
         """Whether a micro-batch takes two passes, for forces F = -dE/dx in the loss."""
         return any(action.kind in "fbR" for row in self.rows for action in row)
