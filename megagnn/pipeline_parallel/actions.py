@@ -21,8 +21,11 @@
 
    Positions and strain enter every stage (through the envelope), so dE/dx0 is a sum over stages. It travels
    with b, each stage adding its own; at stage 0 it is whole, and no collective is needed. R (stage 0 only)
-   forms forces, the loss and its cotangents u, v, w there, and the seeds travel down with F. Seeds are
-   constants: B brings no cotangent of them.
+   forms forces, the loss and its cotangents u, v, w there, and the seeds travel down with F; every stage
+   seeds its own envelope and edge vectors from them. Seeds are constants: B brings no cotangent of them, and
+   begins at the last stage from sum(u E) + sum(E'). The loss's denominators are counts of labels over all
+   micro-batches and data-parallel ranks, known before the first action. Where layers leave coordinates where
+   they are, x and x' are x0 and its seed and do not travel twice.
 5. f keeps what b needs, and b frees it; parameters want no gradient then. F keeps what B, or I and W, need. I
    (input part) sends the cotangent on and keeps what W (weight part) needs. Gradients of parameters are
    added up over micro-batches in the order of the row, so a schedule's result does not depend on timing;
