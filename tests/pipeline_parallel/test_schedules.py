@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from megagnn.pipeline_parallel.actions import Action, Schedule
+from megagnn.pipeline_parallel.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.grid import by_step, from_text, to_text
 from megagnn.pipeline_parallel.program import Receive, Send, lower
 from megagnn.pipeline_parallel.schedules import gpipe, interleaved, make_schedule, one_f_one_b, zb_h1
@@ -111,14 +112,23 @@ def test_messages_around_an_action() -> None:
     assert not any(isinstance(op, Send | Receive) for op in lower(interleaved(1, 2))[0])
 
 
-def test_which_schedules_need_buffers() -> None:
-    """GPipe runs with sends that block; 1F1B with posting together; interleaving with neither."""
-    assert holds(gpipe(4, 8), "rendezvous")
-    assert not holds(one_f_one_b(4, 8), "rendezvous")
-    assert holds(one_f_one_b(4, 8), "batched")
-    assert holds(zb_h1(4, 8), "batched")
+@pytest.mark.parametrize("p", [2, 3, 5])
+@pytest.mark.parametrize("m", [4, 9])
+def test_which_schedules_need_buffers(p: int, m: int) -> None:
+    """GPipe runs with sends that block; 1F1B with those posted together; interleaving with neither."""
+    assert holds(gpipe(p, m), "rendezvous")
+    for make in (one_f_one_b, zb_h1, two_pass):
+        assert holds(make(p, m), "batched")
+        assert not holds(make(p, m), "rendezvous")
+    assert not holds(interleaved(p, 2 * p), "rendezvous")
+    assert not holds(conservative(p, m), "rendezvous")
+
+
+def test_some_need_buffers_even_so() -> None:
     assert not holds(interleaved(4, 8), "batched")
+    assert not holds(conservative(4, 32), "batched")
     validate(interleaved(4, 8))
+    validate(conservative(4, 32))
 
 
 def test_actions_print_and_parse() -> None:
