@@ -93,7 +93,7 @@ class BlockStages:
         save: bool = False,
         kept: Sequence[Tensor] = (),
     ) -> None:
-        if not has_kernels(values[0]):
+        if not has_kernels(values[0]) or values[0].dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 "BlockStages (compiled): p must be float32 or float64 where the kernels are built, got "
                 f"{values[0].dtype} on {values[0].device}; use edge_reference.edge_message"
