@@ -2,7 +2,8 @@
 
 What is measured: the distance from the float64 model *with the same, rounded weights*, so that it is the
 computing that is judged; in the norm of all numbers of a kind. bfloat16 keeps 8 bits, an error of 2^-9 per
-rounding, and some fifty roundings follow one another in three layers, forward and back: 0.4 % to 2 % was seen.
+rounding, and some tens of roundings follow one another in three layers, forward and back. Seen were 0.2 to
+1.1 % for outputs and 0.3 to 5 % for gradients; the tolerances leave room for another order of sums.
 """
 
 from typing import Any
@@ -25,8 +26,8 @@ from tests.models.physics import STATISTICS, crystal, ethanol, model_config, ran
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 OUTPUTS = 0.03
-GRADIENTS = 0.05
-COSINE = 0.998
+GRADIENTS = 0.08
+COSINE = 0.997
 MIXED = Precision(BFLOAT16, FLOAT32)
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
@@ -116,7 +117,7 @@ def test_gradients_of_a_force_loss_are_those_of_float64(name: str, method: str) 
     floor = 1e-3 * all_wanted.norm()
     for key, gradient in wanted.items():
         error = (got[key].double() - gradient).norm() / torch.maximum(gradient.norm(), floor)
-        assert error < 4 * GRADIENTS, key
+        assert error < 3 * GRADIENTS, key
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_rotated_forces_are_forces_rotated() -> None:
 
 def test_batch_of_another_geometry_is_refused() -> None:
     low, high = pair()
-    with pytest.raises(ValueError, match=r"positions must be torch\.float32, as the model's geometry, got tor"):
+    with pytest.raises(ValueError, match=r"positions must be torch\.float32, .* got torch\.float64"):
         low(batch_for(high))
     low(batch_for(low))
 
@@ -212,11 +213,11 @@ def test_names() -> None:
     assert (MIXED.sums, MIXED.gradients, MIXED.master) == (FLOAT32,) * 3
     assert precision_of("float64").master is None
     assert str(MIXED) == "bfloat16, geometry float32"
-    with pytest.raises(ValueError, match="parameters must be one of .* got float16"):
+    with pytest.raises(ValueError, match=r"parameters must be one of .* got float16"):
         precision_of("float16")
-    with pytest.raises(ValueError, match="geometry must be one of .* got bfloat16"):
+    with pytest.raises(ValueError, match=r"geometry must be one of .* got bfloat16"):
         precision_of("bfloat16", "bfloat16")
     with pytest.raises(ValueError, match="at least as wide as the parameters, got float64, geometry float32"):
         precision_of("float64", "float32")
-    with pytest.raises(ValueError, match="types are .* got 'single'"):
+    with pytest.raises(ValueError, match=r"types are .* got 'single'"):
         precision_of("single")
