@@ -117,5 +117,5 @@ def test_precision() -> None:
         config_from_dict({**half, "optim": {"implementation": "torch"}})
     with pytest.raises(ValueError, match="'torch_sparse', which adds bfloat16 in bfloat16; use 'own'"):
         config_from_dict({**half, "model": {"aggregation_backend": "torch_sparse"}})
-    with pytest.raises(ValueError, match="'train.dtype'.* or 'bfloat16', got 'float16'"):
+    with pytest.raises(ValueError, match="input should be 'float32', 'float64' or 'bfloat16', got 'float16'"):
         config_from_dict({"train": {"dtype": "float16"}})

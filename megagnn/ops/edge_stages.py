@@ -111,6 +111,7 @@ class BlockStages:
         self._widths = dict.fromkeys(("rho", "rho_bar"), radial) | dict.fromkeys(("a", "z", "z_bar"), hidden)
         self._widths |= dict.fromkeys(("c", "m", "m_bar"), message) | dict.fromkeys(("g", "u"), vector)
         self._like = values[0].detach()
+        self.dtype = self._like.dtype
         self._blocks = graph_lists[3].view(-1, 4)[:, :2].tolist()
         self.num_blocks = len(self._blocks)
         self._longest = max((end - begin for begin, end in self._blocks), default=0)

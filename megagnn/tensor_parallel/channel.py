@@ -75,6 +75,7 @@ class ChannelRunner:
         """See `EdgeRunner`."""
         stages = self._stages(call, False, kept)
         first, (geometry, weights) = self.context.tp_rank == 0, wanted
+        bars = [bar if bar is None else bar.to(stages.dtype) for bar in bars]
         gradients = stages.start_backward(bars, geometry, weights)
         interleave(stages, lambda block: backward_block(stages, block, self.links, first), _DEPTH)
         inputs = [*gradients.values, *(gradients.tangents if call.pair else ())]
