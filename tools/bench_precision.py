@@ -7,7 +7,7 @@ Batches, model and steps are those of bench_edge_message.py: liquid-like metal, 
 The errors are distances from the float64 model with the same, rounded weights, relative in the norm of all
 numbers of a kind: forces, the gradient of a loss on energies and forces. "weights rounded" is that float64
 model against the one whose weights were not rounded. Peak memory is that of tensors above what lives between
-steps. Times are of steps in turns, in one process; the first column's is what the others are divided by.
+steps. Times are of steps in turns, in one process, and over that of the first variant.
 """
 
 from __future__ import annotations
