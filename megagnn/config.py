@@ -303,11 +303,10 @@ class RunConfig:
                 "train.dtype = 'bfloat16' needs float32 master weights, or small steps are rounded away, got "
                 f"optim.implementation = '{self.optim.implementation}', which keeps none; use 'own'"
             )
-        if self.model.aggregation_backend != "own":
+        if self.model.aggregation_backend == "torch_sparse":
             raise ValueError(
-                "train.dtype = 'bfloat16' needs sums over neighbours in float32, forward and backward, got "
-                f"model.aggregation_backend = '{self.model.aggregation_backend}', which adds some of them in "
-                "bfloat16; use 'own'"
+                "train.dtype = 'bfloat16' needs sums over neighbours in float32, got "
+                "model.aggregation_backend = 'torch_sparse', which adds bfloat16 in bfloat16; use 'own'"
             )
 
 
