@@ -3,7 +3,7 @@
     python tools/bench_precision.py --threads 1 --clock cpu
     python tools/bench_precision.py --edges 10000 --widths 64 --losses conservative --rounds 3
 
-Batches, model and steps are those of bench_edge_message.py: liquid-like metal, three layers, initial weights.
+Batches, model and steps are those of bench_edge_message.py: liquid-like metal, initial weights.
 The errors are distances from the float64 model with the same, rounded weights, relative in the norm of all
 numbers of a kind: forces, the gradient of a loss on energies and forces. "weights rounded" is that float64
 model against the one whose weights were not rounded. Peak memory is that of tensors above what lives between
@@ -61,22 +61,23 @@ def main() -> None:
         ("--losses", {"nargs": "+", "choices": ("direct", "conservative"), "default": ("conservative",)}),
         ("--edges", {"nargs": "+", "type": int, "default": EDGES}),
         ("--widths", {"nargs": "+", "type": int, "default": WIDTHS}),
+        ("--layers", {"type": int, "default": workload.DEPTH, "help": "of the model (default 3)"}),
     )
     rows: list[Row] = []
     for loss in args.losses:
         for edges in args.edges:
             for width in args.widths:
-                found = measured(loss, edges, width, args)
+                found = measured(loss, edges, width, args.layers, args)
                 print(markdown(found), flush=True)
                 rows += found
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
-def measured(loss: str, edges: int, width: int, args: Any) -> list[Row]:
+def measured(loss: str, edges: int, width: int, num_layers: int, args: Any) -> list[Row]:
     """One batch and width: all variants, errors first, then time and memory."""
     batch, cutoff = workload.dense_batch(edges)
-    config = workload.model_config(width, loss, cutoff)
+    config = workload.model_config(width, loss, cutoff, num_layers)
     exact = results(step(config, "float64", "recompute", batch))
     rounded = results(step(config, "float64", "recompute", batch, weights="bfloat16"))
     rows = [with_errors(Row(loss, edges, width, "weights rounded"), rounded, exact)]

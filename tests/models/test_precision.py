@@ -148,6 +148,18 @@ def test_types(precision: Precision, features: torch.dtype, edges: torch.dtype, 
     assert low.model.distance_feature.centres_R.dtype == edges == precision.edge
 
 
+def test_geometry_is_that_of_float32() -> None:
+    """Vectors and envelope that the first layer gets, to the bit: smooth where they were smooth."""
+    seen: list[list[Tensor]] = []
+    for precision in (MIXED, Precision()):
+        low, _ = pair(precision)
+        next(iter(low.model.layers)).register_forward_hook(
+            lambda _, inputs, results: seen.append([inputs[2].detach(), inputs[3].envelope_E.detach()])
+        )
+        low(batch_for(low))
+    assert all(torch.equal(x, y) for x, y in zip(*seen, strict=True))
+
+
 def test_float64_geometry_beside_float32_weights_is_exact_to_float32() -> None:
     low, high = pair(Precision(FLOAT32, FLOAT64), stress=True)
     got, wanted = outputs(low, batch_for(low)), outputs(high, batch_for(high))

@@ -10,7 +10,7 @@ import bench_precision as bench
 def test_a_small_case() -> None:
     """bfloat16 is further from float64 than float32, and near it."""
     args = argparse.Namespace(rounds=1, seconds=0.0)
-    rows = {row.variant: row for row in bench.measured("conservative", 1000, 16, args)}
+    rows = {row.variant: row for row in bench.measured("conservative", 1000, 16, 2, args)}
     assert list(rows) == ["weights rounded", *bench.VARIANTS]
     for name, row in rows.items():
         low, high = (0.0, 1e-4) if name.startswith("float32") else (1e-4, 0.05)
