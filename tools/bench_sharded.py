@@ -63,9 +63,12 @@ class Work:
         config = edge_workload.model_config(width, "direct", cutoff, layers, update_coordinates=False)
         self.batch, self.loss = batch, Loss(edge_workload.LossConfig(energy="mse", forces="mse"))
         ours = name in OURS
-        kind = torch.bfloat16 if ours and dtype == "bfloat16" else torch.float32
         self.potential = build_potential(
-            config, edge_workload.statistics(), dtype=kind, context=context, deferred=ours
+            config,
+            edge_workload.statistics(),
+            precision=getattr(torch, dtype),
+            context=context,
+            deferred=ours,
         )
         self.num_parameters = num_parameters(self.potential)
         make = self._ours if ours else self._peer
@@ -123,10 +126,10 @@ def _ddp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
 def _fsdp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    for module in model.modules():  # it wants ordinary parameters
+    for module in model.modules():  # it wants ordinary parameters, float32 ones, and casts them itself
         for key, value in list(module._parameters.items()):
             if value is not None:
-                module._parameters[key] = nn.Parameter(value.data)
+                module._parameters[key] = nn.Parameter(value.data.float())
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)

@@ -36,7 +36,7 @@ def describe_checkpoint(checkpoint: Checkpoint) -> str:
         f"checkpoint   {checkpoint.path}",
         f"progress     step {progress.step} (epoch {progress.epoch}), "
         f"best validation loss {progress.best_loss:.6g}",
-        f"parameters   {model.num_parameters():,} in {checkpoint.config.train.dtype}: "
+        f"parameters   {model.num_parameters():,} in {model.precision}: "
         + ", ".join(f"{name} {count:,}" for name, count in parts.items() if count),
         f"elements     {' '.join(chemical_symbols[z] for z in statistics.elements)}",
         f"levels       {', '.join(statistics.levels)}",

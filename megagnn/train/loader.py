@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from functools import partial
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -11,6 +10,7 @@ from megagnn.config import DataConfig, ModelConfig, RunConfig
 from megagnn.data.batch import collate
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
+from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier
@@ -75,7 +75,8 @@ class BatchLoader:
             seed=config.train.seed,
             shuffle=shuffle,
         )
-        self.collate = partial(collate, dtype=getattr(torch, config.train.dtype))
+        precision = precision_of(config.train.dtype, config.train.geometry)
+        self.collate = partial(collate, dtype=precision.geometry)
 
     def batches(self, epoch: int = 0, first: int = 0) -> Iterator[dict[str, Tensor]]:
         """Batches of an epoch from the `first` on; as many on every rank, possibly without structures."""

@@ -19,6 +19,7 @@ MUST_BE_EQUAL = (
     "data.max_structures",
     "train.seed",
     "train.dtype",
+    "train.geometry",
 )
 # How the same function is computed: a continued run may do it in another way.
 MAY_CHANGE = (

@@ -13,6 +13,7 @@ from torch import Tensor
 from megagnn.config import RunConfig, config_to_dict
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import build_potential
+from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.optim.average import ShardedAverage
 from megagnn.optim.optimizer import (
@@ -61,7 +62,7 @@ class Trainer:
     def __init__(self, config: RunConfig, context: ParallelContext, resume: bool = False) -> None:
         self.config, self.context = config, context
         self.out_dir = Path(config.out_dir)
-        self.dtype = getattr(torch, config.train.dtype)
+        self.precision = precision_of(config.train.dtype, config.train.geometry)
         train_set = open_split(config.data, config.model, "train", context)
         check_labels(train_set.num_labelled(), config.loss)
         checkpoint = load_checkpoint(self.last_path) if resume else None
@@ -73,7 +74,7 @@ class Trainer:
             config.model,
             self.statistics,
             config.train.seed,
-            self.dtype,
+            self.precision,
             context,
             config.parallel.plan,
             deferred=is_sharded(config),
