@@ -11,6 +11,10 @@ from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.trainer import Trainer
 
+# Of a run that a user's Ctrl-C stopped, so that a script does not go on. After SIGTERM and SIGUSR1 it is 0,
+# for all is saved: torchrun starts ranks again that fail, and srun kills the ranks that still save.
+EXIT_INTERRUPTED = 130
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn train`; what argparse does not know is a configuration override."""
@@ -32,11 +36,16 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         trainer = Trainer(config, context, resume=resume)
         if arguments.overwrite:
             _remove_earlier_run(Path(config.out_dir), context)
-        trainer.run()
-        if context.is_main:
+        stopped_by = trainer.run()
+        if context.is_main and stopped_by:
+            print(
+                f"stopped by {stopped_by} after step {trainer.progress.step} of {train.num_steps}; saved "
+                f"{trainer.last_path}. The same command with --resume continues"
+            )
+        elif context.is_main:
             print(f"best checkpoint: {trainer.best_path}")
             print(f"curves:          tensorboard --logdir {config.out_dir}")
-    return 0
+    return EXIT_INTERRUPTED if stopped_by == "SIGINT" else 0
 
 
 def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwrite: bool) -> bool:
