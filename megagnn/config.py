@@ -180,7 +180,7 @@ class OptimConfig:
     clip_norm: PositiveFloat | None = 10.0
     """Global gradient norm is clipped to this; no clipping if not given ("none" on the command line)."""
     spike_factor: Annotated[float, Field(gt=1)] | None = None
-    """A gradient norm above so many times the median of the last 100 makes a bad step; no limit if not given."""
+    """A gradient norm above so many times the median of the last 100 is bad; no limit if not given."""
     accumulate_steps: PositiveInt = 1
     """Batches of each rank whose gradients make one optimizer step."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -205,7 +205,7 @@ class TrainConfig:
     gradient_method: Literal["one_backward", "create_graph"] = "one_backward"
     """How the gradient of a loss on conservative forces is taken."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """Where loss or gradient is not finite, or above optim.spike_factor: end the run, or leave the step out."""
+    """Where loss or gradient is not finite or above optim.spike_factor: end, or leave the step out."""
     max_bad_steps: PositiveInt = 10
     """`skip`: so many bad steps in a row are left out; one more ends the run."""
     log_every: PositiveInt = 10

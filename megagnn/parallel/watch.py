@@ -3,9 +3,9 @@
 [Note: faults] The main thread may be inside a collective, where no Python reaches it, so two threads watch:
 `Heartbeat` speaks with the store, and the guard here sees whether the store answers, whether the launcher
 sends SIGTERM, and whether there is a verdict. Then the main thread has `grace` to end by itself, which it
-does if its collective fails; else the guard prints the verdict and ends the process. A SIGTERM ends it, too, unless
-the main thread handles that itself (`train.signals`); a second one ends it in any case. If the main thread comes
-first, with the text of gloo or NCCL, `explain` waits for the verdict and gives that instead.
+does if its collective fails; else the guard prints the verdict and ends the process. If the main thread comes
+first, with the text of gloo or NCCL, `explain` waits for the verdict and gives that instead. A SIGTERM ends
+the process, too, unless the main thread handles it itself (`train.signals`), and a second one in any case.
 """
 
 import os

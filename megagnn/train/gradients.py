@@ -89,8 +89,8 @@ def accumulate(
     counts: LossCounts,
     reducer: Reducer,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Take the gradient of a step over one or several batches, and sum it over ranks. Returns this rank's share
-    of the loss and of its terms.
+    """The gradient of a step over one or several batches, summed over ranks; returns this rank's share of the
+    loss and of its terms.
 
     With `counts` over all of the batches (`loss.step_counts`) it is the gradient of one batch that holds all
     their structures. Memory is that of one batch, and only the last backward sends.
@@ -102,6 +102,6 @@ def accumulate(
             reducer.start()
         part, shares = method(potential, batch, loss, counts)
         total = total + part
-        terms = {name: terms[name] + share if terms else share for name, share in shares.items()}
+        terms |= {name: terms[name] + share if name in terms else share for name, share in shares.items()}
     reducer.finish()
     return total, terms
