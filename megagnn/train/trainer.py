@@ -147,7 +147,7 @@ class Trainer:
             monitor.say(self._summary())
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
             for batches in self._batches():
-                stop = self._step(batches, monitor, bool(signals.received))
+                stop = self._step(batches, monitor, signals)
                 step = self.progress.step
                 done = step == train.num_steps
                 if step % train.validate_every == 0 or done:
@@ -173,7 +173,7 @@ class Trainer:
             self.progress = dataclasses.replace(self.progress, epoch=epoch, step_in_epoch=first)
             yield from self.train.steps(epoch, first, self.config.optim.accumulate_steps)
 
-    def _step(self, batches: list[dict[str, Tensor]], monitor: Monitor, wants_to_stop: bool) -> bool:
+    def _step(self, batches: list[dict[str, Tensor]], monitor: Monitor, signals: StopSignals) -> bool:
         """One step; whether to stop after it, the same on every rank."""
         step, optim = self.progress.step, self.config.optim
         rate = learning_rate(step, self.config.train.num_steps, optim)
@@ -185,7 +185,8 @@ class Trainer:
             self.gradient_method, self.potential, batches, self.loss, counts, self.reducer
         )
         norm = gradient_norm(self.optimizer, self.context)
-        found = judge(loss, norm, self.progress.recent_norms, optim.spike_factor, wants_to_stop, self.context)
+        recent, stop = self.progress.recent_norms, bool(signals.received)
+        found = judge(loss, norm, recent, optim.spike_factor, stop, self.context)
         if found.fault:
             self._leave_out(found.fault, batches, float(loss), float(norm), monitor)
         else:

@@ -1,4 +1,4 @@
-"""Runs that are told to stop, and runs whose ranks are killed, end as an undisturbed run does, bit for bit."""
+"""Runs that are told to stop, or whose ranks are killed, end as an undisturbed run does, bit for bit."""
 
 import json
 import os
@@ -14,6 +14,7 @@ import torch
 
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.groups import grid_context
+from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.bad_steps import judge
 from megagnn.train.checkpoint import load_checkpoint
 from tests import runs
@@ -21,7 +22,8 @@ from tests.distributed.ranks import TIMEOUT_S, clean_environment, free_port, tor
 from tests.distributed.spawn import spawn
 
 LAST = "checkpoints/last.safetensors"
-OFTEN = ["--train.checkpoint_every", "2", "--data.max_atoms", "40"]
+OFTEN = ["--train.num_steps", "40", "--train.validate_every", "10", "--train.checkpoint_every", "2"]
+OFTEN += ["--data.max_atoms", "40"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
 
 
@@ -112,54 +114,37 @@ def test_one_rank_hears_the_signal_and_all_stop(
     files: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:
     run = Run(files, tmp_path / "run", "--resume")
-    for number, (rank, signum) in enumerate([(1, signal.SIGTERM), (0, signal.SIGUSR1)]):
-        before = run.step
-        run.start_two_ranks()
-        run.reach(before + 4)
-        run.processes[rank].send_signal(signum)
-        ended = run.wait()
-        assert [code for code, _, _ in ended] == [0, 0], ended
-        assert all("error" not in err for _, _, err in ended), "nobody takes the others' leave for a failure"
-        name = signum.name if rank == 0 else "a signal to another rank"
-        told = re.search(rf"stopped by {name} after step (\d+) of 60; saved \S+{LAST}\.", ended[0][1])
-        assert told, ended[0]
-        assert "--resume continues" in ended[0][1]
-        assert before < run.step == int(told[1]) < 60, f"stop {number}"
+    run.start_two_ranks()
+    run.reach(4)
+    run.processes[1].send_signal(signal.SIGUSR1)
+    ended = run.wait()
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    assert all("error" not in err for _, _, err in ended), "nobody takes the others' leave for a failure"
+    told = re.search(
+        rf"stopped by a signal to another rank after step (\d+) of 40; saved \S+{LAST}\.", ended[0][1]
+    )
+    assert told, ended[0]
+    assert "--resume continues" in ended[0][1]
+    assert 4 <= run.step == int(told[1]) < 40
     run.start_two_ranks()
     assert [code for code, _, _ in run.wait()] == [0, 0]
     same_end(run.out_dir, undisturbed)
 
 
-def test_torchrun_restarts_a_killed_rank_and_the_run_continues(
+def test_torchrun_restarts_and_hands_on_the_signal(
     files: tuple[Path, Path], undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Nobody says --resume; and torchrun hands on a SIGTERM, upon which the run saves."""
-    run = Run(files, tmp_path / "run")
-    agent = run.start([*TORCHRUN, "--standalone", "--max-restarts=2"])
-    killed = []
-    for rank in ("1", "0"):
-        run.reach(run.step + 4)
-        deadline = time.monotonic() + TIMEOUT_S
-        while len(workers := children(agent.pid)) < 2 or workers[rank] in killed:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(workers[rank], signal.SIGKILL)
-        killed.append(workers[rank])
-    [(code, _, err)] = run.wait()
-    assert code == 0, err
-    assert err.count("started again by torchrun: continuing") == 2
-    same_end(run.out_dir, undisturbed)
-
-
-def test_torchrun_hands_on_the_signal(files: tuple[Path, Path], undisturbed: Path, tmp_path: Path) -> None:
+    """A rank is killed: the run continues, though nobody says --resume. A SIGTERM: it saves."""
     run = Run(files, tmp_path / "run")
     agent = run.start([*TORCHRUN, "--standalone", "--max-restarts=2"])
     run.reach(4)
+    os.kill(children(agent.pid)["1"], signal.SIGKILL)
+    run.reach(run.step + 4)
     agent.send_signal(signal.SIGTERM)
     [(_, out, err)] = run.wait()
+    assert err.count("started again by torchrun: continuing") == 1
     assert "stopped by SIGTERM after step" in out, err
-    assert "megagnn [rank" not in err
-    assert 4 <= run.step < 60
+    assert 8 <= run.step < 40
     run.arguments.append("--resume")
     run.start_two_ranks()
     assert [code for code, _, _ in run.wait()] == [0, 0]
@@ -167,9 +152,11 @@ def test_torchrun_hands_on_the_signal(files: tuple[Path, Path], undisturbed: Pat
 
 
 def test_two_machines_that_count_restarts_differently(
-    files: tuple[Path, Path], undisturbed: Path, tmp_path: Path
+    files: tuple[Path, Path], undisturbed: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The agent of the machine whose rank is killed counts a failure; the other one may count none."""
+    if not request.config.getoption("--full"):
+        pytest.skip("starts eight processes; --full runs it")
     run, port = Run(files, tmp_path / "run"), free_port()
     nodes = ["--nnodes=2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d"]
     nodes += [f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
@@ -204,11 +191,15 @@ def on_rank(context: ParallelContext) -> dict[str, str]:
         for what in ("nothing", "stop", "loss", "norm", "spike"):
             for who in (0, 3):
                 found[f"{grid} {what} {who}"] = decide(here, who, what)
+    here = grid_context(2, 1, 2)
+    found["mistake"] = str(all_reduce_sum(torch.tensor([float(here.rank == 3)]), here).item())
     return found
 
 
 def test_all_ranks_decide_alike_whoever_sees_it() -> None:
     results = spawn(4, on_rank)
+    mistaken = [result.pop("mistake") for result in results]
+    assert len(set(mistaken)) == 2, "votes that are summed over the data-parallel ranks alone would fail"
     for key, text in results[0].items():
         _, what, _ = key.rsplit(" ", 2)
         found = json.loads(text)
