@@ -3,14 +3,17 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
+from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.gradients import GRADIENT_METHODS, accumulate
 from megagnn.train.loss import Loss, LossCounts, label_counts, step_counts
+from tests.distributed import sharded
 from tests.distributed.parity import CONFIGURATIONS, batch_of, whole_gradients
 from tests.distributed.spawn import spawn
 from tests.distributed.test_data_parallel import worst
@@ -100,3 +103,52 @@ def test_counts_of_each_batch_would_fail() -> None:
     mistaken = gradients(ParallelContext(), *CASES[0], own_counts=True)[1]
     num = len(SHARES[1][0])
     assert worst({name: g / num for name, g in mistaken.items()}, expected) > 0.1
+
+
+# --- ZeRO stages ---
+
+BAD = 1  # of the steps
+
+
+class SpoiltLoss(Loss):
+    """Not a number while told so."""
+
+    spoilt = False
+
+    def __call__(self, *arguments: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        total, shares = super().__call__(*arguments)
+        return total * (float("nan") if self.spoilt else 1.0), shares
+
+
+def train(context: ParallelContext, stage: int | None) -> dict[str, Tensor]:
+    """Four steps of several batches, one of which is bad and left out; stage None is one process with one
+    batch, and three steps."""
+    case = sharded.Case(context.dp_size, 1, stage or 0)
+    potential = sharded.build(case, context)
+    plain = stage is None
+    optimizer: Any = make_optimizer(potential, sharded.OPTIMIZER) if plain else None
+    optimizer = optimizer or sharded.optimizer_of(potential, case, context)
+    reducer = GradientReducer(potential.parameters(), context) if plain else optimizer.reducer
+    shares = [range(6)] if plain else SHARES[context.dp_size][context.dp_rank]
+    batches, loss = [batch_of(share) for share in shares], SpoiltLoss(CONFIGURATIONS["stress"].loss_config())
+    for step in range(3 if plain else 4):
+        loss.spoilt = step == BAD and not plain
+        optimizer.zero_grad()
+        counts = step_counts(batches, context)
+        accumulate(GRADIENT_METHODS["one_backward"], potential, batches, loss, counts, reducer)
+        norm = gradient_norm(optimizer, context)
+        assert torch.isfinite(norm) == (not loss.spoilt)
+        if not loss.spoilt:
+            clipped_step(optimizer, norm, sharded.OPTIMIZER.clip_norm)
+    return sharded.whole_parameters(potential, optimizer, context)
+
+
+def sharded_on_rank(context: ParallelContext) -> list[dict[str, Tensor]]:
+    return [train(context, stage) for stage in range(4)]
+
+
+def test_steps_of_several_batches_and_a_bad_one_in_every_stage() -> None:
+    expected = train(ParallelContext(), None)
+    for results in spawn(2, sharded_on_rank):
+        for stage, found in enumerate(results):
+            assert sharded.worst(found, expected) < 1e-8, f"stage {stage}"

@@ -165,7 +165,7 @@ def test_two_machines_that_count_restarts_differently(
     same_end(run.out_dir, undisturbed)
 
 
-# --- what all ranks decide ----------------------------------------------------------------------------------
+# --- what all ranks decide ---
 
 GRIDS = ((4, 1, 1), (2, 1, 2), (1, 1, 4))
 NORMS = [1.0] * 30

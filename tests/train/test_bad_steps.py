@@ -54,7 +54,7 @@ def large_gradient(trainer: Trainer, loss: torch.Tensor) -> torch.Tensor:
     return loss
 
 
-# --- the decision -------------------------------------------------------------------------------------------
+# --- the decision ---
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_a_factor_below_one_is_refused() -> None:
         config_from_dict({"optim": {"spike_factor": 0.5}})
 
 
-# --- what the trainer does ----------------------------------------------------------------------------------
+# --- what the trainer does ---
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_a_spike_is_skipped_and_a_resumed_run_skips_it_too(store: Path, tmp_path
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
-# --- several batches to a step ------------------------------------------------------------------------------
+# --- several batches to a step ---
 
 
 def test_steps_of_several_batches(store: Path, tmp_path: Path) -> None:

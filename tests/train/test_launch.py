@@ -40,7 +40,7 @@ def test_it_continues(
 def test_it_does_not_take_an_earlier_run_over(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The user said neither --resume nor --overwrite: however often torchrun tries, the answer is the same."""
+    """The user said neither --resume nor --overwrite, however often torchrun repeats the command."""
     assert runs.train(store, tmp_path / "run", *SHORT) == 0
     master = TCPStore("127.0.0.1", 0, is_master=True)
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
