@@ -100,7 +100,7 @@ def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwr
 def _remove_earlier_run(out_dir: Path, context: ParallelContext) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     if context.is_main:
-        for folder in (out_dir / "checkpoints", out_dir / "tensorboard"):
+        for folder in (out_dir / "checkpoints", out_dir / "tensorboard", out_dir / "bad_batches"):
             if folder.exists():
                 shutil.rmtree(folder)
         (out_dir / "metrics.json").unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import torch
 
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.groups import grid_context
+from megagnn.parallel.watch import SAME_WISH_SECONDS
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.bad_steps import judge
 from megagnn.train.checkpoint import load_checkpoint
@@ -163,6 +164,52 @@ def test_two_machines_that_count_restarts_differently(
     assert [code for code, _, _ in ended] == [0, 0], ended
     assert sum(err.count("started again by torchrun: continuing") for _, _, err in ended) >= 1
     same_end(run.out_dir, undisturbed)
+
+
+WAITER = """
+import sys, time, torch
+from megagnn.parallel.launch import parallel_context
+from megagnn.parallel.world import all_reduce_sum
+from megagnn.train.signals import StopSignals
+with parallel_context("cpu", 1) as context, StopSignals():
+    print("ready", flush=True)
+    time.sleep(600 if context.rank else 0)
+    all_reduce_sum(torch.ones(1), context)
+"""
+
+
+def test_a_second_sigterm_ends_a_rank_that_waits_for_another() -> None:
+    """Inside a collective no Python handler runs: the first signal is noted, the second the guard's."""
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAITER],
+            env=clean_environment(**torchrun_like(rank, 2, port)),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in ranks:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        time.sleep(1.0)
+        ranks[0].send_signal(signal.SIGTERM)
+        time.sleep(SAME_WISH_SECONDS + 1.5)
+        assert ranks[0].poll() is None, "the first is a wish"
+        ranks[0].send_signal(signal.SIGTERM)
+        _, err = ranks[0].communicate(timeout=TIMEOUT_S)
+        assert ranks[0].returncode == 143
+        assert "was ended by a signal (SIGTERM)" in err
+        _, err = ranks[1].communicate(timeout=TIMEOUT_S)
+        assert ranks[1].returncode == 1
+        assert "rank 0 (dp0-pp0-tp0, " in err, "the other one is told"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
 
 
 # --- what all ranks decide ---
