@@ -179,6 +179,10 @@ class OptimConfig:
     """Learning rate at the end, as a share of the peak."""
     clip_norm: PositiveFloat | None = 10.0
     """Global gradient norm is clipped to this; no clipping if not given ("none" on the command line)."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A gradient norm above so many times the median of the last 100 is bad; no limit if not given."""
+    accumulate_steps: PositiveInt = 1
+    """Batches of each rank whose gradients make one optimizer step."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the exponential moving average of the weights, which validation and use see; 0 turns it off.
     """
@@ -202,6 +206,10 @@ class TrainConfig:
     """CPU threads of a rank; by default the cores divided by the ranks of this machine."""
     gradient_method: Literal["one_backward", "create_graph"] = "one_backward"
     """How the gradient of a loss on conservative forces is taken."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """Where loss or gradient is not finite or above optim.spike_factor: end, or leave the step out."""
+    max_bad_steps: PositiveInt = 10
+    """`skip`: so many bad steps in a row are left out; one more ends the run."""
     log_every: PositiveInt = 10
     """Steps between two points in TensorBoard."""
     validate_every: PositiveInt = 500

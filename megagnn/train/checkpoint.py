@@ -8,7 +8,7 @@ the run and a checksum.
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,12 @@ class Progress:
     """Updates of the moving average so far."""
     dp_size: int = 1
     """Data-parallel ranks of the run: with another number, batches would be others."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last good steps, for their median; kept where optim.spike_factor is set."""
+    bad_in_a_row: int = 0
+    """Bad steps since the last good one."""
+    skipped_steps: int = 0
+    """Bad steps in all."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The command `megagnn inspect`: what a checkpoint or a data set holds."""
+"""The command `megagnn inspect`: what a checkpoint, a data set or a bad batch holds."""
 
 import argparse
 import json
@@ -7,12 +7,17 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from megagnn.config import config_to_dict
+from megagnn.train.bad_batch import describe_bad_batch, is_bad_batch
 from megagnn.train.checkpoint import Checkpoint, load_checkpoint, load_potential
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn inspect`."""
-    parser.add_argument("path", type=Path, help="a checkpoint (.safetensors) or a packed store (a folder)")
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="a checkpoint or a bad batch (.safetensors), or a packed store (a folder)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         from megagnn.data.store import Store
 
         print(describe(Store.open(arguments.path)))
+    elif is_bad_batch(arguments.path):
+        print(describe_bad_batch(arguments.path))
     else:
         print(describe_checkpoint(load_checkpoint(arguments.path)))
     return 0

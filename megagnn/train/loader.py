@@ -1,5 +1,7 @@
 """This rank's batches of one split, ready on its device."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -14,6 +16,7 @@ from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier
+from megagnn.train.signals import outlive_the_signal
 
 
 def open_split(
@@ -87,6 +90,16 @@ class BatchLoader:
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=self.context.device.type == "cuda",
+            worker_init_fn=outlive_the_signal,
         )
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
+
+    def steps(self, epoch: int, first: int, size: int) -> Iterator[list[dict[str, Tensor]]]:
+        """The batches of an epoch by `size` for each step, from step `first` on; the last step takes what is
+        left."""
+        num_batches = len(self.sampler.plan(epoch))
+        at_the_end = first == math.ceil(num_batches / size)
+        batches = self.batches(epoch, num_batches if at_the_end else first * size)
+        while step := list(itertools.islice(batches, size)):
+            yield step

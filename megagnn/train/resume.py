@@ -17,6 +17,7 @@ MUST_BE_EQUAL = (
     "data.max_atoms",
     "data.max_edges",
     "data.max_structures",
+    "optim.accumulate_steps",
     "train.seed",
     "train.dtype",
     "train.geometry",
