@@ -38,6 +38,9 @@ class Residency:
     ) -> None:
         self.modules, self.units, self._after = list(modules), list(units), after_backward
         self._in_backward = [False] * len(self.units)
+        self._returns = [False] * len(self.units)
+        """Whether the backward goes through the module to its inputs; into an embedding it does not, whose
+        parameters the backward does not need."""
         for index, module in enumerate(modules):
             module.register_forward_pre_hook(self._before_forward(index))
             module.register_forward_hook(self._after_forward(index))
@@ -50,18 +53,14 @@ class Residency:
         numbers = [self.modules.index(module) for module in modules]
         return lambda k: self.units[numbers[k]].gather()
 
-    def free_all(self) -> None:
-        """At the end of a step or an evaluation: nothing stays."""
-        for unit in self.units:
-            unit.free()
-        self._in_backward = [False] * len(self.units)
-
     def _before_forward(self, index: int) -> Callable[..., Any]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
             self._enter(index, +1)
-            if self._in_backward[index] or not torch.is_grad_enabled():
+            if self._in_backward[index]:
                 return None
-            return _watch(arguments, lambda: self._backward_over(index))
+            wanting = any(t.requires_grad for value in arguments for t in _tensors(value))
+            self._returns[index] = wanting and torch.is_grad_enabled()
+            return _watch(arguments, lambda: self._backward_over(index)) if self._returns[index] else None
 
         return hook
 
@@ -70,7 +69,7 @@ class Residency:
             if self._in_backward[index]:
                 return None
             self.units[index].free()
-            if not torch.is_grad_enabled():
+            if not self._returns[index]:
                 return None
             as_tuple = outputs if isinstance(outputs, tuple) else (outputs,)
             watched = _watch(as_tuple, lambda: self._backward_begins(index))
@@ -92,7 +91,8 @@ class Residency:
     def _enter(self, index: int, direction: int) -> None:
         self.units[index].gather()
         ahead = index + direction
-        if 0 <= ahead < len(self.units) and not (direction > 0 and self._in_backward[index]):
+        again = direction > 0 and self._in_backward[index]
+        if 0 <= ahead < len(self.units) and not again and (direction > 0 or self._returns[ahead]):
             self.units[ahead].start_gather()
 
 
@@ -115,8 +115,6 @@ class _Event(torch.autograd.Function):
 def _watch(values: tuple[Any, ...], tell: Callable[[], None]) -> tuple[Any, ...]:
     """The values with an event behind those tensors, plain or of Dual numbers, that want a gradient."""
     flat = [t for value in values for t in _tensors(value) if t.requires_grad]
-    if not flat:
-        return values
     watched = dict(zip(map(id, flat), _Event.apply(tell, *flat), strict=True))
     return tuple(_rebuilt(value, watched) for value in values)
 
