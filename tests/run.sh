@@ -40,7 +40,11 @@ run_pytest() {
       return
     fi
   done
-  python -m pytest tests "$@"
+  # What needs one process runs on all cores; then what starts ranks of its own, one test after another.
+  local failed=0
+  python -m pytest tests --ignore=tests/distributed --numprocesses auto --maxprocesses 4 --dist loadfile "$@" || failed=1
+  python -m pytest tests/distributed "$@" || failed=1
+  return $failed
 }
 
 check "ruff check" ruff check .
