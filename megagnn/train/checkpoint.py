@@ -1,13 +1,15 @@
-"""Checkpoints: one safetensors file each, written atomically, checksummed; loading unpickles nothing.
+"""Checkpoints in memory, whole: read from a folder that a run wrote or from one file, written to one file.
 
-Tensors are named `model/NAME` (weights), `average/NAME` (their moving average) and `optimizer/INDEX/NAME`.
-The file's metadata holds, as JSON, the configuration, the statistics of the training split, the progress of
-the run and a checksum.
+In a single safetensors file tensors are named `model/NAME` (weights), `average/NAME` (their moving average)
+and, where it was exported with them, `exp_avg/NAME` and `exp_avg_sq/NAME` (AdamW's moments). The file's
+metadata holds, as JSON, the configuration, the statistics of the training split, the progress of the run and
+a checksum. Loading unpickles nothing.
 """
 
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,28 +24,15 @@ from megagnn.config import RunConfig, config_from_dict, config_to_dict
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.parallel.parameter import layout_of
 from megagnn.tensor_parallel.cost import PlanChoice
+from megagnn.train.checkpoint_folder import open_checkpoint
+from megagnn.train.checkpoint_manifest import NAME as MANIFEST
+from megagnn.train.progress import FORMAT, VERSION, Progress
 
-FORMAT, VERSION = "megagnn-checkpoint", 1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: with the tensors, all that makes a resumed run the same bits."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Epoch the next step belongs to."""
-    step_in_epoch: int = 0
-    """Steps of that epoch done."""
-    best_loss: float = float("inf")
-    """Lowest validation loss so far."""
-    average_updates: int = 0
-    """Updates of the moving average so far."""
-    dp_size: int = 1
-    """Data-parallel ranks of the run: with another number, batches would be others."""
+WEIGHTS = ("model", "average")
+EVERYTHING = (*WEIGHTS, "exp_avg", "exp_avg_sq")
+_READABLE = (1, 2)  # 1 names the optimizer's state by numbers; the weights are the same
 
 
 @dataclass(frozen=True)
@@ -88,8 +77,8 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and verify a checkpoint.
+def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpoint:
+    """Read and verify a checkpoint: a folder, of which these kinds of tensors are read, or a file.
 
     Raises:
         ValueError: not a checkpoint, truncated, or bits differ from what was written.
@@ -97,20 +86,39 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder, not a checkpoint; did you mean {path / 'best.safetensors'} or "
-            f"{path / 'checkpoints' / 'best.safetensors'}?"
-        )
+        return _load_folder(path, kinds)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    return _load_file(path)
+
+
+def _load_folder(path: Path, kinds: Sequence[str]) -> Checkpoint:
+    if not (path / MANIFEST).exists():
+        raise ValueError(
+            f"{path} is a folder, not a checkpoint; did you mean {path / 'best'} or "
+            f"{path / 'checkpoints' / 'best'}?"
+        )
+    while True:
+        target = path.resolve()  # what `best` names may change while we read
+        try:
+            found = open_checkpoint(target)
+            tensors = found.whole(kinds)
+        except ValueError:
+            if path.resolve() != target:
+                continue
+            raise
+        return Checkpoint(found.config, found.statistics, found.progress, tensors, path)
+
+
+def _load_file(path: Path) -> Checkpoint:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f"checkpoint {path} is truncated or not a safetensors file ({error}); use another "
-            "one, such as last.safetensors or best.safetensors beside it"
+            f"checkpoint {path} is truncated or not a safetensors file ({error}); use another one, such as "
+            "last or best beside it"
         ) from None
     if FORMAT not in metadata:
         raise ValueError(
@@ -120,9 +128,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         content = json.loads(metadata[FORMAT])
     except json.JSONDecodeError as error:
         raise ValueError(f"checkpoint {path} is damaged: its metadata is not JSON ({error})") from None
-    if content["version"] != VERSION:
+    if content["version"] not in _READABLE:
         raise ValueError(
-            f"checkpoint {path} has format version {content['version']}, this megagnn reads version {VERSION}"
+            f"checkpoint {path} has format version {content['version']}, this megagnn reads versions "
+            f"{_READABLE}"
         )
     if _checksum(tensors, content) != content["sha256"]:
         raise ValueError(f"checkpoint {path} is damaged: its checksum is not the one it was written with")
@@ -174,43 +183,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
                 f"the model has {layout.full_shape}"
             )
         parameter.copy_(layout.slice_of(weights[name]))
-
-
-def whole_weights(model: nn.Module, values: dict[str, Tensor], context: ParallelContext) -> dict[str, Tensor]:
-    """Slices of a model's parameters, or of anything of their shape, by name, to whole ones on every rank."""
-    layouts = {name: layout_of(parameter) for name, parameter in model.named_parameters()}
-    return {name: gather_whole(value, layouts[name], context) for name, value in values.items()}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, context: ParallelContext) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, whole; all ranks of a tensor-parallel group must call it."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    parameters = _parameters(optimizer)
-    return {
-        f"optimizer/{index}/{name}": gather_whole(value, layout_of(parameters[index]), context)
-        if value.shape == parameters[index].shape
-        else value
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, on any layout: each rank takes its slice."""
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = _parameters(optimizer)
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            layout = layout_of(parameters[int(index)])
-            value = layout.slice_of(value) if value.shape == layout.full_shape else value
-            # A copy: optimizers take tensors over, read them in the order of memory, and change them.
-            state.setdefault(int(index), {})[name] = value.clone(memory_format=torch.contiguous_format)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _checksum(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:

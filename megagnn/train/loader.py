@@ -77,15 +77,24 @@ class BatchLoader:
         )
         self.collate = partial(collate, dtype=getattr(torch, config.train.dtype))
 
-    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Batches of an epoch from the `first` on; as many on every rank, possibly without structures."""
-        self.sampler.check_position(epoch, first)
+    def batches(
+        self, epoch: int = 0, first: int = 0, first_structure: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches of an epoch from the `first` on; as many on every rank, possibly without structures.
+
+        Args:
+            first_structure: the plan leaves out as many structures of the epoch.
+        """
+        self.sampler.check_position(epoch, first, first_structure)
+        batches = self.sampler.batches(epoch, first_structure)[first:]
         loader = DataLoader(
             self.dataset,
-            batch_sampler=[batch.tolist() for batch in self.sampler.batches(epoch)[first:]],
+            batch_sampler=[batch.tolist() for batch in batches],
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=self.context.device.type == "cuda",
+            # its own, so that to begin in the middle of an epoch changes no random state of the run
+            generator=torch.Generator(),
         )
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
