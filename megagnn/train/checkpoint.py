@@ -16,7 +16,6 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import megagnn
@@ -28,6 +27,7 @@ from megagnn.parallel.parameter import layout_of
 from megagnn.tensor_parallel.cost import PlanChoice
 from megagnn.train.checkpoint_folder import open_checkpoint
 from megagnn.train.checkpoint_manifest import NAME as MANIFEST
+from megagnn.train.checkpoint_manifest import write_tensors
 from megagnn.train.progress import FORMAT, VERSION, Progress
 
 WEIGHTS = ("model", "average")
@@ -69,9 +69,7 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(content)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        write_tensors(temporary, tensors, {FORMAT: json.dumps(content)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

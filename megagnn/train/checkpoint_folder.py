@@ -17,7 +17,6 @@ from megagnn.optim.pieces import Piece
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.checkpoint_boxes import parts_by_name
 from megagnn.train.checkpoint_manifest import NAME, Manifest, complaints, parse_manifest
-from megagnn.train.checkpoint_storage import load_parts, load_whole
 from megagnn.train.progress import Progress
 from megagnn.train.random_state import set_random_state
 
@@ -53,15 +52,21 @@ class FolderCheckpoint:
         Raises:
             ValueError: the checkpoint is of another model.
         """
+        from megagnn.train.checkpoint_storage import load_parts  # takes a second or two to import
+
         load_parts(self.path, self.manifest, parts_by_name(pieces))
 
     def whole(self, kinds: Sequence[str]) -> dict[str, Tensor]:
         """{"KIND/NAME": whole tensor}."""
+        from megagnn.train.checkpoint_storage import load_whole
+
         names = [name for name in self.manifest.tensors if name.split("/")[0] in kinds]
         return load_whole(self.path, self.manifest, names)
 
     def restore_random_state(self, context: ParallelContext) -> None:
         """The generators of this process, where it has the place of one that wrote."""
+        from megagnn.train.checkpoint_storage import load_whole
+
         prefix = f"random/{context.rank}/"
         names = [name for name in self.manifest.tensors if name.startswith(prefix)]
         if self.manifest.grid != (context.dp_size, context.pp_size, context.tp_size) or not names:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
 
 import megagnn
 from megagnn.config import RunConfig, config_from_dict, config_to_dict
@@ -140,6 +142,16 @@ def sha256_of(path: Path) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file and wait until it is on the disk."""
+    path.touch()
+    mode = path.stat().st_mode  # others may read what the umask lets them, which safetensors does not
+    save_file(tensors, path, metadata)
+    os.chmod(path, mode)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_durably(path: Path, text: str) -> None:

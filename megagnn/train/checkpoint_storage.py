@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -46,7 +45,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, W
 from torch.futures import Future
 
 from megagnn.train.checkpoint_boxes import Box, Part
-from megagnn.train.checkpoint_manifest import Manifest
+from megagnn.train.checkpoint_manifest import Manifest, write_tensors
 
 # It is what we ask for, and said at every save.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -180,9 +179,7 @@ class FileWriter(StorageWriter):
             assert isinstance(values, Tensor)
             tensors[key] = values.detach().cpu().contiguous()
             results.append(WriteResult(item.index, values.nbytes, key))
-        save_file(tensors, self.path)
-        with open(self.path, "rb") as file:
-            os.fsync(file.fileno())
+        write_tensors(self.path, tensors)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
