@@ -1,0 +1,132 @@
+"""A checkpoint that is cut or has one bit changed, anywhere, is refused by name, and the one before is used."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagnn.train import checkpoint_manifest
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
+from megagnn.train.checkpoint_folder import open_checkpoint
+from tests import runs
+
+FILES = ("manifest.json", "rank-00000.safetensors")
+NUM_POSITIONS = 150  # with --full: every byte
+
+
+@pytest.fixture(scope="module")
+def damaged(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy to be damaged; whole again after each test."""
+    copy = tmp_path_factory.mktemp("damage") / "step-00000060"
+    shutil.copytree(folder, copy)
+    return copy
+
+
+def positions(length: int, request: pytest.FixtureRequest) -> list[int]:
+    if request.config.getoption("--full"):
+        return list(range(length))
+    spread = {length * k // NUM_POSITIONS for k in range(NUM_POSITIONS)}
+    return sorted(spread | set(range(20)) | {length - k for k in range(1, 90)})
+
+
+def flipped(path: Path, where: list[int]) -> Iterator[int]:
+    """The file with one bit changed, at each of these bytes in turn; another bit at each."""
+    content = path.read_bytes()
+    with open(path, "r+b", buffering=0) as file:
+        for position in where:
+            file.seek(position)
+            file.write(bytes([content[position] ^ (1 << position % 8)]))
+            yield position
+            file.seek(position)
+            file.write(content[position : position + 1])
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_bit(damaged: Path, name: str, request: pytest.FixtureRequest) -> None:
+    open_checkpoint(damaged)
+    path = damaged / name
+    for position in flipped(path, positions(path.stat().st_size, request)):
+        with pytest.raises(ValueError, match=f"{path} is damaged"):
+            open_checkpoint(damaged)
+            pytest.fail(f"byte {position} is not missed")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_cut_and_longer(damaged: Path, name: str, request: pytest.FixtureRequest) -> None:
+    path = damaged / name
+    content = path.read_bytes()
+    lengths = positions(len(content), request)
+    for length in lengths[:: 1 + len(lengths) // 2000]:
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError, match=f"{path} is (damaged or )?truncated"):
+            open_checkpoint(damaged)
+    path.write_bytes(content + b"\n")
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        open_checkpoint(damaged)
+    path.unlink()
+    with pytest.raises(ValueError, match=f"{path} (is missing|cannot be read)"):
+        open_checkpoint(damaged)
+    path.write_bytes(content)
+    open_checkpoint(damaged)
+
+
+def test_a_changed_bit_of_a_single_file(
+    checkpoint: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    path = tmp_path / "best.safetensors"
+    shutil.copyfile(checkpoint, path)
+    for position in flipped(path, positions(path.stat().st_size, request)):
+        with pytest.raises(ValueError, match=r"best\.safetensors"):
+            load_checkpoint(path)
+            pytest.fail(f"byte {position} is not missed")
+
+
+def test_without_checksums_it_would_be_read(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mistake: sizes are compared, and the format's own checks are trusted."""
+    path = damaged / FILES[1]
+    entry = open_checkpoint(damaged).manifest.files[FILES[1]]
+    monkeypatch.setattr(checkpoint_manifest, "sha256_of", lambda path: entry.sha256)
+    before = load_checkpoint(damaged, EVERYTHING).tensors
+    for _ in flipped(path, [entry.size // 2]):
+        after = load_checkpoint(damaged, EVERYTHING).tensors
+        assert not all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_one_before_is_used(
+    store: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """And leads to the same bits; the damaged one is kept beside."""
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run, symlinks=True)
+    bad = run / "checkpoints" / "step-00000060"
+    next(flipped(bad / name, [200]))
+    assert runs.train(store, run, "--resume") == 0
+    told = capsys.readouterr().err
+    assert f"warning: {bad / name} is damaged" in told
+    assert "it is now step-00000060.damaged, using" in told
+    assert "steps 50 to 60" in told
+    assert (run / "checkpoints" / "step-00000060.damaged" / name).exists()
+    for link in ("last", "best"):
+        expected = load_checkpoint(run_dir / "checkpoints" / link, EVERYTHING)
+        got = load_checkpoint(run / "checkpoints" / link, EVERYTHING)
+        assert got.progress == expected.progress
+        assert all(torch.equal(got.tensors[key], tensor) for key, tensor in expected.tensors.items())
+
+
+def test_nothing_is_whole(
+    store: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run, symlinks=True)
+    bad = sorted((run / "checkpoints").glob("step-*"))
+    for number, folder in enumerate(bad):
+        next(flipped(folder / FILES[number % 2], [100]))
+    assert runs.train(store, run, "--resume") == 2
+    told = capsys.readouterr().err
+    assert "can be used; start again with --overwrite" in told
+    assert all(f"{folder / FILES[number % 2]} is damaged" in told for number, folder in enumerate(bad))
+    assert sorted((run / "checkpoints").glob("step-*")) == bad, "all are left as they are"
