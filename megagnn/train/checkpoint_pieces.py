@@ -1,58 +1,44 @@
 """What a rank keeps of a run, as pieces, for any optimizer: all that a checkpoint saves and loads.
 
-A sharded optimizer says itself which runs of which parameters it keeps (`PieceOptimizer`); the others keep
+A sharded optimizer and its average say themselves which runs of which parameters they keep; the others keep
 whole slices, the same on every data-parallel rank.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megagnn.optim.adamw import FlatAdamW
+from megagnn.optim.average import ShardedAverage
 from megagnn.optim.optimizer import WeightAverage
 from megagnn.optim.pieces import Piece
+from megagnn.optim.sharded import ShardedAdamW
 from megagnn.parallel.parameter import layout_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@runtime_checkable
-class PieceOptimizer(Protocol):
-    """An optimizer that keeps its own account."""
-
-    num_steps: int
-    """Steps taken."""
-
-    def pieces(self) -> list[Piece]:
-        """Weights and moments, and their average where it keeps one; the same order on all ranks."""
-        ...
-
-    def pieces_loaded(self, num_steps: int) -> None:
-        """Values of the pieces were written from outside: take over what follows from them."""
-        ...
-
-
 def pieces_of(
-    optimizer: torch.optim.Optimizer, model: nn.Module, average: WeightAverage | None = None
+    optimizer: torch.optim.Optimizer, model: nn.Module, average: WeightAverage | ShardedAverage
 ) -> list[Piece]:
-    """The pieces of this rank: views, for saving and for loading.
+    """The pieces of this rank: views, for saving and for loading; the same order on all ranks.
 
     An optimizer of torch or apex that has taken no step yet gets moments of zero, to be loaded into.
     """
-    if isinstance(optimizer, PieceOptimizer):
+    if isinstance(optimizer, ShardedAdamW):
         pieces = optimizer.pieces()
     else:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         parts = _flat_parts(optimizer) if isinstance(optimizer, FlatAdamW) else _state_parts(optimizer)
         pieces = [_whole_slice(names[p], kind, p, values) for p, kind, values in parts]
-    if average is not None and not any(piece.kind == "average" for piece in pieces):
-        parameters = dict(model.named_parameters())
-        pieces += [_whole_slice(n, "average", parameters[n], a) for n, a in average.average.items()]
-    return pieces
+    if isinstance(average, ShardedAverage):
+        return pieces + average.pieces()
+    parameters = dict(model.named_parameters())
+    return pieces + [_whole_slice(n, "average", parameters[n], a) for n, a in average.average.items()]
 
 
 def num_steps_of(optimizer: torch.optim.Optimizer) -> int:
@@ -61,7 +47,7 @@ def num_steps_of(optimizer: torch.optim.Optimizer) -> int:
     Raises:
         ValueError: parameters have taken different numbers of steps.
     """
-    if isinstance(optimizer, PieceOptimizer):
+    if isinstance(optimizer, ShardedAdamW):
         return optimizer.num_steps
     if isinstance(optimizer, FlatAdamW):
         steps = {b.num_steps for kinds in optimizer.buffers for b in kinds}
@@ -78,8 +64,9 @@ def num_steps_of(optimizer: torch.optim.Optimizer) -> int:
 @torch.no_grad()
 def pieces_loaded(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
     """What is to be done after pieces of `pieces_of` were loaded."""
-    if isinstance(optimizer, PieceOptimizer):
-        optimizer.pieces_loaded(num_steps)
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.num_steps = num_steps
+        optimizer.take_weights()
     elif isinstance(optimizer, FlatAdamW):
         for kinds in optimizer.buffers:
             for b in kinds:
