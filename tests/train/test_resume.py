@@ -90,6 +90,8 @@ def test_on_the_same_ranks_nothing_changes() -> None:
     progress = Progress(epoch=1, step_in_epoch=3, dp_size=2)
     assert position_of(progress, sampler) is progress
     tail = [batch.tolist() for step in sampler.plan(1, 12) for batch in step]
-    assert tail == [batch.tolist() for step in sampler.plan(1)[3:] for batch in step], "3 steps of 4 structures"
+    assert tail == [batch.tolist() for step in sampler.plan(1)[3:] for batch in step], (
+        "3 steps of 4 structures"
+    )
     with pytest.raises(ValueError, match="cannot start at structure 41 of an epoch: there are 40"):
         sampler.check_position(1, 0, 41)
