@@ -1,7 +1,7 @@
-"""A checkpoint that is cut or has one bit changed, anywhere, is refused by name, and the one before is used."""
+"""A checkpoint that is cut, or has one bit changed anywhere, is refused by name; the one before is used."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,14 @@ def positions(length: int, request: pytest.FixtureRequest) -> list[int]:
     return sorted(spread | set(range(20)) | {length - k for k in range(1, 90)})
 
 
+def complaint(read: Callable[[Path], object], path: Path) -> str:
+    try:
+        read(path)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def flipped(path: Path, where: list[int]) -> Iterator[int]:
     """The file with one bit changed, at each of these bytes in turn; another bit at each."""
     content = path.read_bytes()
@@ -49,9 +57,7 @@ def test_a_changed_bit(damaged: Path, name: str, request: pytest.FixtureRequest)
     open_checkpoint(damaged)
     path = damaged / name
     for position in flipped(path, positions(path.stat().st_size, request)):
-        with pytest.raises(ValueError, match=f"{path} is damaged"):
-            open_checkpoint(damaged)
-            pytest.fail(f"byte {position} is not missed")
+        assert f"{path} is damaged" in complaint(open_checkpoint, damaged), f"byte {position}"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -79,9 +85,7 @@ def test_a_changed_bit_of_a_single_file(
     path = tmp_path / "best.safetensors"
     shutil.copyfile(checkpoint, path)
     for position in flipped(path, positions(path.stat().st_size, request)):
-        with pytest.raises(ValueError, match=r"best\.safetensors"):
-            load_checkpoint(path)
-            pytest.fail(f"byte {position} is not missed")
+        assert "best.safetensors" in complaint(load_checkpoint, path), f"byte {position}"
 
 
 def test_without_checksums_it_would_be_read(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
