@@ -9,10 +9,10 @@ a checksum. Loading unpickles nothing.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -22,16 +22,18 @@ import megagnn
 from megagnn.config import RunConfig, config_from_dict, config_to_dict
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
+from megagnn.optim.pieces import whole_slice
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
 from megagnn.tensor_parallel.cost import PlanChoice
-from megagnn.train.checkpoint_folder import open_checkpoint
+from megagnn.train.checkpoint_folder import FolderCheckpoint, open_folder
 from megagnn.train.checkpoint_manifest import NAME as MANIFEST
 from megagnn.train.checkpoint_manifest import write_tensors
 from megagnn.train.progress import FORMAT, VERSION, Progress
 
 WEIGHTS = ("model", "average")
 EVERYTHING = (*WEIGHTS, "exp_avg", "exp_avg_sq")
+T = TypeVar("T")
 _READABLE = (1, 2)  # 1 names the optimizer's state by numbers; the weights are the same
 
 
@@ -75,8 +77,9 @@ def save_checkpoint(
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpoint:
-    """Read and verify a checkpoint: a folder, of which these kinds of tensors are read, or a file.
+def open_checkpoint(path: str | Path) -> Checkpoint | FolderCheckpoint:
+    """Verify a checkpoint and read what it is of: a file, which is read whole, or a folder, of which ranks
+    then read what they need.
 
     Raises:
         ValueError: not a checkpoint, truncated, or bits differ from what was written.
@@ -84,28 +87,38 @@ def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpo
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path, kinds)
+        if not (path / MANIFEST).exists():
+            raise ValueError(
+                f"{path} is a folder, not a checkpoint; did you mean {path / 'best'} or "
+                f"{path / 'checkpoints' / 'best'}?"
+            )
+        return _while_it_stays(path, open_folder)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     return _load_file(path)
 
 
-def _load_folder(path: Path, kinds: Sequence[str]) -> Checkpoint:
-    if not (path / MANIFEST).exists():
-        raise ValueError(
-            f"{path} is a folder, not a checkpoint; did you mean {path / 'best'} or "
-            f"{path / 'checkpoints' / 'best'}?"
-        )
+def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpoint:
+    """Verify and read a checkpoint: a file, or of a folder all whole tensors of these kinds; raises as
+    `open_checkpoint`."""
+
+    def whole(folder: Path) -> Checkpoint:
+        found = open_folder(folder)
+        return Checkpoint(found.config, found.statistics, found.progress, found.whole(kinds), Path(path))
+
+    opened = open_checkpoint(path)
+    return opened if isinstance(opened, Checkpoint) else _while_it_stays(Path(path), whole)
+
+
+def _while_it_stays(path: Path, read: Callable[[Path], T]) -> T:
+    """What is read of a folder; again, if `path` is a link to another by the time that one cannot be read."""
     while True:
-        target = path.resolve()  # what `best` names may change while we read
+        target = path.resolve()
         try:
-            found = open_checkpoint(target)
-            tensors = found.whole(kinds)
+            return read(target)
         except ValueError:
-            if path.resolve() != target:
-                continue
-            raise
-        return Checkpoint(found.config, found.statistics, found.progress, tensors, path)
+            if path.resolve() == target:
+                raise
 
 
 def _load_file(path: Path) -> Checkpoint:
@@ -143,21 +156,26 @@ def _load_file(path: Path) -> Checkpoint:
 
 
 def load_potential(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint: str | Path | Checkpoint | FolderCheckpoint,
     dtype: torch.dtype | None = None,
     average: bool = True,
     context: ParallelContext | None = None,
     plan: PlanChoice = "auto",
 ) -> Potential:
     """The potential of a checkpoint, with averaged weights unless `average` is false, on any layout."""
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load_checkpoint(checkpoint)
+    if not isinstance(checkpoint, Checkpoint | FolderCheckpoint):
+        checkpoint = open_checkpoint(checkpoint)
     if dtype is None:
         dtype = getattr(torch, checkpoint.config.train.dtype)
     potential = build_potential(
         checkpoint.config.model, checkpoint.statistics, dtype=dtype, context=context, plan=plan
     )
-    load_weights(potential.model, checkpoint.weights("average" if average else "model"), checkpoint.path)
+    kind = "average" if average else "model"
+    if isinstance(checkpoint, FolderCheckpoint):
+        named = potential.model.named_parameters()
+        checkpoint.load([whole_slice(name, kind, p, p) for name, p in named])
+    else:
+        load_weights(potential.model, checkpoint.weights(kind), checkpoint.path)
     return potential
 
 

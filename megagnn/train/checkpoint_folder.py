@@ -93,7 +93,7 @@ def read_manifest(folder: Path) -> bytes:
     return (folder / NAME).read_bytes()
 
 
-def open_checkpoint(folder: Path) -> FolderCheckpoint:
+def open_folder(folder: Path) -> FolderCheckpoint:
     """Read a checkpoint's manifest and verify all its files.
 
     Raises:

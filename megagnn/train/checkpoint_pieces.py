@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.average import ShardedAverage
 from megagnn.optim.optimizer import WeightAverage
-from megagnn.optim.pieces import Piece
+from megagnn.optim.pieces import Piece, whole_slice
 from megagnn.optim.sharded import ShardedAdamW
-from megagnn.parallel.parameter import layout_of
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -34,11 +33,11 @@ def pieces_of(
     else:
         names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
         parts = _flat_parts(optimizer) if isinstance(optimizer, FlatAdamW) else _state_parts(optimizer)
-        pieces = [_whole_slice(names[p], kind, p, values) for p, kind, values in parts]
+        pieces = [whole_slice(names[p], kind, p, values) for p, kind, values in parts]
     if isinstance(average, ShardedAverage):
         return pieces + average.pieces()
     parameters = dict(model.named_parameters())
-    return pieces + [_whole_slice(n, "average", parameters[n], a) for n, a in average.average.items()]
+    return pieces + [whole_slice(n, "average", parameters[n], a) for n, a in average.average.items()]
 
 
 def num_steps_of(optimizer: torch.optim.Optimizer) -> int:
@@ -78,11 +77,6 @@ def pieces_loaded(optimizer: torch.optim.Optimizer, num_steps: int) -> None:
         for entry in packed["state"].values():
             entry["step"] = torch.tensor(float(num_steps))
         optimizer.load_state_dict(packed)
-
-
-def _whole_slice(name: str, kind: str, parameter: Tensor, values: Tensor) -> Piece:
-    run = values.detach().view(-1)
-    return Piece(name, kind, layout_of(parameter), 0, run.numel(), run, replicated=True)
 
 
 def _flat_parts(optimizer: FlatAdamW) -> Iterator[tuple[Tensor, str, Tensor]]:

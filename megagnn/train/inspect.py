@@ -7,12 +7,13 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from megagnn.config import config_to_dict
-from megagnn.train.checkpoint import Checkpoint, load_checkpoint, load_potential
+from megagnn.train.checkpoint import Checkpoint, load_potential, open_checkpoint
+from megagnn.train.checkpoint_folder import FolderCheckpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn inspect`."""
-    parser.add_argument("path", type=Path, help="a checkpoint (.safetensors) or a packed store (a folder)")
+    parser.add_argument("path", type=Path, help="a checkpoint (a folder or a file) or a packed store")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,11 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(describe(Store.open(arguments.path)))
     else:
-        print(describe_checkpoint(load_checkpoint(arguments.path)))
+        print(describe_checkpoint(open_checkpoint(arguments.path)))
     return 0
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> str:
+def describe_checkpoint(checkpoint: Checkpoint | FolderCheckpoint) -> str:
     """Readable summary: parameters by part, progress, statistics, configuration."""
     model = load_potential(checkpoint).model
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}

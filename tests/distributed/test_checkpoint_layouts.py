@@ -24,7 +24,7 @@ from megagnn.parallel.world import all_reduce_sum, barrier
 from megagnn.train import checkpoint_boxes
 from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from megagnn.train.checkpoint_boxes import Box
-from megagnn.train.checkpoint_folder import open_checkpoint
+from megagnn.train.checkpoint_folder import open_folder
 from megagnn.train.checkpoint_pieces import num_steps_of, pieces_loaded, pieces_of
 from megagnn.train.checkpoint_store import CheckpointStore
 from megagnn.train.gradients import GRADIENT_METHODS
@@ -228,7 +228,7 @@ def test_nothing_is_lost_on_the_way(
 
 def test_every_rank_writes_its_share(ranks: list[Any], folder: Path) -> None:
     for writer in WRITERS:
-        found = open_checkpoint(folder / str(writer) / "last")
+        found = open_folder(folder / str(writer) / "last")
         sizes = []
         for entry in found.manifest.files.values():
             boxes = [checkpoint_boxes.parse_key(key) for key in entry.boxes]

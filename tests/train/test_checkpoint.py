@@ -40,9 +40,13 @@ def test_average_and_last_weights_differ(checkpoint: Path) -> None:
     assert any(not torch.equal(loaded.weights("model")[n], a) for n, a in loaded.weights("average").items())
 
 
-def test_other_dtype(checkpoint: Path) -> None:
-    potential = load_potential(checkpoint, torch.float64)
-    assert all(p.dtype == torch.float64 for p in potential.parameters())
+def test_other_dtype(checkpoint: Path, folder: Path) -> None:
+    """From a folder, whose parts are copied into the parameters, as from a file."""
+    for average in (True, False):
+        potential, same = (load_potential(path, torch.float64, average) for path in (checkpoint, folder))
+        for p, q in zip(potential.parameters(), same.parameters(), strict=True):
+            assert p.dtype == torch.float64
+            assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])

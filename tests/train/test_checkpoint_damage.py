@@ -9,7 +9,7 @@ import torch
 
 from megagnn.train import checkpoint_manifest
 from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
-from megagnn.train.checkpoint_folder import open_checkpoint
+from megagnn.train.checkpoint_folder import open_folder
 from tests import runs
 
 FILES = ("manifest.json", "rank-00000.safetensors")
@@ -54,10 +54,10 @@ def flipped(path: Path, where: list[int]) -> Iterator[int]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_changed_bit(damaged: Path, name: str, request: pytest.FixtureRequest) -> None:
-    open_checkpoint(damaged)
+    open_folder(damaged)
     path = damaged / name
     for position in flipped(path, positions(path.stat().st_size, request)):
-        assert f"{path} is damaged" in complaint(open_checkpoint, damaged), f"byte {position}"
+        assert f"{path} is damaged" in complaint(open_folder, damaged), f"byte {position}"
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -68,15 +68,15 @@ def test_cut_and_longer(damaged: Path, name: str, request: pytest.FixtureRequest
     for length in lengths[:: 1 + len(lengths) // 2000]:
         path.write_bytes(content[:length])
         with pytest.raises(ValueError, match=f"{path} is (damaged or )?truncated"):
-            open_checkpoint(damaged)
+            open_folder(damaged)
     path.write_bytes(content + b"\n")
     with pytest.raises(ValueError, match=f"{path} is damaged"):
-        open_checkpoint(damaged)
+        open_folder(damaged)
     path.unlink()
     with pytest.raises(ValueError, match=f"{path} (is missing|cannot be read)"):
-        open_checkpoint(damaged)
+        open_folder(damaged)
     path.write_bytes(content)
-    open_checkpoint(damaged)
+    open_folder(damaged)
 
 
 def test_a_changed_bit_of_a_single_file(
@@ -91,7 +91,7 @@ def test_a_changed_bit_of_a_single_file(
 def test_without_checksums_it_would_be_read(damaged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mistake: sizes are compared, and the format's own checks are trusted."""
     path = damaged / FILES[1]
-    entry = open_checkpoint(damaged).manifest.files[FILES[1]]
+    entry = open_folder(damaged).manifest.files[FILES[1]]
     monkeypatch.setattr(checkpoint_manifest, "sha256_of", lambda path: entry.sha256)
     before = load_checkpoint(damaged, EVERYTHING).tensors
     for _ in flipped(path, [entry.size // 2]):

@@ -16,7 +16,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import ParameterLayout
 from megagnn.train import checkpoint_folder, checkpoint_storage, checkpoint_store
 from megagnn.train.checkpoint import load_checkpoint
-from megagnn.train.checkpoint_folder import FolderCheckpoint, open_checkpoint, remove_folder
+from megagnn.train.checkpoint_folder import FolderCheckpoint, open_folder, remove_folder
 from megagnn.train.checkpoint_store import CheckpointStore
 from megagnn.train.progress import Progress
 
@@ -26,7 +26,7 @@ SIZE = 1000
 @pytest.fixture(scope="module")
 def example(run_dir: Path) -> FolderCheckpoint:
     """Whose configuration and statistics every checkpoint here takes."""
-    return open_checkpoint(run_dir / "checkpoints" / "last")
+    return open_folder(run_dir / "checkpoints" / "last")
 
 
 def piece(value: float) -> Piece:
