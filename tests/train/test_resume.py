@@ -1,6 +1,7 @@
 """What a resumed run takes over: random states, and the place in the epoch on another number of ranks."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagnn.data import keys
 from megagnn.data.sampler import BudgetSampler
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint, save_checkpoint
 from megagnn.train.checkpoint_folder import FolderCheckpoint
+from megagnn.train.import_file import import_checkpoint
 from megagnn.train.progress import Progress
 from megagnn.train.resume import position_of
 from tests import runs
@@ -82,6 +86,40 @@ def test_on_other_ranks_the_epoch_goes_on(then: int, now: int, epoch: int, data:
     rest = sampler(then).plan(epoch, progress.first_structure)[progress.step_in_epoch :]
     seen += [int(k) for step in rest for batch in step for k in batch]
     assert sorted(seen) == list(range(150))
+
+
+def test_a_run_of_two_ranks_goes_on_alone(
+    store: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says that batches change, and sees the rest of the epoch, no structure of which comes twice."""
+    loaded = load_checkpoint(folder, EVERYTHING)
+    file, run = tmp_path / "two.safetensors", tmp_path / "run"
+    progress = replace(loaded.progress, step=20, epoch=5, step_in_epoch=1, dp_size=2)
+    save_checkpoint(file, loaded.config, loaded.statistics, progress, loaded.tensors)
+    import_checkpoint(file, run)
+    trainer = runs.make_trainer(store, run, resume=True)
+    told = capsys.readouterr().err
+    assert "was trained on 2 data-parallel rank(s), this is 1" in told
+    assert "set parallel.data = 2" in told
+    sampler = trainer.train.sampler
+    before = [int(k) for batch in sampler.on_ranks(2).plan(5)[0] for k in batch]
+    assert trainer.progress.first_structure == len(before) > 0
+    original = trainer._step
+    counts = {"sum": 0}
+
+    def step(batch: dict[str, torch.Tensor], monitor: Any) -> None:
+        if trainer.progress.epoch > 5:
+            raise StoppingError
+        counts["sum"] += len(batch[keys.NUM_ATOMS])
+        original(batch, monitor)
+
+    trainer._step = step  # type: ignore[method-assign]
+    with pytest.raises(StoppingError):
+        trainer.run()
+    assert counts["sum"] + len(before) == len(trainer.train.dataset)
+    rest = [k for batch in sampler.batches(5, len(before)) for k in batch.tolist()]
+    assert sorted(before + rest) == list(range(len(trainer.train.dataset)))
+    assert trainer.progress.first_structure == 0, "the next epoch is whole again"
 
 
 def test_on_the_same_ranks_nothing_changes() -> None:

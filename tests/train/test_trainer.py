@@ -133,6 +133,18 @@ def test_resume_without_a_checkpoint_starts(
     assert (tmp_path / "run" / "checkpoints" / "last").exists()
 
 
+def test_resume_from_an_old_file_names_the_way_out(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"whatever")
+    assert runs.train(store, tmp_path / "run", "--resume") == 2
+    assert f"`megagnn import {old} {tmp_path / 'run'}`" in capsys.readouterr().err
+    assert runs.train(store, tmp_path / "run") == 2
+    assert "holds an earlier run" in capsys.readouterr().err
+
+
 def test_overwrite_with_bad_settings_keeps_the_old_run(store: Path, run_dir: Path) -> None:
     before = (run_dir / "checkpoints" / "last" / "manifest.json").read_bytes()
     assert runs.train(store, run_dir, "--overwrite", "--data.max_edges", "20") == 2
