@@ -211,7 +211,8 @@ class TrainConfig:
     async_checkpoints: bool = True
     """Copy what a checkpoint holds to host memory and write it in the background, while training goes on."""
     export_best: bool = True
-    """At the end, leave the best weights and their average as one file, too: best.safetensors."""
+    """At the end, leave the best weights and their average as one file, too, best.safetensors; the main rank
+    needs the memory for both."""
 
 
 @dataclass(frozen=True, config=_STRICT)

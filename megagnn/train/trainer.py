@@ -254,7 +254,11 @@ class Trainer:
         """The best weights as one file, and the parity plot of the last validation."""
         self.checkpoints.wait()
         if self.context.is_main and self.config.train.export_best and self.best_path.exists():
-            export_checkpoint(self.best_path, self.best_path.with_suffix(".safetensors"))
+            out = self.best_path.with_suffix(".safetensors")
+            try:
+                export_checkpoint(self.best_path, out)
+            except (ValueError, OSError) as error:  # the run is done and saved
+                monitor.say(f"warning: {out} was not written: {error}")
         if self.parity is not None:
             monitor.figure("validation", self.progress.step, self.parity.figure())
 

@@ -21,7 +21,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.world import all_reduce_sum, barrier
-from megagnn.train import checkpoint_boxes
+from megagnn.train import checkpoint_boxes, checkpoint_store
 from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from megagnn.train.checkpoint_boxes import Box
 from megagnn.train.checkpoint_folder import open_folder
@@ -141,11 +141,19 @@ def read(folder: Path, writer: Layout, reader: Layout, context: ParallelContext)
 
 def on_rank(
     context: ParallelContext, folder: Path, pairs: list[tuple[Layout, Layout]]
-) -> tuple[Any, Any, list[float], str]:
+) -> tuple[Any, Any, list[Any]]:
     written = write_all(context, folder)
     contexts = {reader: grid_context(reader.dp, 1, reader.tp) for reader in READERS}
     going_on = {(writer, reader): read(folder, writer, reader, contexts[reader]) for writer, reader in pairs}
-    return written, going_on, mistaken(contexts[READERS[0]], folder), damaged(context, folder)
+    return (
+        written,
+        going_on,
+        [
+            mistaken(contexts[READERS[0]], folder),
+            damaged(context, folder),
+            failing(context, folder),
+        ],
+    )
 
 
 def mistaken(context: ParallelContext, folder: Path) -> list[float]:
@@ -178,6 +186,31 @@ def damaged(context: ParallelContext, folder: Path) -> str:
     return found.path.name if found else "none"
 
 
+def failing(context: ParallelContext, folder: Path) -> list[str]:
+    """What each rank is told when one cannot write, and when one leaves no word."""
+
+    def full_disk(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    run, told = Run.begin(WRITERS[0], grid_context(2, 1, 2)), []
+    pieces = pieces_of(run.optimizer, run.potential.model, run.average)
+    for rank, name, replaced in ((2, "save_parts", full_disk), (3, "_leave", lambda *_: None)):
+        store = CheckpointStore(folder / "failing", run.context)
+        original, waits = getattr(checkpoint_store, name), checkpoint_store.WAIT_SECONDS
+        if context.rank == rank:
+            setattr(checkpoint_store, name, replaced)
+        checkpoint_store.WAIT_SECONDS = 300.0 if rank == 2 else 1.0
+        store.save(pieces, RunConfig(), STATISTICS, Progress(step=rank))
+        try:
+            store.wait()
+            told.append("nothing")
+        except OSError as error:
+            told.append(str(error))
+        setattr(checkpoint_store, name, original)
+        checkpoint_store.WAIT_SECONDS = waits
+    return [*told, *(path.name for path in (folder / "failing").iterdir() if path.name[0] != ".")]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
@@ -199,7 +232,7 @@ def check(going_on: list[float], expected: list[float], where: str) -> None:
 
 
 def test_other_layouts_go_on_from_the_same_loss(ranks: list[Any]) -> None:
-    for written, going_on, _, _ in ranks:
+    for written, going_on, _ in ranks:
         for (writer, reader), losses in going_on.items():
             check(losses, written[writer], f"{writer} read at {reader}")
 
@@ -240,9 +273,16 @@ def test_every_rank_writes_its_share(ranks: list[Any], folder: Path) -> None:
 
 
 def test_a_wrong_slice_shows(ranks: list[Any]) -> None:
-    written, _, losses, _ = ranks[0]
+    written, _, (losses, _, _) = ranks[0]
     assert abs(losses[0] / written[WRITERS[0]][0] - 1) > 1e-4
 
 
 def test_all_ranks_take_the_same_when_one_file_is_damaged(ranks: list[Any]) -> None:
-    assert [name for _, _, _, name in ranks] == ["step-00000001"] * 4
+    assert [name for _, _, (_, name, _) in ranks] == ["step-00000001"] * 4
+
+
+def test_all_ranks_hear_of_one_that_cannot_write(ranks: list[Any]) -> None:
+    for _, _, (_, _, told) in ranks:
+        assert told[0].endswith("step-00000002 was not written: dp1-pp0-tp0: No space left on device")
+        assert "1 of the ranks have not written their files within 1 s, rank-00003 among them" in told[1]
+        assert len(told) == 2, "no checkpoint appears"

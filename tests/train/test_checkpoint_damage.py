@@ -138,3 +138,23 @@ def test_nothing_is_whole(
     assert "can be used; start again with --overwrite" in told
     assert all(f"{folder / FILES[number % 2]} is damaged" in told for number, folder in enumerate(bad))
     assert sorted((run / "checkpoints").glob("step-*")) == bad, "all are left as they are"
+
+
+def test_a_damaged_best_does_not_spoil_the_end(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The best is older than what a run resumes from, so that nothing has looked at it before."""
+    run, often = tmp_path / "run", ("--train.checkpoint_every", "2", "--train.validate_every", "4")
+    assert runs.train(store, run, *often, "--train.num_steps", "8") == 0
+    best = (run / "checkpoints" / "best").resolve() / FILES[1]
+    next(flipped(best, [300]))
+    trainer = runs.make_trainer(store, run, *often, "--train.num_steps", "8")
+    trainer._finish(_Said())  # type: ignore[arg-type]
+    assert f"best.safetensors was not written: {best} is damaged" in capsys.readouterr().out
+
+
+class _Said:
+    """A monitor that prints."""
+
+    def say(self, text: str) -> None:
+        print(text)
