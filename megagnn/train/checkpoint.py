@@ -139,13 +139,13 @@ def _load_file(path: Path) -> Checkpoint:
         content = json.loads(metadata[FORMAT])
     except json.JSONDecodeError as error:
         raise ValueError(f"checkpoint {path} is damaged: its metadata is not JSON ({error})") from None
+    if not isinstance(content, dict) or content.get("sha256") != _checksum(tensors, content):
+        raise ValueError(f"checkpoint {path} is damaged: its checksum is not the one it was written with")
     if content["version"] not in _READABLE:
         raise ValueError(
             f"checkpoint {path} has format version {content['version']}, this megagnn reads versions "
             f"{_READABLE}"
         )
-    if _checksum(tensors, content) != content["sha256"]:
-        raise ValueError(f"checkpoint {path} is damaged: its checksum is not the one it was written with")
     return Checkpoint(
         config_from_dict(content["config"]),
         Statistics.from_dict(content["statistics"]),
