@@ -26,7 +26,8 @@ class MegaGNNCalculator(Calculator):
         source: name of the training source whose reference energies to use; needed if the model has several.
         level: name of the level of theory to predict; needed only if the training data of `source` had
             several.
-        dtype: "float64" (default: forces are then derivatives of the energy to rounding) or "float32".
+        dtype: "float64" (default: forces are then derivatives of the energy to rounding) or "float32";
+            also of a model that was trained in bfloat16, whose energy would otherwise rise in steps.
         device: "cpu" or "cuda".
 
     Raises:

@@ -179,6 +179,10 @@ class OptimConfig:
     """Learning rate at the end, as a share of the peak."""
     clip_norm: PositiveFloat | None = 10.0
     """Global gradient norm is clipped to this; no clipping if not given ("none" on the command line)."""
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A gradient norm above so many times the median of the last 100 is bad; no limit if not given."""
+    accumulate_steps: PositiveInt = 1
+    """Batches of each rank whose gradients make one optimizer step."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """Decay of the exponential moving average of the weights, which validation and use see; 0 turns it off.
     """
@@ -192,14 +196,20 @@ class TrainConfig:
     """Optimizer steps."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Type of parameters, activations and positions (total energies are always float64)."""
+    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    """Type of parameters and activations (total energies are always float64); see docs/precision.md."""
+    geometry: Literal["float32", "float64"] | None = None
+    """Type of positions and all that is made of them; float64 beside float64, else float32, if not given."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes a GPU where there is one."""
     threads: PositiveInt | None = None
     """CPU threads of a rank; by default the cores divided by the ranks of this machine."""
     gradient_method: Literal["one_backward", "create_graph"] = "one_backward"
     """How the gradient of a loss on conservative forces is taken."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """Where loss or gradient is not finite or above optim.spike_factor: end, or leave the step out."""
+    max_bad_steps: PositiveInt = 10
+    """`skip`: so many bad steps in a row are left out; one more ends the run."""
     log_every: PositiveInt = 10
     """Steps between two points in TensorBoard."""
     validate_every: PositiveInt = 500
@@ -265,6 +275,7 @@ class RunConfig:
                 f"({self.train.num_steps}); use at most {self.train.num_steps - 1}"
             )
         self._check_sharding()
+        self._check_precision()
         if self.parallel.pipeline > 1:
             raise ValueError(
                 f"parallel.pipeline is not available yet, got {self.parallel.pipeline}; set "
@@ -292,6 +303,25 @@ class RunConfig:
             raise ValueError(
                 f"optim.offload is '{optim.offload}' and optim.offload_dir is {optim.offload_dir!r}; 'disk' "
                 "and no other needs a folder"
+            )
+
+    def _check_precision(self) -> None:
+        if self.train.dtype == "float64" and self.train.geometry == "float32":
+            raise ValueError(
+                "train.geometry must be at least as wide as train.dtype, got float32 beside float64; leave "
+                "train.geometry out, or set train.dtype = 'float32'"
+            )
+        if self.train.dtype != "bfloat16":
+            return
+        if self.optim.implementation != "own":
+            raise ValueError(
+                "train.dtype = 'bfloat16' needs float32 master weights, or small steps are rounded away, got "
+                f"optim.implementation = '{self.optim.implementation}', which keeps none; use 'own'"
+            )
+        if self.model.aggregation_backend == "torch_sparse":
+            raise ValueError(
+                "train.dtype = 'bfloat16' needs sums over neighbours in float32, got "
+                "model.aggregation_backend = 'torch_sparse', which adds bfloat16 in bfloat16; use 'own'"
             )
 
 

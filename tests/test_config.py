@@ -102,3 +102,20 @@ def test_every_key_is_documented() -> None:
         for field, following in zip(node.body, node.body[1:], strict=False):
             if isinstance(field, ast.AnnAssign):
                 assert isinstance(following, ast.Expr), f"{node.name}.{field.target.id} lacks its line"
+
+
+def test_precision() -> None:
+    """bfloat16 and geometry of its own pass; what would lose steps, sums or digits is refused."""
+    train = config_from_dict({"train": {"dtype": "bfloat16"}}).train
+    assert (train.dtype, train.geometry) == ("bfloat16", None)
+    config_from_dict({"train": {"dtype": "float32", "geometry": "float64"}})
+    config_from_dict({"train": {"dtype": "float64", "geometry": "float64"}})
+    half = {"train": {"dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match=r"geometry must be at least as wide .* float32 beside float64"):
+        config_from_dict({"train": {"dtype": "float64", "geometry": "float32"}})
+    with pytest.raises(ValueError, match=r"needs float32 master weights.* = 'torch'.*use 'own'"):
+        config_from_dict({**half, "optim": {"implementation": "torch"}})
+    with pytest.raises(ValueError, match="'torch_sparse', which adds bfloat16 in bfloat16; use 'own'"):
+        config_from_dict({**half, "model": {"aggregation_backend": "torch_sparse"}})
+    with pytest.raises(ValueError, match="input should be 'float32', 'float64' or 'bfloat16', got 'float16'"):
+        config_from_dict({"train": {"dtype": "float16"}})

@@ -6,7 +6,7 @@ Starts the ranks on this machine over gloo, every implementation in fresh proces
 (direct forces) on the same small batches, and their losses after some steps are compared first. Per rank, the
 largest of the ranks:
 
-  tensors   bytes that tensors hold after a step, from the allocator's own events since before the model
+  tensors   bytes of all storages that tensors of the process hold between two steps, gradients included
   peak      the most that they held since the first step
   resident  how far the process has grown, after the allocator gave back what is free
 
@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,9 +65,12 @@ class Work:
         config = edge_workload.model_config(width, "direct", cutoff, layers, update_coordinates=False)
         self.batch, self.loss = batch, Loss(edge_workload.LossConfig(energy="mse", forces="mse"))
         ours = name in OURS
-        kind = torch.bfloat16 if ours and dtype == "bfloat16" else torch.float32
         self.potential = build_potential(
-            config, edge_workload.statistics(), dtype=kind, context=context, deferred=ours
+            config,
+            edge_workload.statistics(),
+            precision=getattr(torch, dtype),
+            context=context,
+            deferred=ours,
         )
         self.num_parameters = num_parameters(self.potential)
         make = self._ours if ours else self._peer
@@ -123,10 +128,10 @@ def _ddp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
 def _fsdp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    for module in model.modules():  # it wants ordinary parameters
+    for module in model.modules():  # it wants ordinary parameters, float32 ones, and casts them itself
         for key, value in list(module._parameters.items()):
             if value is not None:
-                module._parameters[key] = nn.Parameter(value.data)
+                module._parameters[key] = nn.Parameter(value.data.float())
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -139,7 +144,6 @@ def _fsdp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
 def measure(context: ParallelContext, name: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """One rank's numbers."""
     from step_memory import peak_of_events
-    from torch.profiler import ProfilerActivity, profile
 
     size = (arguments.width, arguments.layers, arguments.edges)
     small = Work(name, dtype, 64, 2, arguments.edges, context)  # libraries, threads, connections
@@ -150,13 +154,10 @@ def measure(context: ParallelContext, name: str, dtype: str, arguments: argparse
     trim(0)
     process = psutil.Process()
     before, losses = process.memory_info().rss, []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        work = Work(name, dtype, *size, context)
-        for _ in range(2):
-            losses.append(float(work.step()))
-    events = profiler.profiler.kineto_results.events()
-    tensors = sum(e.nbytes() for e in events if e.name() == "[memory]")
-    del profiler, events
+    work = Work(name, dtype, *size, context)
+    for _ in range(2):
+        losses.append(float(work.step()))
+    tensors = living_bytes()
     trim(0)
     resident = process.memory_info().rss - before
     peak = tensors + peak_of_events(lambda: losses.append(float(work.step())))
@@ -179,6 +180,16 @@ def measure(context: ParallelContext, name: str, dtype: str, arguments: argparse
         "seconds": statistics.median(seconds),
         "loss": total.tolist(),
     }
+
+
+def living_bytes() -> int:
+    """Bytes of every storage of a tensor that Python can reach, each counted once."""
+    gc.collect()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tensors = [o for o in gc.get_objects() if isinstance(o, Tensor)]
+    storages = [t._local_tensor if hasattr(t, "_local_tensor") else t for t in tensors]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in storages)}.values())
 
 
 def floor_bytes(name: str, dtype: str, ranks: int, parameters: int) -> float:

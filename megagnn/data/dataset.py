@@ -107,6 +107,10 @@ class StructureDataset(Dataset[Graph]):
         record[keys.STRUCTURE] = index
         return record
 
+    def origin(self, index: int) -> tuple[Path, int]:
+        """The store that holds a structure, and its number there."""
+        return self.stores[int(self._store_of[index])].path, int(self._index_in_store[index])
+
     def source_elements(self) -> tuple[NDArray[np.int64], ...]:
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
         seen = np.zeros((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)

@@ -11,9 +11,10 @@ from megagnn.config import ModelConfig
 from megagnn.data import keys
 from megagnn.models.heads import EnergyHead
 from megagnn.models.layer import Edges, EGNNLayer, edge_distances, edge_vectors
+from megagnn.models.precision import Precision
 from megagnn.models.radial import DistanceFeature, envelope
 from megagnn.models.statistics import Statistics
-from megagnn.ops import Segments, dual, segment_sum
+from megagnn.ops import Segments, dual, gather, segment_sum
 from megagnn.ops.recompute import recomputed
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import initialise, num_parameters
@@ -29,14 +30,15 @@ class EGNN(nn.Module):
     """Energy and, with `forces = "direct"`, forces of every structure of a batch.
 
     Calling it on a batch (megagnn/data/keys.py) returns a dict with `energy` (B,) float64, total energies in
-    eV, and with direct forces `forces` (N, 3) in eV/Å, the same on all tensor-parallel ranks. Conservative
+    eV, and with direct forces `forces` (N, 3) in eV/Å, in the type of the positions, the same on all
+    tensor-parallel ranks. Conservative
     forces and stress are derivatives: see `models.potential`. With positions and cell as `ops.dual.Dual`
     numbers the results are Dual ones.
 
     Args:
         config: sizes and parts.
         statistics: elements, references and scales of the training split.
-        dtype: of parameters and activations; must be that of the batch's positions.
+        precision: types of parameters and activations, and of the geometry: that of the batch's positions.
         context: ranks that divide the parameters and the work.
         plan: how the edge products are divided over tensor-parallel ranks; `auto` takes for each batch the
             plan that sends less (tensor_parallel/cost.py).
@@ -49,15 +51,16 @@ class EGNN(nn.Module):
         self,
         config: ModelConfig,
         statistics: Statistics,
-        dtype: torch.dtype = torch.float32,
+        precision: Precision = Precision(),  # noqa: B008 (frozen)
         context: ParallelContext | None = None,
         plan: PlanChoice = "auto",
     ) -> None:
         super().__init__()
-        self.config, self.statistics, self.dtype, self.plan = config, statistics, dtype, plan
+        self.config, self.statistics, self.precision, self.plan = config, statistics, precision, plan
+        dtype = precision.parameters
         self.context = context = context or ParallelContext()
         self.distance_feature = DistanceFeature(
-            config.distance_feature, config.num_radial, config.cutoff, dtype
+            config.distance_feature, config.num_radial, config.cutoff, precision.edge
         )
         self.element_embedding = Embedding(len(statistics.elements), config.width, context, dtype)
         has_levels = config.level_embedding and len(statistics.levels) > 1
@@ -125,6 +128,7 @@ class EGNN(nn.Module):
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See the class."""
         edges, x_NC = self.edges(batch), batch[keys.POSITIONS]
+        self._check_geometry(x_NC)
         r_EC = edge_vectors(share(x_NC, self.context), edges)
         if self.config.envelope:
             edges = replace(edges, envelope_E=envelope(edge_distances(r_EC), self.config.cutoff))
@@ -145,11 +149,19 @@ class EGNN(nn.Module):
             outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
         return outputs
 
+    def _check_geometry(self, x_NC: Any) -> None:
+        if x_NC.dtype != self.precision.geometry:
+            raise ValueError(
+                f"the batch's positions must be {self.precision.geometry}, as the model's geometry, got "
+                f"{x_NC.dtype}; make the batch with dtype = model.precision.geometry"
+            )
+
     def embed(self, batch: dict[str, Any]) -> Tensor:
         """The first node features, of the element and the level of theory, (N, F/tp)."""
         h_NF: Tensor = self.element_embedding(self.element_index[batch[keys.ATOMIC_NUMBERS]])
         if self.level_embedding is not None:
-            h_NF = h_NF + self.level_embedding(batch[keys.LEVEL])[batch[keys.BATCH]]
+            atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
+            h_NF = h_NF + gather(self.level_embedding(batch[keys.LEVEL]), atoms)
         return h_NF
 
     def reference_energy(self, batch: dict[str, Any]) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from megagnn.config import ModelConfig
 from megagnn.data import keys
 from megagnn.models.egnn import EGNN
+from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.ops import dual
 from megagnn.parallel.context import ParallelContext
@@ -37,6 +38,8 @@ class Potential(nn.Module):
 
     def forward(self, batch: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
         """Energy (B,) float64 eV, forces (N, 3) eV/Å, stress (B, 3, 3) eV/Å^3 as configured.
+
+        Forces and stress have the type of the positions.
 
         Args:
             create_graph: keep the graph of the derivatives, so that a loss on forces can be differentiated.
@@ -126,17 +129,18 @@ def build_potential(
     config: ModelConfig,
     statistics: Statistics,
     seed: int = 0,
-    dtype: torch.dtype = torch.float32,
+    precision: Precision | torch.dtype = torch.float32,
     context: ParallelContext | None = None,
     plan: PlanChoice = "auto",
     deferred: bool = False,
 ) -> Potential:
     """A potential whose initial weights depend on the seed only, on any layout of ranks.
 
-    With `deferred` its parameters take no memory yet (parallel/parameter.py).
+    precision: a type alone stands for the precision that `precision_of` gives. With `deferred` its parameters
+    take no memory yet (parallel/parameter.py).
     """
     with deferred_parameters() if deferred else contextlib.nullcontext():
-        model = EGNN(config, statistics, dtype, context, plan)
+        model = EGNN(config, statistics, precision_of(precision), context, plan)
     if not deferred:
         model.reset_parameters(seed)
     return Potential(model)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megagnn.ops.dispatch import accumulator_type
+
 
 def silu_second_derivative(x: Tensor) -> Tensor:
-    """d^2/dx^2 x s(x) = s (1 - s) (2 + x (1 - 2 s)) with s the logistic function."""
+    """d^2/dx^2 x s(x) = s (1 - s) (2 + x (1 - 2 s)) with s the logistic function; float32 of bfloat16."""
+    x = x.to(accumulator_type(x.dtype))
     s = torch.sigmoid(x)
     if torch.is_grad_enabled():
         return s * (1 - s) * (2 + x * (1 - 2 * s))
@@ -48,8 +51,8 @@ class _SiLUBackward(torch.autograd.Function):
         first: Tensor = _SiLUBackward.apply(grad_grad, x)
         second = silu_second_derivative(x)
         if torch.is_grad_enabled():
-            return first, second * grad * grad_grad
-        return first, second.mul_(grad).mul_(grad_grad)
+            return first, (second * grad * grad_grad).to(x.dtype)
+        return first, second.mul_(grad).mul_(grad_grad).to(x.dtype)
 
 
 def silu(x: Tensor) -> Tensor:

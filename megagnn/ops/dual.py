@@ -19,6 +19,7 @@ from torch.nn import functional
 from megagnn.ops import dual_functions, geometry, segment
 from megagnn.ops.activation import silu as silu_of_tensor
 from megagnn.ops.activation import silu_second_derivative
+from megagnn.ops.dispatch import accumulator_type
 from megagnn.ops.segment import Segments
 
 
@@ -92,6 +93,15 @@ class Dual:
         """In float64."""
         return self.linear_map(Tensor.double)
 
+    def to(self, dtype: torch.dtype) -> Dual:
+        """In another type."""
+        return self if self.value.dtype == dtype else self.linear_map(lambda t: t.to(dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of value and tangent."""
+        return self.value.dtype
+
     def __getitem__(self, rows: slice | Tensor) -> Dual:
         return Dual(self.value[rows], self.tangent[rows])
 
@@ -136,17 +146,18 @@ def rsqrt(x: T) -> T:
 
 
 def square_sum(x: T) -> T:
-    """Sum of x^2 over the last dimension, (..., F) to (..., 1)."""
+    """Sum of x^2 over the last dimension, (..., F) to (..., 1); of bfloat16 made and given in float32."""
     if isinstance(x, Dual):
         return Dual.of_planes(dual_functions.SquareSum.call(x.planes))
-    return (x * x).sum(-1, keepdim=True)
+    wide = x.to(accumulator_type(x.dtype))
+    return (wide * wide).sum(-1, keepdim=True)
 
 
 def scale_rows(x: T, rows: T, gain: Tensor) -> T:
-    """x of (..., F) times rows (..., 1) and gain (F)."""
+    """x of (..., F) times rows (..., 1) and gain (F), in the type of x; rows may be wider."""
     if isinstance(x, Dual):
         return Dual.of_planes(dual_functions.ScaleRows.call(x.planes, rows.planes, gain))
-    return x * rows * gain
+    return (x * rows * gain).to(x.dtype)
 
 
 def distance(r: T, epsilon: float) -> T:
@@ -221,5 +232,5 @@ class _PlanesSiLU(torch.autograd.Function):
         value, tangent = planes.unbind(0)
         bar, tangent_bar = grads[0].unbind(0)
         first = torch.ops.aten.silu_backward(bar, value)
-        second = silu_second_derivative(value) * tangent * tangent_bar
+        second = (silu_second_derivative(value) * tangent * tangent_bar).to(value.dtype)
         return torch.stack((first + second, torch.ops.aten.silu_backward(tangent_bar, value)))

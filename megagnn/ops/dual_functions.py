@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagnn.ops.dispatch import accumulator_type
+
 
 class _PlanesFunction(torch.autograd.Function):
     @classmethod
@@ -20,22 +22,26 @@ class _PlanesFunction(torch.autograd.Function):
 
 
 class SquareSum(_PlanesFunction):
-    """(2, ..., F) -> (2, ..., 1): s = sum x^2, s' = 2 sum x x'; x_bar = 2 (x b + x' b'), x'_bar = 2 x b'."""
+    """(2, ..., F) -> (2, ..., 1): s = sum x^2, s' = 2 sum x x'; x_bar = 2 (x b + x' b'), x'_bar = 2 x b'.
+
+    The sums of bfloat16 are float32.
+    """
 
     @staticmethod
     def forward(ctx: Any, planes: Tensor) -> Tensor:
         ctx.save_for_backward(planes)
+        planes = _wide(planes)
         out = (planes * planes[0]).sum(-1, keepdim=True)
         out[1].mul_(2)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (planes,) = ctx.saved_tensors
-        value, tangent = planes.unbind(0)
+        (saved,) = ctx.saved_tensors
+        value, tangent = _wide(saved).unbind(0)
         bars = grads[0] * 2
         by_value, by_tangent = (value * bars).unbind(0)
-        return torch.stack((torch.addcmul(by_value, tangent, bars[1]), by_tangent))
+        return torch.stack((torch.addcmul(by_value, tangent, bars[1]), by_tangent)).to(saved.dtype)
 
 
 class InverseRoot(_PlanesFunction):
@@ -60,29 +66,35 @@ class ScaleRows(_PlanesFunction):
     """h (2, ..., F), r (2, ..., 1), gain (F) -> y = h r g, y' = (h' r + h r') g.
 
     With B = b g and B' = b' g: h_bar = B r + B' r', h'_bar = B' r, r_bar = sum (B h + B' h'),
-    r'_bar = sum B' h, and g_bar = sum (b h r + b' (h' r + h r')) over rows.
+    r'_bar = sum B' h, and g_bar = sum (b h r + b' (h' r + h r')) over rows. With h and gain in bfloat16 and
+    r in float32 all is made in float32, and rounded at the end.
     """
 
     @staticmethod
     def forward(ctx: Any, planes: Tensor, rows: Tensor, gain: Tensor) -> Tensor:
         ctx.save_for_backward(planes, rows, gain)
-        return _scaled(planes, rows).mul_(gain)
+        return _scaled(planes, rows).mul_(gain).to(planes.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        planes, rows, gain = ctx.saved_tensors
-        bars = grads[0] * gain
+        saved, rows, gain = ctx.saved_tensors
+        planes, bars = _wide(saved), _wide(grads[0]) * gain
         by_value, by_tangent = (bars * rows[0]).unbind(0)
         by_planes = torch.stack((torch.addcmul(by_value, bars[1], rows[1]), by_tangent))
         by_rows = torch.stack(((bars * planes).sum((0, -1)), (bars[1] * planes[0]).sum(-1))).unsqueeze(-1)
         by_gain = (grads[0] * _scaled(planes, rows)).flatten(0, -2).sum(0)
-        return by_planes, by_rows, by_gain
+        return by_planes.to(saved.dtype), by_rows, by_gain.to(gain.dtype)
 
 
 def _scaled(planes: Tensor, rows: Tensor) -> Tensor:
+    planes = _wide(planes)
     out = planes * rows[0]
     out[1].addcmul_(planes[0], rows[1])
     return out
+
+
+def _wide(planes: Tensor) -> Tensor:
+    return planes.to(accumulator_type(planes.dtype))
 
 
 class Distance(_PlanesFunction):

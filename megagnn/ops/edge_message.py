@@ -33,8 +33,8 @@ def edge_message(
 ) -> tuple[Tensor, Tensor | None]:
     """sum (N, M) and vec (N, 3), Å (None without a vector branch), of the module's equations.
 
-    Twice differentiable in every tensor but the centres. float32 and float64 run the kernels; anything else
-    runs `edge_reference.edge_message`.
+    Twice differentiable in every tensor but the centres. Runs the kernels, in float64 where p is, else in
+    float32, or `edge_reference.edge_message` where there are none; types as in [Note: types].
 
     Args:
         p_NH: what the receiver adds to the hidden layer, its bias included.

@@ -61,11 +61,18 @@ def before(
     squared_E = (r_E3 * r_E3).sum(-1)
     d_E = torch.sqrt(squared_E + spec.epsilon**2)
     rho_ER = distance_features(spec, d_E, squared_E, weights.centres_R)
+    rho_ER = rho_ER.to(p_NH.dtype)
     return take(p_NH, graph.destination) + take(q_NH, graph.source) + rho_ER @ weights.w1c_HR.t(), d_E
 
 
+def enveloped(m_EM: Tensor, f_E: Tensor | None) -> Tensor:
+    """f m, (E, M), in the type of m."""
+    return m_EM if f_E is None else m_EM * f_E.to(m_EM.dtype).unsqueeze(-1)
+
+
 def vectors(w_E: Tensor, r_E3: Tensor, d_E: Tensor, f_E: Tensor | None, spec: EdgeSpec) -> Tensor:
-    """f tanh?(w) t(d) r, (E, 3)."""
+    """f tanh?(w) t(d) r, (E, 3), in the type of r."""
+    w_E = w_E.to(r_E3.dtype)
     if spec.bounded:
         w_E = torch.tanh(w_E)
     if spec.direction == "unit":
@@ -96,7 +103,7 @@ def edge_message(
     act = activation(spec)
     a_EH, d_E = before(p_NH, q_NH, r_E3, weights, graph, spec, take)
     m_EM = act(functional.linear(act(a_EH), weights.w2_MH, weights.b2_M))
-    sum_NM = add(m_EM if f_E is None else m_EM * f_E.unsqueeze(-1), graph.destination)
+    sum_NM = add(enveloped(m_EM, f_E), graph.destination)
     if weights.w3_KM is None:
         return sum_NM, None
     assert weights.w4_K is not None

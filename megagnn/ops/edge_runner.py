@@ -3,6 +3,11 @@
 [Note: runners] A runner does the forward and the backward of `ops.edge_message`, on values or on pairs of
 value and tangent; `ops.edge_autograd` makes a function of it that can be differentiated twice, whoever runs.
 The runners that divide the work over tensor-parallel ranks are in megagnn/tensor_parallel.
+
+[Note: types] p, q, sum and the weights are of one type, r, f and vec of another, as wide or wider. The
+kernels know one: float64 where p is, else float32 (`edge_type`). So a runner widens bfloat16, or narrows
+float64 geometry beside float32, for as long as it runs; what is kept for the backward has the type of p, and
+every result and gradient that of what it belongs to.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension
+from megagnn.ops.dispatch import DTYPES, accumulator_type
 from megagnn.ops.edge_types import (
     ACTIVATIONS,
     DIRECTIONS,
@@ -59,11 +65,39 @@ class EdgeRunner(Protocol):
 
 
 def has_kernels(values: Tensor) -> bool:
-    """Whether the blockwise kernels serve tensors like this one; torch.compile sees the reference."""
+    """Whether runners serve a p like this one; torch.compile sees the reference."""
     if torch.compiler.is_compiling():
         return False
     there = (extension.has_cpu and values.is_cpu) or (extension.has_cuda and values.is_cuda)
-    return there and values.dtype in (torch.float32, torch.float64)
+    return there and values.dtype in DTYPES
+
+
+def edge_type(p_NH: Tensor) -> torch.dtype:
+    """What the kernels compute in: float64 for a p in float64, else float32."""
+    return accumulator_type(p_NH.dtype)
+
+
+def widened(call: Call) -> Call:
+    """The call in the kernels' type; the same tensors where they have it."""
+    p_NH = call.tensors[0]
+    assert p_NH is not None
+    kind = edge_type(p_NH)
+    return call._replace(tensors=[None if t is None else t.detach().to(kind) for t in call.tensors])
+
+
+def typed_outputs(call: Call, outputs: Tensors) -> list[Tensor | None]:
+    """sum, vec, and their tangents, in the types of p and r."""
+    like = (call.tensors[0], call.tensors[2])
+    return [_typed(t, like[k % 2]) for k, t in enumerate(outputs)]
+
+
+def typed_gradients(call: Call, gradients: Tensors) -> list[Tensor | None]:
+    """Gradients in the types of the call's tensors."""
+    return [_typed(g, t) for g, t in zip(gradients, call.tensors, strict=True)]
+
+
+def _typed(result: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return None if result is None or like is None else result.to(like.dtype)
 
 
 @cache
@@ -147,28 +181,38 @@ class SerialRunner:
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
         """See `EdgeRunner`."""
-        *outputs, a, c, g = _OPS.edge_message_forward(*compiled_arguments(call), save)
-        return [or_none(t) for t in (outputs if call.pair else outputs[:2])], [a, c, g]
+        *outputs, a, c, g = _OPS.edge_message_forward(*compiled_arguments(widened(call)), save)
+        outputs = [or_none(t) for t in (outputs if call.pair else outputs[:2])]
+        return typed_outputs(call, outputs), kept_of(call, (a, c, g))
 
     def backward(
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """See `EdgeRunner`."""
-        arguments, tensors = compiled_arguments(call), call.tensors
+        arguments, tensors = compiled_arguments(widened(call)), call.tensors
         p_NH, w2_MH, has_vector = arguments[0][0], arguments[1][2], or_none(arguments[1][4]) is not None
         shapes = [(p_NH.shape[0], w2_MH.shape[0]), (p_NH.shape[0], 3)] * 2
         full = [
-            p_NH.new_zeros(shape) if bar is None else bar
+            p_NH.new_zeros(shape) if bar is None else bar.to(p_NH.dtype)
             for bar, shape in zip((*bars, *(None,) * (4 - len(bars))), shapes, strict=True)
         ]
-        result = _OPS.edge_message_backward(*arguments, list(kept), full, *wanted, outputs)
+        wide = [t.to(p_NH.dtype) for t in kept if t is not None]
+        result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
         num_inputs = NUM_INPUTS * (2 if call.pair else 1)
         weights = [or_none(t) for t in result[-(NUM_WEIGHTS - 1) :]]
         if has_vector and weights[5] is not None:
             weights[5] = weights[5].reshape(tensors[num_inputs + 6].shape)  # type: ignore[union-attr]
         gradients = [*map(or_none, result[:num_inputs]), None, *weights]
         gradients = [_gradient_of(t, g) for g, t in zip(gradients, tensors, strict=True)]
-        return gradients, [or_none(t) for t in result[2 * NUM_INPUTS : 2 * NUM_INPUTS + 4]]
+        found = [or_none(t) for t in result[2 * NUM_INPUTS : 2 * NUM_INPUTS + 4]]
+        return typed_gradients(call, gradients), typed_outputs(call, found)
+
+
+def kept_of(call: Call, kept: Sequence[Tensor]) -> list[Tensor]:
+    """a, c and g as they are kept for the backward, in the type of p."""
+    p_NH = call.tensors[0]
+    assert p_NH is not None
+    return [t.to(p_NH.dtype) for t in kept]
 
 
 SERIAL = SerialRunner()

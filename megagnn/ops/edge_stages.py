@@ -93,7 +93,7 @@ class BlockStages:
         save: bool = False,
         kept: Sequence[Tensor] = (),
     ) -> None:
-        if not has_kernels(values[0]):
+        if not has_kernels(values[0]) or values[0].dtype not in (torch.float32, torch.float64):
             raise ValueError(
                 "BlockStages (compiled): p must be float32 or float64 where the kernels are built, got "
                 f"{values[0].dtype} on {values[0].device}; use edge_reference.edge_message"
@@ -111,6 +111,7 @@ class BlockStages:
         self._widths = dict.fromkeys(("rho", "rho_bar"), radial) | dict.fromkeys(("a", "z", "z_bar"), hidden)
         self._widths |= dict.fromkeys(("c", "m", "m_bar"), message) | dict.fromkeys(("g", "u"), vector)
         self._like = values[0].detach()
+        self.dtype = self._like.dtype
         self._blocks = graph_lists[3].view(-1, 4)[:, :2].tolist()
         self.num_blocks = len(self._blocks)
         self._longest = max((end - begin for begin, end in self._blocks), default=0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from megagnn.config import OptimConfig, ParallelConfig, RunConfig
 from megagnn.models.egnn import EGNN
 from megagnn.ops import square_sum
+from megagnn.ops.dispatch import accumulator_type
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.apex import make_apex_adamw
 from megagnn.optim.sharded import ShardedAdamW
@@ -47,8 +48,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
 
 
 def is_sharded(config: RunConfig) -> bool:
-    """Whether a run needs `make_sharded_optimizer`."""
-    return config.parallel.zero_stage > 0 or config.optim.offload != "none"
+    """Whether a run needs `make_sharded_optimizer`, which also adds gradients of bfloat16 up in float32."""
+    sharded = config.parallel.zero_stage > 0 or config.optim.offload != "none"
+    return sharded or config.train.dtype == "bfloat16"
 
 
 def make_sharded_optimizer(
@@ -152,19 +154,21 @@ class WeightAverage:
     """Exponential moving average of a model's parameters: a <- d a + (1 - d) w after every step.
 
     The decay starts small, d_t = min(d, (1 + t) / (10 + t)), so that early averages forget the initial
-    weights.
+    weights. The average of bfloat16 weights is float32: in bfloat16 steps of 1 - d would be rounded away.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.model, self.decay, self.num_updates = model, decay, 0
-        self.average: dict[str, Tensor] = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.average: dict[str, Tensor] = {
+            n: p.detach().to(accumulator_type(p.dtype), copy=True) for n, p in model.named_parameters()
+        }
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the model's present weights into the average."""
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.decay > 0 else 0.0
         self.num_updates += 1
-        weights = [p.detach() for p in self.model.parameters()]
+        weights = [p.detach().to(accumulator_type(p.dtype)) for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.average.values()), weights, 1.0 - decay)
 
     @contextlib.contextmanager

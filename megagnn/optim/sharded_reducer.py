@@ -10,6 +10,7 @@ then, stages 2 and 3 the other way round: the same sums, rounded differently.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -73,24 +74,31 @@ class ShardedReducer:
         self._leave()
 
     def _arrival(self, number: int, index: int) -> Callable[[Any], None]:
+        # Weak, for Python cannot see circles that go through a tensor's hooks, and would never free them.
+        reducer = weakref.ref(self)
+
         def arrived(_: Any) -> None:
-            unit = self.units[number]
-            if (self._sent or number < self._next) and self._sends:
-                raise RuntimeError(
-                    f"ShardedReducer: a gradient of {unit.name} ({unit.members[index].name}) arrived after "
-                    "the unit had left; only one backward, the last of a step, may run between start() and "
-                    "finish()"
-                )
-            if not self._in_backward:
-                self._in_backward = True
-                # autograd's own word for "when this backward is over"; PyTorch's DDP and FSDP use it, too
-                torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
-            unit.take_gradient(index)
-            self._waiting[number].discard(index)
-            if self.by_arrival:
-                self._leave()
+            alive = reducer()
+            if alive is not None:
+                alive._arrived(number, index)
 
         return arrived
+
+    def _arrived(self, number: int, index: int) -> None:
+        unit = self.units[number]
+        if (self._sent or number < self._next) and self._sends:
+            raise RuntimeError(
+                f"ShardedReducer: a gradient of {unit.name} ({unit.members[index].name}) arrived after the "
+                "unit had left; only one backward, the last of a step, may run between start() and finish()"
+            )
+        if not self._in_backward:
+            self._in_backward = True
+            # autograd's own word for "when this backward is over"; PyTorch's DDP and FSDP use it, too
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_of_backward)
+        unit.take_gradient(index)
+        self._waiting[number].discard(index)
+        if self.by_arrival:
+            self._leave()
 
     @property
     def _sends(self) -> bool:

@@ -102,12 +102,17 @@ def _wait_for(key: str, store: dist.Store, ranks: range, deadline: float, second
     while not store.check([key]):
         if time.monotonic() > deadline:
             missing = [rank for rank in ranks if not store.check([f"seat/{rank}"])]
-            raise ConnectionError(
-                f"{len(missing)} of the ranks did not start within {seconds:g} s: {reprlib.repr(missing)}; "
-                "their own output may say why"
-            )
+            raise ConnectionError(missing_ranks(missing, seconds))
         time.sleep(pause)
         pause = min(1.5 * pause, 0.5)
+
+
+def missing_ranks(ranks: list[int], seconds: float) -> str:
+    """What to say when ranks have not come."""
+    return (
+        f"{len(ranks)} of the ranks did not start within {seconds:g} s: {reprlib.repr(ranks)}; "
+        "their own output may say why"
+    )
 
 
 def difference(rank: int, host: str, mine: Mapping[str, Any], reference: Mapping[str, Any]) -> str:

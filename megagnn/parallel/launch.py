@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megagnn.config import ParallelConfig
 from megagnn.parallel.agreement import agree, fingerprint_of, open_store
 from megagnn.parallel.context import ParallelContext, grid_coordinates, grid_sizes, rank_name
+from megagnn.parallel.elastic import join_generation
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.heartbeat import Roll, WatchTimes
 from megagnn.parallel.mpi import join_mpi
@@ -120,6 +121,9 @@ def _join(meeting: Rendezvous, fingerprint: Mapping[str, Any]) -> tuple[dist.Sto
     for a connection serves one thread at a time, and the roll of ranks."""
     store, own = open_store(meeting), open_store(meeting, first=False)
     try:
+        if meeting.outlives:
+            generation = join_generation(store, meeting.rank, meeting.world_size)
+            store, own = dist.PrefixStore(generation, store), dist.PrefixStore(generation, own)
         roll = Roll(own, this_peer(meeting.rank), meeting.world_size)
         agree(store, meeting.rank, meeting.world_size, fingerprint_of(fingerprint, meeting.world_size))
     except RuntimeError as error:

@@ -35,7 +35,9 @@ class Rendezvous:
     serves: bool = False
     """Whether this process holds the store; torchrun may hold it itself."""
     prefix: str = "megagnn"
-    """Of the store's keys; another one for each restart by torchrun."""
+    """Of the store's keys."""
+    outlives: bool = False
+    """Whether the store outlives the ranks: torchrun's does, which starts them again after a failure."""
     own_gpu: bool = False
     """Whether the launcher gives each rank GPUs of its own, and so may show it no others."""
     listener: int | None = None
@@ -100,7 +102,6 @@ def _torchrun(environment: Mapping[str, str], rank: int, world_size: int) -> Ren
                 "rank 0 listens"
             )
     agent = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Rendezvous(
         "torchrun",
         rank,
@@ -110,7 +111,7 @@ def _torchrun(environment: Mapping[str, str], rank: int, world_size: int) -> Ren
         host=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT"),
         serves=rank == 0 and not agent,
-        prefix=f"megagnn/{attempt}",
+        outlives=agent,
     )
 
 

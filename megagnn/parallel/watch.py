@@ -4,7 +4,8 @@
 `Heartbeat` speaks with the store, and the guard here sees whether the store answers, whether the launcher
 sends SIGTERM, and whether there is a verdict. Then the main thread has `grace` to end by itself, which it
 does if its collective fails; else the guard prints the verdict and ends the process. If the main thread comes
-first, with the text of gloo or NCCL, `explain` waits for the verdict and gives that instead.
+first, with the text of gloo or NCCL, `explain` waits for the verdict and gives that instead. A SIGTERM ends
+the process, too, unless the main thread handles it itself (`train.signals`), and a second one in any case.
 """
 
 import os
@@ -27,6 +28,8 @@ _BROKEN = re.compile(
 )
 _TERMINATION_SECONDS = 0.8  # after SIGTERM: Open MPI sends SIGKILL after one second
 _GUARD_TICK = 0.1
+SAME_WISH_SECONDS = 2.0
+"""Launchers and batch systems may both send SIGTERM: what comes so soon after is the same wish."""
 
 
 class Watcher:
@@ -72,12 +75,16 @@ class Watcher:
         self.heartbeat.finish(clean, self.times.stale + self.times.interval if clean else self.times.grace)
 
     def _keep_guard(self) -> None:
-        silence, known, terminated = Silence(1.0), 0.0, 0.0
+        silence, known, asked, terminated = Silence(1.0), 0.0, 0.0, 0.0
         while not self._stopped.is_set():
             caught = self._terminations.wait(_GUARD_TICK)
             beat, now = self.heartbeat, time.monotonic()
-            if caught and not terminated:
-                terminated = now
+            if caught:
+                again = asked and now - asked > SAME_WISH_SECONDS
+                asked = asked or now
+                beat.hurry()  # the launcher may say so because another rank is lost
+                if again or not self._terminations.are_handled:
+                    terminated = terminated or now
             if silence.look(beat.exchanges) > self.times.stale:
                 beat.decide(Verdict(0, self._store_is_silent()))
             if terminated:
@@ -87,8 +94,8 @@ class Watcher:
                     beat.accuse(Verdict(self.roll.me.rank, text, speaks=True), _GUARD_TICK)
                     beat.decide(Verdict(self.roll.me.rank, text, speaks=True))
             known = known or (now if beat.verdict is not None else 0.0)
-            if known and (terminated or now - known > self.times.grace):
-                self._end(143 if terminated else 1)
+            if known and (asked or now - known > self.times.grace):
+                self._end(143 if asked else 1)
 
     def _store_is_silent(self) -> str:
         return (
@@ -145,6 +152,11 @@ class _Terminations:
         """Whether SIGTERM came within so many seconds."""
         ready, _, _ = select.select([self._read], [], [], seconds)
         return bool(ready) and signal.SIGTERM in os.read(self._read, 512)
+
+    @property
+    def are_handled(self) -> bool:
+        """Whether the main thread ends by itself: it has put a handler of its own in the place of ours."""
+        return signal.getsignal(signal.SIGTERM) is not _leave_it_to_the_guard
 
     def release(self) -> None:
         """No longer."""

@@ -1,7 +1,9 @@
 """What all ranks, or the data-parallel ones, tell each other outside of a model; no-ops on one rank."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -16,6 +18,13 @@ def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
         ValueError: a tensor that is not contiguous.
     """
     return messages.all_reduce(tensor, context, "dp")
+
+
+def sum_over_ranks(values: Sequence[float], context: ParallelContext) -> list[float]:
+    """Sums over all ranks, of every axis, the same on each of them: a message of a few numbers."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
+    sums: list[float] = messages.all_reduce(tensor, context, "world").tolist()
+    return sums
 
 
 def broadcast_object(value: Any, context: ParallelContext) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagnn.ops.edge_runner import Call, Tensors
+from megagnn.ops.edge_runner import Call, Tensors, kept_of, typed_gradients, typed_outputs, widened
 from megagnn.ops.edge_stages import BlockStages, backward_block, forward_block, interleave
 from megagnn.ops.edge_types import NUM_INPUTS, EdgeWeights
 from megagnn.parallel import messages
@@ -53,6 +53,7 @@ class ChannelRunner:
     """See the module and `ops.edge_runner.EdgeRunner`; for who holds what, [Note: shards] in edge_stages.py.
 
     Gradients of r and f are partial, that of b4 is whole on every rank, all others are of this rank's slice.
+    Messages are sums and their cotangents: they travel in the kernels' type, bfloat16 ones in float32.
     """
 
     def __init__(self, context: ParallelContext) -> None:
@@ -66,7 +67,7 @@ class ChannelRunner:
         absent = () if stages.has_vector else (None,)
         if not stages.has_vector:
             outputs = tuple(t for k in range(stages.planes) for t in (outputs[2 * k], *absent))
-        return list(outputs), stages.kept_tensors()
+        return typed_outputs(call, outputs), kept_of(call, stages.kept_tensors())
 
     def backward(
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
@@ -74,17 +75,20 @@ class ChannelRunner:
         """See `EdgeRunner`."""
         stages = self._stages(call, False, kept)
         first, (geometry, weights) = self.context.tp_rank == 0, wanted
+        bars = [bar if bar is None else bar.to(stages.dtype) for bar in bars]
         gradients = stages.start_backward(bars, geometry, weights)
         interleave(stages, lambda block: backward_block(stages, block, self.links, first), _DEPTH)
         inputs = [*gradients.values, *(gradients.tangents if call.pair else ())]
-        return [*inputs, *gradients.weights], self.forward(call, False)[0] if outputs else []
+        found = typed_gradients(call, [*inputs, *gradients.weights])
+        return found, self.forward(call, False)[0] if outputs else []
 
     def _stages(self, call: Call, save: bool, kept: Tensors = ()) -> BlockStages:
+        call = widened(call)
         values: Any = call.tensors[:NUM_INPUTS]
         tangents: Any = call.tensors[NUM_INPUTS : 2 * NUM_INPUTS] if call.pair else None
         weights = EdgeWeights(*call.tensors[-len(EdgeWeights._fields) :])  # type: ignore[arg-type]
         block = call.spec.block_edges or block_edges(weights, 2 if call.pair else 1)
-        found = [t for t in kept if t is not None and t.numel()]
+        found = [t.to(values[0].dtype) for t in kept if t is not None and t.numel()]
         spec = replace(call.spec, block_edges=block)
         return BlockStages(values, weights, call.graph, spec, tangents, save, found)
 

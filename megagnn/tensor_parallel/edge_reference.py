@@ -33,13 +33,13 @@ def channel_edge_message(
     a_EH, d_E = edge_reference.before(p_NH, q_NH, r_E3, weights, graph, spec, take)
     c_EM = collectives.reduce_scatter(act(a_EH) @ weights.w2_MH.t(), -1, context)
     m_EM = act(c_EM if weights.b2_M is None else c_EM + weights.b2_M)
-    sum_NM = add(m_EM if f_E is None else m_EM * f_E.unsqueeze(-1), graph.destination)
+    sum_NM = add(edge_reference.enveloped(m_EM, f_E), graph.destination)
     if weights.w3_KM is None:
         return sum_NM, None
     assert weights.w4_K is not None
     g_EK = collectives.reduce_scatter(m_EM @ weights.w3_KM.t(), -1, context)
     u_EK = act(g_EK if weights.b3_K is None else g_EK + weights.b3_K)
-    w_E = collectives.reduce(u_EK @ weights.w4_K, context)
+    w_E = collectives.reduce((u_EK @ weights.w4_K).to(r_E3.dtype), context)
     if weights.b4_1 is not None:
         w_E = w_E + weights.b4_1
     # From here on every rank does the same, and it counts once.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.ops import dual
+from megagnn.ops.dispatch import accumulator_type
 from megagnn.ops.dual import T
 from megagnn.parallel import collectives
 from megagnn.parallel.context import ParallelContext
@@ -80,8 +81,8 @@ class ColumnLinear(nn.Module):
 class RowLinear(nn.Module):
     """x W^T + b with the inputs divided: sharded (..., in/tp) to sharded (..., out/tp).
 
-    With `out_features = 1`, which cannot be divided, the result and the bias are replicated. `names` are
-    those of both widths in messages.
+    With `out_features = 1`, which cannot be divided, the result and the bias are replicated, and of bfloat16
+    the product is made, summed over ranks and given in float32. `names` are those of both widths in messages.
     """
 
     def __init__(
@@ -103,15 +104,24 @@ class RowLinear(nn.Module):
 
     def forward(self, x: T) -> T:
         """See the class."""
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not self.scattered:
+            wide = accumulator_type(x.dtype)
+            x, weight, bias = x.to(wide), weight.to(wide), None if bias is None else bias.to(wide)
         if self.context.tp_size == 1:
-            return dual.linear(x, self.weight, self.bias)
-        partial = dual.linear(x, self.weight)
+            return dual.linear(x, weight, bias)
+        partial = dual.linear(x, weight)
         summed = (scatter_channels if self.scattered else reduce_partial)(partial, self.context)
-        return dual.add_bias(summed, self.bias)
+        return dual.add_bias(summed, bias)
 
 
 class Embedding(nn.Module):
-    """A row of the table for each index, the channels divided: (N,) int64 to sharded (N, F/tp)."""
+    """A row of the table for each index, the channels divided: (N,) int64 to sharded (N, F/tp).
+
+    A row of the table has as many gradients as there are atoms of its kind: they are added in float32 where
+    the table is bfloat16.
+    """
 
     def __init__(self, num_rows: int, width: int, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
@@ -119,11 +129,15 @@ class Embedding(nn.Module):
 
     def forward(self, index_N: Tensor) -> Tensor:
         """See the class."""
-        return nn.functional.embedding(index_N, self.weight)
+        table = self.weight.to(accumulator_type(self.weight.dtype))
+        return nn.functional.embedding(index_N, table).to(self.weight.dtype)
 
 
 class RMSNorm(nn.Module):
-    """h / sqrt(mean(h^2) + eps) times a gain per channel (Zhang and Sennrich 2019, eq. 4), sharded."""
+    """h / sqrt(mean(h^2) + eps) times a gain per channel (Zhang and Sennrich 2019, eq. 4), sharded.
+
+    Of bfloat16 features the mean square, its sum over ranks and the root are float32.
+    """
 
     def __init__(self, width: int, context: ParallelContext, dtype: torch.dtype, eps: float = 1e-6) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megagnn.ops.edge_runner import SERIAL, Call, Tensors
+from megagnn.ops.edge_runner import SERIAL, Call, Tensors, typed_gradients, typed_outputs, widened
 from megagnn.ops.edge_types import NUM_INPUTS, EdgeWeights
 from megagnn.ops.recompute import current_tape
 from megagnn.parallel import messages
@@ -91,6 +91,8 @@ class RowsRunner:
     """See the module and `ops.edge_runner.EdgeRunner`. The call's graph is that of this rank's own edges.
 
     p, q, sum and the weights are sharded by channels, vec is replicated; gradients of r and f are whole.
+    What is no sum travels in its own type, such as bfloat16; gradients of q and the weights, which are summed
+    over ranks, in the kernels' type.
 
     Args:
         ring, index: of the model's layers, and this layer's place in it.
@@ -118,10 +120,12 @@ class RowsRunner:
         saved = any(t is not None and t.dim() == 2 for t in kept)  # (0, H) on a rank without edges
         whole = self._whole_call(call, weights, values=not saved)
         bars = [bar if bar is None else self._own_bar(k, bar) for k, bar in enumerate(bars)]
-        gradients, found = SERIAL.backward(whole, kept, bars, wanted, outputs)
+        # Widened here: gradients that are summed over ranks come, and travel, in the kernels' type.
+        gradients, found = SERIAL.backward(widened(whole), kept, bars, wanted, outputs)
         num_inputs = len(call.tensors) - len(WEIGHT_DIMS)
-        inputs = [self._input_gradient(k % NUM_INPUTS, t) for k, t in enumerate(gradients[:num_inputs])]
-        return [*inputs, *self._weight_gradients(gradients[num_inputs:])], self._outputs(found)
+        inputs = [self._input_gradient(k, t, call) for k, t in enumerate(gradients[:num_inputs])]
+        summed = [*inputs, *self._weight_gradients(gradients[num_inputs:])]
+        return typed_gradients(call, summed), self._outputs(typed_outputs(call, found))
 
     def _whole_call(self, call: Call, weights: EdgeWeights, values: bool = True) -> Call:
         """The call with own rows of p, all of q, and whole weights; without `values` p and q hold nothing."""
@@ -152,11 +156,12 @@ class RowsRunner:
             return bar[self.rows.own]
         return start_to_rows(bar.contiguous(), self.rows).wait()
 
-    def _input_gradient(self, number: int, gradient: Tensor | None) -> Tensor | None:
-        if gradient is None or number > 1:
+    def _input_gradient(self, number: int, gradient: Tensor | None, call: Call) -> Tensor | None:
+        tensor, kind = call.tensors[number], number % NUM_INPUTS
+        if gradient is None or tensor is None or kind > 1:
             return gradient
-        if number == 0:
-            return start_to_channels(gradient, self.rows).wait()
+        if kind == 0:
+            return start_to_channels(gradient.to(tensor.dtype), self.rows).wait()
         return start_reduce_scatter_along(gradient, -1, self.context, "tp").wait()
 
     def _weight_gradients(self, gradients: Tensors) -> list[Tensor | None]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import megagnn
 from megagnn.config import RunConfig, config_from_dict, config_to_dict
 from megagnn.models.potential import Potential, build_potential
+from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.optim.pieces import whole_slice
 from megagnn.parallel.context import ParallelContext
@@ -157,18 +158,23 @@ def _load_file(path: Path) -> Checkpoint:
 
 def load_potential(
     checkpoint: str | Path | Checkpoint | FolderCheckpoint,
-    dtype: torch.dtype | None = None,
+    precision: Precision | torch.dtype | None = None,
     average: bool = True,
     context: ParallelContext | None = None,
     plan: PlanChoice = "auto",
 ) -> Potential:
-    """The potential of a checkpoint, with averaged weights unless `average` is false, on any layout."""
+    """The potential of a checkpoint, with averaged weights unless `average` is false, on any layout.
+
+    precision: another than that of the run; the weights are converted. A moving average of bfloat16 weights
+    was kept in float32, so a run in bfloat16 gives float32 more than its own weights say.
+    """
     if not isinstance(checkpoint, Checkpoint | FolderCheckpoint):
         checkpoint = open_checkpoint(checkpoint)
-    if dtype is None:
-        dtype = getattr(torch, checkpoint.config.train.dtype)
+    if precision is None:
+        train = checkpoint.config.train
+        precision = precision_of(train.dtype, train.geometry)
     potential = build_potential(
-        checkpoint.config.model, checkpoint.statistics, dtype=dtype, context=context, plan=plan
+        checkpoint.config.model, checkpoint.statistics, precision=precision, context=context, plan=plan
     )
     kind = "average" if average else "model"
     if isinstance(checkpoint, FolderCheckpoint):

@@ -7,10 +7,15 @@ from pathlib import Path
 
 from megagnn.config import RunConfig, flat_config, load_config
 from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.elastic import launch_identity
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.checkpoint_folder import checkpoint_steps
 from megagnn.train.trainer import Trainer
+
+# Of a run that a user's Ctrl-C stopped, so that a script does not go on. After SIGTERM and SIGUSR1 it is 0,
+# for all is saved: torchrun starts ranks again that fail, and srun kills the ranks that still save.
+EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,16 +33,46 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     train, chosen = config.train, {"--resume": arguments.resume, "--overwrite": arguments.overwrite}
     fingerprint = {**flat_config(config), **chosen}
     with parallel_context(train.device, train.threads, config.parallel, fingerprint) as context:
-        resume = _may_train(config, context, arguments.resume, arguments.overwrite)
+        launch = Launch(Path(config.out_dir), context)
+        resume, overwrite = (True, False) if launch.again else (arguments.resume, arguments.overwrite)
+        resume = _may_train(config, context, resume, overwrite)
         # checks data and settings before anything is removed
         trainer = Trainer(config, context, resume=resume)
-        if arguments.overwrite:
+        if overwrite:
             _remove_earlier_run(Path(config.out_dir), context)
-        trainer.run()
-        if context.is_main:
+        launch.claim()
+        stopped_by = trainer.run()
+        if context.is_main and stopped_by:
+            print(
+                f"stopped by {stopped_by} after step {trainer.progress.step} of {train.num_steps}; saved "
+                f"{trainer.last_path}. The same command with --resume continues"
+            )
+        elif context.is_main:
             print(f"best checkpoint: {trainer.best_path}")
             print(f"curves:          tensorboard --logdir {config.out_dir}")
-    return 0
+    return EXIT_INTERRUPTED if stopped_by == "SIGINT" else 0
+
+
+class Launch:
+    """Whether the command that runs now is the one that began the run in `out_dir`.
+
+    `again` is true where torchrun has started its ranks again: they continue, whatever the arguments say. A
+    command that was refused, or failed before it began, has no claim, however often torchrun repeats it.
+    """
+
+    def __init__(self, out_dir: Path, context: ParallelContext) -> None:
+        self._path = out_dir / "launch.txt"
+        self._identity = launch_identity() if context.is_main else ""
+        known = self._path.read_text() if self._identity and self._path.is_file() else ""
+        self.again = bool(broadcast_object(bool(known) and known == self._identity, context))
+        if self.again and context.is_main:
+            print("started again by torchrun: continuing", file=sys.stderr)
+
+    def claim(self) -> None:
+        """The run in `out_dir` is this command's from now."""
+        if self._identity:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(self._identity)
 
 
 def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwrite: bool) -> bool:
@@ -73,7 +108,7 @@ def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwr
 def _remove_earlier_run(out_dir: Path, context: ParallelContext) -> None:
     """Remove what an earlier run wrote, and nothing else."""
     if context.is_main:
-        for folder in (out_dir / "checkpoints", out_dir / "tensorboard"):
+        for folder in (out_dir / "checkpoints", out_dir / "tensorboard", out_dir / "bad_batches"):
             if folder.exists():
                 shutil.rmtree(folder)
         (out_dir / "metrics.json").unlink(missing_ok=True)

@@ -6,6 +6,7 @@ trainer knows no more than that, so a method with another structure than "forwar
 stand in its place.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -66,3 +67,41 @@ def one_backward(
 
 
 GRADIENT_METHODS: dict[str, GradientMethod] = {"one_backward": one_backward, "create_graph": create_graph}
+
+
+class Reducer(Protocol):
+    """What sums gradients over ranks; see `parallel.gradients` [Note: buckets]."""
+
+    def start(self) -> None:
+        """The backward that follows is the last of the step."""
+        ...
+
+    def finish(self) -> None:
+        """All gradients are sums over the ranks afterwards."""
+        ...
+
+
+def accumulate(
+    method: GradientMethod,
+    potential: Potential,
+    batches: Sequence[dict[str, Tensor]],
+    loss: Loss,
+    counts: LossCounts,
+    reducer: Reducer,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The gradient of a step over one or several batches, summed over ranks; returns this rank's share of the
+    loss and of its terms.
+
+    With `counts` over all of the batches (`loss.step_counts`) it is the gradient of one batch that holds all
+    their structures. Memory is that of one batch, and only the last backward sends.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=batches[0][keys.POSITIONS].device)
+    terms: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        if number == len(batches) - 1:
+            reducer.start()
+        part, shares = method(potential, batch, loss, counts)
+        total = total + part
+        terms |= {name: terms[name] + share if name in terms else share for name, share in shares.items()}
+    reducer.finish()
+    return total, terms

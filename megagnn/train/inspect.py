@@ -1,4 +1,4 @@
-"""The command `megagnn inspect`: what a checkpoint or a data set holds."""
+"""The command `megagnn inspect`: what a checkpoint, a data set or a bad batch holds."""
 
 import argparse
 import json
@@ -7,13 +7,18 @@ from pathlib import Path
 from ase.data import chemical_symbols
 
 from megagnn.config import config_to_dict
+from megagnn.train.bad_batch import describe_bad_batch, is_bad_batch
 from megagnn.train.checkpoint import Checkpoint, load_potential, open_checkpoint
 from megagnn.train.checkpoint_folder import FolderCheckpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn inspect`."""
-    parser.add_argument("path", type=Path, help="a checkpoint (a folder or a file) or a packed store")
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="a checkpoint (a folder or a file), a bad batch (.safetensors) or a packed store",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         from megagnn.data.store import Store
 
         print(describe(Store.open(arguments.path)))
+    elif is_bad_batch(arguments.path):
+        print(describe_bad_batch(arguments.path))
     else:
         print(describe_checkpoint(open_checkpoint(arguments.path)))
     return 0
@@ -37,7 +44,7 @@ def describe_checkpoint(checkpoint: Checkpoint | FolderCheckpoint) -> str:
         f"checkpoint   {checkpoint.path}",
         f"progress     step {progress.step} (epoch {progress.epoch}), "
         f"best validation loss {progress.best_loss:.6g}",
-        f"parameters   {model.num_parameters():,} in {checkpoint.config.train.dtype}: "
+        f"parameters   {model.num_parameters():,} in {model.precision}: "
         + ", ".join(f"{name} {count:,}" for name, count in parts.items() if count),
         f"elements     {' '.join(chemical_symbols[z] for z in statistics.elements)}",
         f"levels       {', '.join(statistics.levels)}",

@@ -1,5 +1,7 @@
 """This rank's batches of one split, ready on its device."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -11,9 +13,11 @@ from megagnn.config import DataConfig, ModelConfig, RunConfig
 from megagnn.data.batch import collate
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
+from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier
+from megagnn.train.signals import outlive_the_signal
 
 
 def open_split(
@@ -75,7 +79,8 @@ class BatchLoader:
             seed=config.train.seed,
             shuffle=shuffle,
         )
-        self.collate = partial(collate, dtype=getattr(torch, config.train.dtype))
+        precision = precision_of(config.train.dtype, config.train.geometry)
+        self.collate = partial(collate, dtype=precision.geometry)
 
     def batches(
         self, epoch: int = 0, first: int = 0, first_structure: int = 0
@@ -95,6 +100,18 @@ class BatchLoader:
             pin_memory=self.context.device.type == "cuda",
             # its own, so that to begin in the middle of an epoch changes no random state of the run
             generator=torch.Generator(),
+            worker_init_fn=outlive_the_signal,
         )
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
+
+    def steps(
+        self, epoch: int, first: int, size: int, first_structure: int = 0
+    ) -> Iterator[list[dict[str, Tensor]]]:
+        """The batches of an epoch by `size` for each step, from step `first` on; the last step takes what is
+        left."""
+        num_batches = len(self.sampler.plan(epoch, first_structure))
+        at_the_end = first == math.ceil(num_batches / size)
+        batches = self.batches(epoch, num_batches if at_the_end else first * size, first_structure)
+        while step := list(itertools.islice(batches, size)):
+            yield step

@@ -5,7 +5,7 @@ its sum of terms divided by the *global* count, and the ranks' losses and gradie
 process.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +37,19 @@ def free_atoms(batch: dict[str, Tensor]) -> Tensor:
 
 def label_counts(batch: dict[str, Tensor], context: ParallelContext) -> LossCounts:
     """Counts over the batches of all ranks."""
+    return step_counts([batch], context)
+
+
+def step_counts(batches: Sequence[dict[str, Tensor]], context: ParallelContext) -> LossCounts:
+    """Counts over all batches of a step, of all ranks: one message, however many there are."""
+    counts = torch.stack([_own_counts(batch) for batch in batches]).sum(0)
+    return LossCounts(*all_reduce_sum(counts, context).tolist())
+
+
+def _own_counts(batch: dict[str, Tensor]) -> Tensor:
     sizes = torch.tensor([len(batch[keys.ATOMIC_NUMBERS]), batch[keys.EDGE_INDEX].shape[1]])
     labels = [batch[keys.HAS_ENERGY].sum(), 3 * free_atoms(batch).sum(), 9 * batch[keys.HAS_STRESS].sum()]
-    counts = torch.cat([torch.stack(labels), sizes.to(labels[0].device)]).double()
-    return LossCounts(*all_reduce_sum(counts, context).tolist())
+    return torch.cat([torch.stack(labels), sizes.to(labels[0].device)]).double()
 
 
 def pointwise(kind: str, error: Tensor, delta: float) -> Tensor:

@@ -1,6 +1,6 @@
 """Where a run stands, and the name of the format that keeps it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 FORMAT, VERSION = "megagnn-checkpoint", 2
 
@@ -27,3 +27,9 @@ class Progress:
     """Steps that the optimizer counts."""
     dp_size: int = 1
     """Data-parallel ranks of the run: with another number, batches are others."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last good steps, for their median; kept where optim.spike_factor is set."""
+    bad_in_a_row: int = 0
+    """Bad steps since the last good one."""
+    skipped_steps: int = 0
+    """Bad steps in all."""

@@ -19,8 +19,10 @@ MUST_BE_EQUAL = (
     "data.max_atoms",
     "data.max_edges",
     "data.max_structures",
+    "optim.accumulate_steps",
     "train.seed",
     "train.dtype",
+    "train.geometry",
 )
 # How the same function is computed: a continued run may do it in another way.
 MAY_CHANGE = (
@@ -77,12 +79,16 @@ def check_same_run(
         print(f"warning: resumed with other settings than before: {', '.join(told)}", file=sys.stderr)
 
 
-def position_of(progress: Progress, sampler: BudgetSampler) -> Progress:
-    """Where a run on the ranks of `sampler` goes on: of the epoch, the same structures are left."""
+def position_of(progress: Progress, sampler: BudgetSampler, accumulate_steps: int = 1) -> Progress:
+    """Where a run on the ranks of `sampler` goes on: of the epoch, the same structures are left.
+
+    accumulate_steps: batches of an optimizer step.
+    """
     if progress.dp_size == sampler.dp_size:
         return progress
     then = sampler.on_ranks(progress.dp_size)
-    done = then.num_structures(progress.epoch, progress.step_in_epoch, progress.first_structure)
+    num_batches = progress.step_in_epoch * accumulate_steps
+    done = then.num_structures(progress.epoch, num_batches, progress.first_structure)
     first = progress.first_structure + done
     return dataclasses.replace(progress, dp_size=sampler.dp_size, first_structure=first, step_in_epoch=0)
 

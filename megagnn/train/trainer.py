@@ -13,6 +13,7 @@ from torch import Tensor
 from megagnn.config import RunConfig, config_to_dict
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import build_potential
+from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.optim.average import ShardedAverage
 from megagnn.optim.optimizer import (
@@ -30,19 +31,22 @@ from megagnn.optim.sharded_reducer import ShardedReducer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.world import all_reduce_sum, broadcast_object, broadcast_parameters
+from megagnn.train.bad_batch import end_of_run, save_bad_batches
+from megagnn.train.bad_steps import advance, judge
 from megagnn.train.checkpoint_folder import FolderCheckpoint
 from megagnn.train.checkpoint_pieces import num_steps_of, pieces_loaded, pieces_of
 from megagnn.train.checkpoint_store import CheckpointStore
 from megagnn.train.evaluate import evaluate
 from megagnn.train.export import export_checkpoint
 from megagnn.train.fit_statistics import compute_statistics
-from megagnn.train.gradients import GRADIENT_METHODS
+from megagnn.train.gradients import GRADIENT_METHODS, accumulate
 from megagnn.train.loader import BatchLoader, open_split
-from megagnn.train.loss import Loss, check_labels, label_counts
+from megagnn.train.loss import Loss, check_labels, step_counts
 from megagnn.train.monitor import Monitor
 from megagnn.train.parity import ParityPoints
 from megagnn.train.progress import Progress
 from megagnn.train.resume import check_same_run, position_of
+from megagnn.train.signals import StopSignals
 
 
 class Trainer:
@@ -56,7 +60,7 @@ class Trainer:
     def __init__(self, config: RunConfig, context: ParallelContext, resume: bool = False) -> None:
         self.config, self.context = config, context
         self.out_dir = Path(config.out_dir)
-        self.dtype = getattr(torch, config.train.dtype)
+        self.precision = precision_of(config.train.dtype, config.train.geometry)
         train_set = open_split(config.data, config.model, "train", context)
         check_labels(train_set.num_labelled(), config.loss)
         self.checkpoints = CheckpointStore(
@@ -74,7 +78,7 @@ class Trainer:
             config.model,
             self.statistics,
             config.train.seed,
-            self.dtype,
+            self.precision,
             context,
             config.parallel.plan,
             deferred=is_sharded(config),
@@ -130,8 +134,8 @@ class Trainer:
         check_same_run(checkpoint, self.config, statistics, self.context)
         return checkpoint.statistics
 
-    def run(self) -> None:
-        """Train up to `train.num_steps`."""
+    def run(self) -> str:
+        """Train up to `train.num_steps`. Returns the signal that ended the run earlier; empty for none."""
         train = self.config.train
         if self.context.is_main:
             self.out_dir.mkdir(parents=True, exist_ok=True)
@@ -141,25 +145,34 @@ class Trainer:
         self.checkpoints.clean()
         with (
             Monitor(self.out_dir, train.num_steps, self.progress.step, self.context) as monitor,
+            StopSignals(speaks=self.context.is_main) as signals,
             self.checkpoints,
         ):
             monitor.say(self._summary())
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
-            for batch in self._batches():
-                self._step(batch, monitor)
+            for batches in self._batches():
+                stop = self._step(batches, monitor, signals)
                 self.checkpoints.check()
-                step = self.progress.step
+                step, best = self.progress.step, False
                 done = step == train.num_steps
-                best = (step % train.validate_every == 0 or done) and self._validate(monitor)
-                if step % train.checkpoint_every == 0 or best or done:
+                if step % train.validate_every == 0 or done:
+                    if stop:  # at once: a validation may take longer than we are given
+                        self._save()
+                        self.checkpoints.wait()
+                    best = self._validate(monitor)
+                if step % train.checkpoint_every == 0 or best or done or stop:
                     self._save()
                     monitor.restart_clock()
                 if done:
                     self._finish(monitor)
-                    return
+                    return ""
+                if stop:
+                    self.checkpoints.wait()
+                    return signals.received or "a signal to another rank"
+        return ""
 
-    def _batches(self) -> Iterator[dict[str, Tensor]]:
-        """This rank's batches from where the run stands, through as many epochs as needed."""
+    def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
+        """This rank's batches of each step from where the run stands, through as many epochs as needed."""
         if self.progress.step >= self.config.train.num_steps:
             return
         for epoch in itertools.count(self.progress.epoch):
@@ -167,38 +180,55 @@ class Trainer:
                 self.progress = dataclasses.replace(
                     self.progress, epoch=epoch, step_in_epoch=0, first_structure=0
                 )
-            yield from self.train.batches(epoch, self.progress.step_in_epoch, self.progress.first_structure)
+            yield from self.train.steps(
+                epoch,
+                self.progress.step_in_epoch,
+                self.config.optim.accumulate_steps,
+                self.progress.first_structure,
+            )
 
-    def _step(self, batch: dict[str, Tensor], monitor: Monitor) -> None:
+    def _step(self, batches: list[dict[str, Tensor]], monitor: Monitor, signals: StopSignals) -> bool:
+        """One step; whether to stop after it, the same on every rank."""
         step, optim = self.progress.step, self.config.optim
         rate = learning_rate(step, self.config.train.num_steps, optim)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        counts = label_counts(batch, self.context)
-        self.reducer.start()
-        loss, shares = self.gradient_method(self.potential, batch, self.loss, counts)
-        self.reducer.finish()
-        norm = gradient_norm(self.optimizer, self.context)
-        self._check_finite(norm)
-        clipped_step(self.optimizer, norm, optim.clip_norm)
-        self.average.update()
-        self.progress = dataclasses.replace(
-            self.progress, step=step + 1, step_in_epoch=self.progress.step_in_epoch + 1
+        counts = step_counts(batches, self.context)
+        loss, shares = accumulate(
+            self.gradient_method, self.potential, batches, self.loss, counts, self.reducer
         )
+        norm = gradient_norm(self.optimizer, self.context)
+        recent, stop = self.progress.recent_norms, bool(signals.received)
+        found = judge(loss, norm, recent, optim.spike_factor, stop, self.context)
+        if found.fault:
+            self._leave_out(found.fault, batches, float(loss), float(norm), monitor)
+        else:
+            clipped_step(self.optimizer, norm, optim.clip_norm)
+            self.average.update()
+        self.progress = advance(self.progress, self.config, found.fault, norm)
         monitor.step(counts.atoms, counts.edges)
-        if (step + 1) % self.config.train.log_every == 0:
+        if (step + 1) % self.config.train.log_every == 0 and not found.fault:
             self._log(loss, shares, norm, rate, monitor)
+        return found.stop
 
-    def _check_finite(self, norm: Tensor) -> None:
-        """Before the step, so that no checkpoint ever holds a NaN; the same on every rank."""
-        if not torch.isfinite(norm):
+    def _leave_out(
+        self, fault: str, batches: list[dict[str, Tensor]], loss: float, norm: float, monitor: Monitor
+    ) -> None:
+        """Before the optimizer's step, so that no checkpoint ever holds a NaN; the same on every rank.
+
+        Raises FloatingPointError where the run is to stop.
+        """
+        step, train = self.progress.step, self.config.train
+        where = save_bad_batches(
+            self.out_dir, fault, batches, self.train.dataset, self.progress, loss, norm, self.context
+        )
+        if train.on_bad_step == "stop" or self.progress.bad_in_a_row >= train.max_bad_steps:
             self.checkpoints.wait()
             kept = f"{self.last_path} is from before" if self.last_path.exists() else "nothing was saved yet"
-            raise FloatingPointError(
-                f"the gradient norm is {norm.item()} at step {self.progress.step}; {kept}. Lower "
-                "optim.learning_rate or optim.clip_norm, or look for bad labels"
-            )
+            raise FloatingPointError(end_of_run(fault, self.progress, train, where, kept))
+        monitor.log(step + 1, {"optim/skipped_steps": self.progress.skipped_steps + 1})
+        monitor.say(f"step {step} left out: {fault}; its batches are in {where}")
 
     def _log(
         self, loss: Tensor, shares: dict[str, Tensor], norm: Tensor, rate: float, monitor: Monitor
@@ -278,7 +308,9 @@ class Trainer:
         pieces_loaded(self.optimizer, checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates
         checkpoint.restore_random_state(self.context)
-        self.progress = position_of(checkpoint.progress, self.train.sampler)
+        self.progress = position_of(
+            checkpoint.progress, self.train.sampler, self.config.optim.accumulate_steps
+        )
 
     def _summary(self) -> str:
         num, threads = self.potential.model.num_parameters(), torch.get_num_threads()

@@ -177,9 +177,10 @@ def _rank(environment: dict[str, str], command: list[str], log: Path, seed: floa
             setattr(module, name, _paused(getattr(module, name), rng))
         original = Trainer._step
 
-        def step(self: Trainer, *arguments: Any) -> None:
-            original(self, *arguments)
+        def step(self: Trainer, *arguments: Any) -> bool:
+            stop = original(self, *arguments)
             (self.out_dir / "begun").touch()
+            return stop
 
         Trainer._step = step  # type: ignore[method-assign]
     sys.exit(cli.main(command))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +199,17 @@ def test_pieces_are_all_there_is() -> None:
     pieces["layers.1.bias", "model"].values.fill_(2.5)
     optimizer.take_weights()
     assert (whole(model, optimizer)[3] == 2.5).all()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_is_freed_with_its_model(stage: int) -> None:
+    model = Chain()
+    optimizer = make(model, stage)
+    steps(model, optimizer, 1)
+    moments = weakref.ref(optimizer.units[0].exp_avg)
+    del model, optimizer
+    gc.collect()
+    assert moments() is None
 
 
 def test_unknown_stage() -> None:

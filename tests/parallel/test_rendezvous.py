@@ -45,14 +45,13 @@ def no_mpi(world_size: int) -> NoReturn:
 
 
 def test_torchrun() -> None:
-    assert discover(TORCHRUN, no_mpi) == Rendezvous(
-        "torchrun", 3, 4, 1, 2, "node1", 29500, prefix="megagnn/0"
-    )
+    assert discover(TORCHRUN, no_mpi) == Rendezvous("torchrun", 3, 4, 1, 2, "node1", 29500)
     first = {**TORCHRUN, "RANK": "0"}
     assert discover(first, no_mpi).serves
     agent = {**first, "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "2"}
     assert not discover(agent, no_mpi).serves
-    assert discover(agent, no_mpi).prefix == "megagnn/2"
+    assert discover(agent, no_mpi).outlives
+    assert not discover(first, no_mpi).outlives
 
 
 def test_srun() -> None:

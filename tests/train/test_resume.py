@@ -107,11 +107,11 @@ def test_a_run_of_two_ranks_goes_on_alone(
     original = trainer._step
     counts = {"sum": 0}
 
-    def step(batch: dict[str, torch.Tensor], monitor: Any) -> None:
+    def step(batches: list[dict[str, torch.Tensor]], *others: Any) -> bool:
         if trainer.progress.epoch > 5:
             raise StoppingError
-        counts["sum"] += len(batch[keys.NUM_ATOMS])
-        original(batch, monitor)
+        counts["sum"] += sum(len(batch[keys.NUM_ATOMS]) for batch in batches)
+        return original(batches, *others)
 
     trainer._step = step  # type: ignore[method-assign]
     with pytest.raises(StoppingError):
