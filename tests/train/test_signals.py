@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megagnn.train import signals
-from megagnn.train.checkpoint import load_checkpoint
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from megagnn.train.signals import StopSignals
 from tests import runs
 
@@ -56,7 +56,7 @@ def test_stop_save_and_resume(
     assert runs.train(store, tmp_path / "parts", *SHORT, "--resume") == 0
     assert runs.train(store, tmp_path / "whole", *SHORT) == 0
     for kind in ("last", "best"):
-        a, b = (load_checkpoint(tmp_path / d / f"checkpoints/{kind}.safetensors") for d in ("parts", "whole"))
+        a, b = (load_checkpoint(tmp_path / d / "checkpoints" / kind, EVERYTHING) for d in ("parts", "whole"))
         assert a.progress == b.progress
         assert all(torch.equal(a.tensors[key], tensor) for key, tensor in b.tensors.items())
 
