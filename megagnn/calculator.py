@@ -14,14 +14,15 @@ from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import Potential
 from megagnn.train.checkpoint import Checkpoint, load_potential
+from megagnn.train.checkpoint_folder import FolderCheckpoint
 
 
 class MegaGNNCalculator(Calculator):
     """Energy (eV), forces (eV/Å) and stress (eV/Å^3, tension positive, Voigt) of a checkpoint, for ASE.
 
     Args:
-        checkpoint: path of a checkpoint, such as `runs/quickstart/checkpoints/best.safetensors`, or one
-            loaded.
+        checkpoint: path of a checkpoint, such as `runs/quickstart/checkpoints/best.safetensors` or the folder
+            `runs/quickstart/checkpoints/best`, or one loaded.
         source: name of the training source whose reference energies to use; needed if the model has several.
         level: name of the level of theory to predict; needed only if the training data of `source` had
             several.
@@ -42,7 +43,7 @@ class MegaGNNCalculator(Calculator):
 
     def __init__(
         self,
-        checkpoint: str | Path | Checkpoint,
+        checkpoint: str | Path | Checkpoint | FolderCheckpoint,
         source: str | None = None,
         level: str | None = None,
         dtype: str = "float64",

@@ -15,6 +15,8 @@ from megagnn.parallel.rendezvous import rank_label
 COMMANDS = {
     "train": ("megagnn.train.command", "train a model: CONFIG.toml [--section.field value ...]"),
     "evaluate": ("megagnn.train.evaluate", "errors of a checkpoint on a data set, beside baselines"),
+    "export": ("megagnn.train.export", "a checkpoint's weights as one safetensors file"),
+    "import": ("megagnn.train.import_file", "a run's checkpoint of a file that holds all of it"),
     "inspect": ("megagnn.train.inspect", "what a checkpoint or a data set holds"),
     "prepare": ("megagnn.data.prepare", "make a packed store from files that ASE reads, and others"),
     "label": ("megagnn.data.labels.command", "make structures and label them with a simulation engine"),

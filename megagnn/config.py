@@ -215,7 +215,14 @@ class TrainConfig:
     validate_every: PositiveInt = 500
     """Steps between two validations."""
     checkpoint_every: PositiveInt = 500
-    """Steps between two writes of the last checkpoint."""
+    """Steps between two checkpoints; one is also written when the validation loss is the lowest so far."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints to keep, besides the best of each."""
+    async_checkpoints: bool = True
+    """Copy what a checkpoint holds to host memory and write it in the background, while training goes on."""
+    export_best: bool = True
+    """At the end, leave the best weights and their average as one file, too, best.safetensors; the main rank
+    needs the memory for both."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -88,10 +88,10 @@ def train(store: Path, out_dir: Path, *arguments: str) -> int:
     return main(["train", str(config), *overrides, *arguments])
 
 
-def make_trainer(store: Path, out_dir: Path, *overrides: str) -> Trainer:
+def make_trainer(store: Path, out_dir: Path, *overrides: str, resume: bool = False) -> Trainer:
     """A trainer of the small configuration, not yet run."""
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     config = out_dir.parent / "config.toml"
     config.write_text(CONFIG)
     arguments = ["--data.paths", str(store), "--out_dir", str(out_dir), *overrides]
-    return Trainer(load_config(config, arguments), ParallelContext())
+    return Trainer(load_config(config, arguments), ParallelContext(), resume)

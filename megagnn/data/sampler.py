@@ -2,7 +2,8 @@
 
 The plan of an epoch is a pure function of the counts, the seed and the epoch. Every rank computes the whole
 plan and takes its share, so ranks agree without talking, and a run resumes at (epoch, step) without any saved
-state.
+state. Steps are cut from the order one after the other, so that those done are a prefix of the order, and a
+plan for another number of ranks can begin where they end: `first` structures of an epoch are then left out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class BudgetSampler:
         self.seed, self.shuffle = seed, shuffle
         self.max_structures = max_structures
         self._check()
-        self._plan: tuple[int, list[list[Batch]]] | None = None
+        self._plan: tuple[tuple[int, int], list[list[Batch]]] | None = None
 
     def _check(self) -> None:
         if self.num_atoms.shape != self.num_edges.shape or self.num_atoms.ndim != 1:
@@ -76,32 +77,55 @@ class BudgetSampler:
                 f"least {self.num_atoms.max()} atoms and {self.num_edges.max()} edges, or lower the cutoff"
             )
 
-    def check_position(self, epoch: int, step: int) -> None:
+    def check_position(self, epoch: int, step: int, first: int = 0) -> None:
         """Refuse a position to resume from that this plan does not have.
 
         Raises:
-            ValueError: a negative epoch, or a step outside 0..number of steps (the end of the epoch).
+            ValueError: a negative epoch, a step outside 0..number of steps (the end of the epoch), or more
+                structures left out than there are.
         """
         if epoch < 0:
             raise ValueError(f"cannot start at epoch {epoch}; epochs count from 0")
-        num_steps = len(self.plan(epoch))
+        if not 0 <= first <= len(self.num_atoms):
+            raise ValueError(
+                f"cannot start at structure {first} of an epoch: there are {len(self.num_atoms)} structures; "
+                "was the run started with other data?"
+            )
+        num_steps = len(self.plan(epoch, first))
         if not 0 <= step <= num_steps:
             raise ValueError(
                 f"cannot start at epoch {epoch}, step {step}: the epoch has {num_steps} steps; was the run "
                 "started with other data, another budget or another number of ranks?"
             )
 
-    def batches(self, epoch: int) -> list[Batch]:
-        """This rank's batches of a whole epoch; the same number on every rank."""
-        return [step[self.dp_rank] for step in self.plan(epoch)]
+    def batches(self, epoch: int, first: int = 0) -> list[Batch]:
+        """This rank's batches of an epoch without its first structures; the same number on every rank."""
+        return [step[self.dp_rank] for step in self.plan(epoch, first)]
 
-    def plan(self, epoch: int) -> list[list[Batch]]:
-        """Steps of an epoch, each a list of one batch for each rank."""
-        if self._plan is None or self._plan[0] != epoch:
+    def num_structures(self, epoch: int, num_steps: int, first: int = 0) -> int:
+        """Structures of the first steps of a plan, on all ranks together."""
+        return sum(len(batch) for step in self.plan(epoch, first)[:num_steps] for batch in step)
+
+    def on_ranks(self, dp_size: int) -> BudgetSampler:
+        """The sampler of the first of another number of ranks."""
+        return BudgetSampler(
+            self.num_atoms,
+            self.num_edges,
+            max_atoms=self.max_atoms,
+            max_edges=self.max_edges,
+            max_structures=self.max_structures,
+            dp_size=dp_size,
+            seed=self.seed,
+            shuffle=self.shuffle,
+        )
+
+    def plan(self, epoch: int, first: int = 0) -> list[list[Batch]]:
+        """Steps of an epoch without its `first` structures, each a list of one batch for each rank."""
+        if self._plan is None or self._plan[0] != (epoch, first):
             order = np.arange(len(self.num_atoms))
             if self.shuffle:
                 order = np.random.default_rng((self.seed, epoch)).permutation(order)
-            self._plan = (epoch, self._steps(order))
+            self._plan = ((epoch, first), self._steps(order[first:]))
         return self._plan[1]
 
     def _steps(self, order: NDArray[np.int64]) -> list[list[Batch]]:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megagnn.parallel.parameter import ParameterLayout
+from megagnn.parallel.parameter import ParameterLayout, layout_of
 
 
 @dataclass(frozen=True)
@@ -30,3 +30,9 @@ class Piece:
     """The run itself, (end - begin,), not a copy: whoever loads writes into it."""
     replicated: bool
     """Whether every data-parallel rank keeps this piece, and one of them is enough."""
+
+
+def whole_slice(name: str, kind: str, parameter: Tensor, values: Tensor) -> Piece:
+    """A parameter's slice, or a tensor of its shape, that all data-parallel ranks keep whole."""
+    run = values.detach().view(-1)
+    return Piece(name, kind, layout_of(parameter), 0, run.numel(), run, replicated=True)

@@ -48,6 +48,15 @@ def gather_objects(value: Any, context: ParallelContext) -> list[Any] | None:
     return None if values is None else values[:: context.pp_size * context.tp_size]
 
 
+def all_gather_objects(value: Any, context: ParallelContext) -> list[Any]:
+    """The value of every rank, in the order of ranks, on every rank."""
+    if context.world_size == 1:
+        return [value]
+    values = [None] * context.world_size
+    dist.all_gather_object(values, value, group=context.world_group)
+    return values
+
+
 def barrier(context: ParallelContext) -> None:
     """Wait for every rank."""
     if context.world_size > 1:

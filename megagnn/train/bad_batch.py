@@ -18,7 +18,7 @@ from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier
-from megagnn.train.checkpoint import Progress
+from megagnn.train.progress import Progress
 
 FORMAT, VERSION = "megagnn-bad-batch", 1
 _NUM_SHOWN = 20

@@ -1,20 +1,21 @@
-"""Checkpoints: one safetensors file each, written atomically, checksummed; loading unpickles nothing.
+"""Checkpoints in memory, whole: read from a folder that a run wrote or from one file, written to one file.
 
-Tensors are named `model/NAME` (weights), `average/NAME` (their moving average) and `optimizer/INDEX/NAME`.
-The file's metadata holds, as JSON, the configuration, the statistics of the training split, the progress of
-the run and a checksum.
+In a single safetensors file tensors are named `model/NAME` (weights), `average/NAME` (their moving average)
+and, where it was exported with them, `exp_avg/NAME` and `exp_avg_sq/NAME` (AdamW's moments). The file's
+metadata holds, as JSON, the configuration, the statistics of the training split, the progress of the run and
+a checksum. Loading unpickles nothing.
 """
 
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import megagnn
@@ -22,35 +23,19 @@ from megagnn.config import RunConfig, config_from_dict, config_to_dict
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics
+from megagnn.optim.pieces import whole_slice
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.parallel.parameter import layout_of
 from megagnn.tensor_parallel.cost import PlanChoice
+from megagnn.train.checkpoint_folder import FolderCheckpoint, open_folder
+from megagnn.train.checkpoint_manifest import NAME as MANIFEST
+from megagnn.train.checkpoint_manifest import write_tensors
+from megagnn.train.progress import FORMAT, VERSION, Progress
 
-FORMAT, VERSION = "megagnn-checkpoint", 1
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where a run stands: with the tensors, all that makes a resumed run the same bits."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    epoch: int = 0
-    """Epoch the next step belongs to."""
-    step_in_epoch: int = 0
-    """Steps of that epoch done."""
-    best_loss: float = float("inf")
-    """Lowest validation loss so far."""
-    average_updates: int = 0
-    """Updates of the moving average so far."""
-    dp_size: int = 1
-    """Data-parallel ranks of the run: with another number, batches would be others."""
-    recent_norms: list[float] = field(default_factory=list)
-    """Gradient norms of the last good steps, for their median; kept where optim.spike_factor is set."""
-    bad_in_a_row: int = 0
-    """Bad steps since the last good one."""
-    skipped_steps: int = 0
-    """Bad steps in all."""
+WEIGHTS = ("model", "average")
+EVERYTHING = (*WEIGHTS, "exp_avg", "exp_avg_sq")
+T = TypeVar("T")
+_READABLE = (1, 2)  # 1 names the optimizer's state by numbers; the weights are the same
 
 
 @dataclass(frozen=True)
@@ -87,16 +72,15 @@ def save_checkpoint(
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(tensors, temporary, metadata={FORMAT: json.dumps(content)})
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        write_tensors(temporary, tensors, {FORMAT: json.dumps(content)})
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read and verify a checkpoint.
+def open_checkpoint(path: str | Path) -> Checkpoint | FolderCheckpoint:
+    """Verify a checkpoint and read what it is of: a file, which is read whole, or a folder, of which ranks
+    then read what they need.
 
     Raises:
         ValueError: not a checkpoint, truncated, or bits differ from what was written.
@@ -104,20 +88,49 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(
-            f"{path} is a folder, not a checkpoint; did you mean {path / 'best.safetensors'} or "
-            f"{path / 'checkpoints' / 'best.safetensors'}?"
-        )
+        if not (path / MANIFEST).exists():
+            raise ValueError(
+                f"{path} is a folder, not a checkpoint; did you mean {path / 'best'} or "
+                f"{path / 'checkpoints' / 'best'}?"
+            )
+        return _while_it_stays(path, open_folder)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    return _load_file(path)
+
+
+def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpoint:
+    """Verify and read a checkpoint: a file, or of a folder all whole tensors of these kinds; raises as
+    `open_checkpoint`."""
+
+    def whole(folder: Path) -> Checkpoint:
+        found = open_folder(folder)
+        return Checkpoint(found.config, found.statistics, found.progress, found.whole(kinds), Path(path))
+
+    opened = open_checkpoint(path)
+    return opened if isinstance(opened, Checkpoint) else _while_it_stays(Path(path), whole)
+
+
+def _while_it_stays(path: Path, read: Callable[[Path], T]) -> T:
+    """What is read of a folder; again, if `path` is a link to another by the time that one cannot be read."""
+    while True:
+        target = path.resolve()
+        try:
+            return read(target)
+        except ValueError:
+            if path.resolve() == target:
+                raise
+
+
+def _load_file(path: Path) -> Checkpoint:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
-            f"checkpoint {path} is truncated or not a safetensors file ({error}); use another "
-            "one, such as last.safetensors or best.safetensors beside it"
+            f"checkpoint {path} is truncated or not a safetensors file ({error}); use another one, such as "
+            "last or best beside it"
         ) from None
     if FORMAT not in metadata:
         raise ValueError(
@@ -127,12 +140,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         content = json.loads(metadata[FORMAT])
     except json.JSONDecodeError as error:
         raise ValueError(f"checkpoint {path} is damaged: its metadata is not JSON ({error})") from None
-    if content["version"] != VERSION:
-        raise ValueError(
-            f"checkpoint {path} has format version {content['version']}, this megagnn reads version {VERSION}"
-        )
-    if _checksum(tensors, content) != content["sha256"]:
+    if not isinstance(content, dict) or content.get("sha256") != _checksum(tensors, content):
         raise ValueError(f"checkpoint {path} is damaged: its checksum is not the one it was written with")
+    if content["version"] not in _READABLE:
+        raise ValueError(
+            f"checkpoint {path} has format version {content['version']}, this megagnn reads versions "
+            f"{_READABLE}"
+        )
     return Checkpoint(
         config_from_dict(content["config"]),
         Statistics.from_dict(content["statistics"]),
@@ -143,7 +157,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def load_potential(
-    checkpoint: str | Path | Checkpoint,
+    checkpoint: str | Path | Checkpoint | FolderCheckpoint,
     precision: Precision | torch.dtype | None = None,
     average: bool = True,
     context: ParallelContext | None = None,
@@ -154,15 +168,20 @@ def load_potential(
     precision: another than that of the run; the weights are converted. A moving average of bfloat16 weights
     was kept in float32, so a run in bfloat16 gives float32 more than its own weights say.
     """
-    if not isinstance(checkpoint, Checkpoint):
-        checkpoint = load_checkpoint(checkpoint)
+    if not isinstance(checkpoint, Checkpoint | FolderCheckpoint):
+        checkpoint = open_checkpoint(checkpoint)
     if precision is None:
         train = checkpoint.config.train
         precision = precision_of(train.dtype, train.geometry)
     potential = build_potential(
         checkpoint.config.model, checkpoint.statistics, precision=precision, context=context, plan=plan
     )
-    load_weights(potential.model, checkpoint.weights("average" if average else "model"), checkpoint.path)
+    kind = "average" if average else "model"
+    if isinstance(checkpoint, FolderCheckpoint):
+        named = potential.model.named_parameters()
+        checkpoint.load([whole_slice(name, kind, p, p) for name, p in named])
+    else:
+        load_weights(potential.model, checkpoint.weights(kind), checkpoint.path)
     return potential
 
 
@@ -186,43 +205,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
                 f"the model has {layout.full_shape}"
             )
         parameter.copy_(layout.slice_of(weights[name]))
-
-
-def whole_weights(model: nn.Module, values: dict[str, Tensor], context: ParallelContext) -> dict[str, Tensor]:
-    """Slices of a model's parameters, or of anything of their shape, by name, to whole ones on every rank."""
-    layouts = {name: layout_of(parameter) for name, parameter in model.named_parameters()}
-    return {name: gather_whole(value, layouts[name], context) for name, value in values.items()}
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, context: ParallelContext) -> dict[str, Tensor]:
-    """The optimizer's state as named tensors, whole; all ranks of a tensor-parallel group must call it."""
-    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
-    parameters = _parameters(optimizer)
-    return {
-        f"optimizer/{index}/{name}": gather_whole(value, layout_of(parameters[index]), context)
-        if value.shape == parameters[index].shape
-        else value
-        for index, entry in state.items()
-        for name, value in entry.items()
-    }
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, on any layout: each rank takes its slice."""
-    state: dict[int, dict[str, Tensor]] = {}
-    parameters = _parameters(optimizer)
-    for key, value in tensors.items():
-        if key.startswith("optimizer/"):
-            _, index, name = key.split("/")
-            layout = layout_of(parameters[int(index)])
-            value = layout.slice_of(value) if value.shape == layout.full_shape else value
-            # A copy: optimizers take tensors over, read them in the order of memory, and change them.
-            state.setdefault(int(index), {})[name] = value.clone(memory_format=torch.contiguous_format)
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _checksum(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:

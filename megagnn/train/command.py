@@ -10,6 +10,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.elastic import launch_identity
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
+from megagnn.train.checkpoint_folder import checkpoint_steps
 from megagnn.train.trainer import Trainer
 
 # Of a run that a user's Ctrl-C stopped, so that a script does not go on. After SIGTERM and SIGUSR1 it is 0,
@@ -79,18 +80,25 @@ def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwr
     chained.
 
     Raises:
-        ValueError: there is an earlier run, and neither --resume nor --overwrite says what to do with it.
+        ValueError: there is an earlier run, and neither --resume nor --overwrite says what to do with it; or
+            it is of a form that cannot be resumed.
     """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them")
     checkpoints = Path(config.out_dir) / "checkpoints"
-    has_last = (checkpoints / "last.safetensors").exists()
-    exists = has_last or (checkpoints / "best.safetensors").exists()
-    exists, has_last = broadcast_object((exists, has_last), context)  # one answer, should disks differ
+    has_last, old = bool(checkpoint_steps(checkpoints)), checkpoints / "last.safetensors"
+    exists = has_last or old.exists() or (checkpoints / "best.safetensors").exists()
+    is_old = old.exists() and not has_last
+    exists, has_last, is_old = broadcast_object((exists, has_last, is_old), context)  # should disks differ
     if exists and not (resume or overwrite):
         raise ValueError(
             f"{config.out_dir} holds an earlier run; add --resume to continue it, --overwrite to replace it, "
             "or choose another folder with --out_dir DIR"
+        )
+    if resume and is_old:
+        raise ValueError(
+            f"{old} is a single file of an earlier megagnn, from which runs no longer resume; make a "
+            f"checkpoint of it by `megagnn import {old} {config.out_dir}`"
         )
     if resume and not has_last and context.is_main:
         print(f"{config.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)

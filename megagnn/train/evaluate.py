@@ -16,7 +16,7 @@ from megagnn.models.potential import Potential
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import all_reduce_sum
-from megagnn.train.checkpoint import load_checkpoint, load_potential
+from megagnn.train.checkpoint import load_potential, open_checkpoint
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.loss import Loss, label_counts
 from megagnn.train.metrics import ErrorSums, format_table
@@ -88,7 +88,7 @@ def _loss_totals(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn evaluate`."""
-    parser.add_argument("checkpoint", type=Path, help="a run's checkpoints/best.safetensors")
+    parser.add_argument("checkpoint", type=Path, help="a run's checkpoints/best, or an exported file")
     parser.add_argument("data", type=Path, nargs="+", help="packed store(s)")
     parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the metrics here")
@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     """`megagnn evaluate CHECKPOINT DATA... [--json OUT]`: a table of errors beside the baselines."""
     if arguments.tensor < 1:
         raise ValueError(f"--tensor must be at least 1, got {arguments.tensor}")
-    checkpoint = load_checkpoint(arguments.checkpoint)
+    checkpoint = open_checkpoint(arguments.checkpoint)
     trained = checkpoint.config.data
     data = dataclasses.replace(
         trained,
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
         for name in ("checkpoint", "split", "last_weights", "plot", "tensor")
     }
     fingerprint = {**flat_config(config), **asked}
-    # The layout of the training does not matter: checkpoints hold whole parameters.
+    # The layout of the training does not matter: a rank reads its slices of whole parameters.
     layout = ParallelConfig(tensor=arguments.tensor)
     with parallel_context(arguments.device, arguments.threads, layout, fingerprint) as context:
         average = not arguments.last_weights

@@ -8,7 +8,8 @@ from ase.data import chemical_symbols
 
 from megagnn.config import config_to_dict
 from megagnn.train.bad_batch import describe_bad_batch, is_bad_batch
-from megagnn.train.checkpoint import Checkpoint, load_checkpoint, load_potential
+from megagnn.train.checkpoint import Checkpoint, load_potential, open_checkpoint
+from megagnn.train.checkpoint_folder import FolderCheckpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         type=Path,
-        help="a checkpoint or a bad batch (.safetensors), or a packed store (a folder)",
+        help="a checkpoint (a folder or a file), a bad batch (.safetensors) or a packed store",
     )
 
 
@@ -30,11 +31,11 @@ def run(arguments: argparse.Namespace) -> int:
     elif is_bad_batch(arguments.path):
         print(describe_bad_batch(arguments.path))
     else:
-        print(describe_checkpoint(load_checkpoint(arguments.path)))
+        print(describe_checkpoint(open_checkpoint(arguments.path)))
     return 0
 
 
-def describe_checkpoint(checkpoint: Checkpoint) -> str:
+def describe_checkpoint(checkpoint: Checkpoint | FolderCheckpoint) -> str:
     """Readable summary: parameters by part, progress, statistics, configuration."""
     model = load_potential(checkpoint).model
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -81,25 +82,36 @@ class BatchLoader:
         precision = precision_of(config.train.dtype, config.train.geometry)
         self.collate = partial(collate, dtype=precision.geometry)
 
-    def batches(self, epoch: int = 0, first: int = 0) -> Iterator[dict[str, Tensor]]:
-        """Batches of an epoch from the `first` on; as many on every rank, possibly without structures."""
-        self.sampler.check_position(epoch, first)
+    def batches(
+        self, epoch: int = 0, first: int = 0, first_structure: int = 0
+    ) -> Iterator[dict[str, Tensor]]:
+        """Batches of an epoch from the `first` on; as many on every rank, possibly without structures.
+
+        Args:
+            first_structure: the plan leaves out as many structures of the epoch.
+        """
+        self.sampler.check_position(epoch, first, first_structure)
+        batches = self.sampler.batches(epoch, first_structure)[first:]
         loader = DataLoader(
             self.dataset,
-            batch_sampler=[batch.tolist() for batch in self.sampler.batches(epoch)[first:]],
+            batch_sampler=[batch.tolist() for batch in batches],
             collate_fn=self.collate,
             num_workers=self.num_workers,
             pin_memory=self.context.device.type == "cuda",
+            # its own, so that to begin in the middle of an epoch changes no random state of the run
+            generator=torch.Generator(),
             worker_init_fn=outlive_the_signal,
         )
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
 
-    def steps(self, epoch: int, first: int, size: int) -> Iterator[list[dict[str, Tensor]]]:
+    def steps(
+        self, epoch: int, first: int, size: int, first_structure: int = 0
+    ) -> Iterator[list[dict[str, Tensor]]]:
         """The batches of an epoch by `size` for each step, from step `first` on; the last step takes what is
         left."""
-        num_batches = len(self.sampler.plan(epoch))
+        num_batches = len(self.sampler.plan(epoch, first_structure))
         at_the_end = first == math.ceil(num_batches / size)
-        batches = self.batches(epoch, num_batches if at_the_end else first * size)
+        batches = self.batches(epoch, num_batches if at_the_end else first * size, first_structure)
         while step := list(itertools.islice(batches, size)):
             yield step

@@ -6,9 +6,11 @@ import sys
 import numpy as np
 
 from megagnn.config import RunConfig, flat_config
+from megagnn.data.sampler import BudgetSampler
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.checkpoint import Checkpoint
+from megagnn.train.checkpoint_folder import FolderCheckpoint
+from megagnn.train.progress import Progress
 
 # With another value of these the continued run would see other batches, or hold another model.
 MUST_BE_EQUAL = (
@@ -31,23 +33,34 @@ MAY_CHANGE = (
     "model.recompute_layers",
 )
 # Of these, where a run lies and what it runs on, a change needs no mention.
-MAY_DIFFER = ("out_dir", "data.num_workers", "train.device", "train.threads")
+MAY_DIFFER = (
+    "out_dir",
+    "data.num_workers",
+    "train.device",
+    "train.threads",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.async_checkpoints",
+    "train.export_best",
+)
 
 
 def check_same_run(
-    checkpoint: Checkpoint, config: RunConfig, statistics: Statistics, context: ParallelContext
+    checkpoint: FolderCheckpoint, config: RunConfig, statistics: Statistics, context: ParallelContext
 ) -> None:
     """Refuse to continue another run; warn, on the main rank, of settings that make the result another one.
 
     Raises:
-        ValueError: another number of ranks, a setting of MUST_BE_EQUAL that differs, or other training data.
+        ValueError: a setting of MUST_BE_EQUAL that differs, or other training data.
     """
     where = f"cannot resume from {checkpoint.path}"
-    if checkpoint.progress.dp_size != context.dp_size:
-        raise ValueError(
-            f"{where}: it was trained on {checkpoint.progress.dp_size} data-parallel rank(s), this is "
-            f"{context.dp_size}: the batches would be others. Set parallel.data = "
-            f"{checkpoint.progress.dp_size} and start that many times pipeline x tensor ranks"
+    if checkpoint.progress.dp_size != context.dp_size and context.is_main:
+        print(
+            f"warning: {checkpoint.path} was trained on {checkpoint.progress.dp_size} data-parallel rank(s), "
+            f"this is {context.dp_size}: the run goes on behind the last structure it has seen, but a batch "
+            "now holds about as many times more structures, and the result is another one; for the same "
+            f"bits, set parallel.data = {checkpoint.progress.dp_size}",
+            file=sys.stderr,
         )
     then, now = flat_config(checkpoint.config), flat_config(config)
     changed = [key for key in now if now[key] != then.get(key)]
@@ -64,6 +77,20 @@ def check_same_run(
     told = [key for key in changed if key not in MAY_DIFFER]
     if told and context.is_main:
         print(f"warning: resumed with other settings than before: {', '.join(told)}", file=sys.stderr)
+
+
+def position_of(progress: Progress, sampler: BudgetSampler, accumulate_steps: int = 1) -> Progress:
+    """Where a run on the ranks of `sampler` goes on: of the epoch, the same structures are left.
+
+    accumulate_steps: batches of an optimizer step.
+    """
+    if progress.dp_size == sampler.dp_size:
+        return progress
+    then = sampler.on_ranks(progress.dp_size)
+    num_batches = progress.step_in_epoch * accumulate_steps
+    done = then.num_structures(progress.epoch, num_batches, progress.first_structure)
+    first = progress.first_structure + done
+    return dataclasses.replace(progress, dp_size=sampler.dp_size, first_structure=first, step_in_epoch=0)
 
 
 def _same_data(then: Statistics, now: Statistics) -> bool:

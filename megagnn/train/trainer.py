@@ -25,32 +25,27 @@ from megagnn.optim.optimizer import (
     make_optimizer,
     make_sharded_optimizer,
 )
+from megagnn.optim.pieces import Piece
 from megagnn.optim.schedule import learning_rate
 from megagnn.optim.sharded_reducer import ShardedReducer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
-from megagnn.parallel.parameter import layout_of
-from megagnn.parallel.world import all_reduce_sum, barrier, broadcast_object, broadcast_parameters
+from megagnn.parallel.world import all_reduce_sum, broadcast_object, broadcast_parameters
 from megagnn.train.bad_batch import end_of_run, save_bad_batches
 from megagnn.train.bad_steps import advance, judge
-from megagnn.train.checkpoint import (
-    Checkpoint,
-    Progress,
-    load_checkpoint,
-    load_optimizer,
-    load_weights,
-    optimizer_tensors,
-    save_checkpoint,
-    whole_weights,
-)
+from megagnn.train.checkpoint_folder import FolderCheckpoint
+from megagnn.train.checkpoint_pieces import num_steps_of, pieces_loaded, pieces_of
+from megagnn.train.checkpoint_store import CheckpointStore
 from megagnn.train.evaluate import evaluate
+from megagnn.train.export import export_checkpoint
 from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.gradients import GRADIENT_METHODS, accumulate
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.loss import Loss, check_labels, step_counts
 from megagnn.train.monitor import Monitor
 from megagnn.train.parity import ParityPoints
-from megagnn.train.resume import check_same_run
+from megagnn.train.progress import Progress
+from megagnn.train.resume import check_same_run, position_of
 from megagnn.train.signals import StopSignals
 
 
@@ -68,7 +63,13 @@ class Trainer:
         self.precision = precision_of(config.train.dtype, config.train.geometry)
         train_set = open_split(config.data, config.model, "train", context)
         check_labels(train_set.num_labelled(), config.loss)
-        checkpoint = load_checkpoint(self.last_path) if resume else None
+        self.checkpoints = CheckpointStore(
+            self.out_dir / "checkpoints",
+            context,
+            config.train.keep_checkpoints,
+            config.train.async_checkpoints,
+        )
+        checkpoint = self.checkpoints.newest() if resume else None
         self.statistics = self._fit_statistics(train_set, checkpoint)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
         self.train = BatchLoader(train_set, config, context, shuffle=True)
@@ -93,13 +94,13 @@ class Trainer:
 
     @property
     def last_path(self) -> Path:
-        """The last checkpoint, from which a run resumes."""
-        return self.out_dir / "checkpoints" / "last.safetensors"
+        """A link to the last checkpoint, from which a run resumes."""
+        return self.out_dir / "checkpoints" / "last"
 
     @property
     def best_path(self) -> Path:
-        """The checkpoint with the lowest validation loss."""
-        return self.out_dir / "checkpoints" / "best.safetensors"
+        """A link to the checkpoint with the lowest validation loss."""
+        return self.out_dir / "checkpoints" / "best"
 
     def _make_optimizer(self) -> None:
         """The optimizer, what sums its gradients over ranks, and the moving average."""
@@ -124,7 +125,7 @@ class Trainer:
         )
         self.average = WeightAverage(model, config.optim.ema_decay)
 
-    def _fit_statistics(self, train_set: StructureDataset, checkpoint: Checkpoint | None) -> Statistics:
+    def _fit_statistics(self, train_set: StructureDataset, checkpoint: FolderCheckpoint | None) -> Statistics:
         """The main rank's, so that machines that round differently agree; a resumed run keeps its own."""
         fitted = compute_statistics(train_set) if self.context.is_main else None
         statistics: Statistics = broadcast_object(fitted, self.context)
@@ -141,27 +142,32 @@ class Trainer:
             (self.out_dir / "config.json").write_text(
                 json.dumps(config_to_dict(self.config), indent=2) + "\n"
             )
+        self.checkpoints.clean()
         with (
             Monitor(self.out_dir, train.num_steps, self.progress.step, self.context) as monitor,
             StopSignals(speaks=self.context.is_main) as signals,
+            self.checkpoints,
         ):
             monitor.say(self._summary())
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
             for batches in self._batches():
                 stop = self._step(batches, monitor, signals)
-                step = self.progress.step
+                self.checkpoints.check()
+                step, best = self.progress.step, False
                 done = step == train.num_steps
                 if step % train.validate_every == 0 or done:
                     if stop:  # at once: a validation may take longer than we are given
-                        self._save(self.last_path)
-                    self._validate(monitor)
-                if step % train.checkpoint_every == 0 or done or stop:
-                    self._save(self.last_path)
+                        self._save()
+                        self.checkpoints.wait()
+                    best = self._validate(monitor)
+                if step % train.checkpoint_every == 0 or best or done or stop:
+                    self._save()
                     monitor.restart_clock()
                 if done:
-                    self._draw(monitor)
+                    self._finish(monitor)
                     return ""
                 if stop:
+                    self.checkpoints.wait()
                     return signals.received or "a signal to another rank"
         return ""
 
@@ -170,9 +176,16 @@ class Trainer:
         if self.progress.step >= self.config.train.num_steps:
             return
         for epoch in itertools.count(self.progress.epoch):
-            first = self.progress.step_in_epoch if epoch == self.progress.epoch else 0
-            self.progress = dataclasses.replace(self.progress, epoch=epoch, step_in_epoch=first)
-            yield from self.train.steps(epoch, first, self.config.optim.accumulate_steps)
+            if epoch != self.progress.epoch:
+                self.progress = dataclasses.replace(
+                    self.progress, epoch=epoch, step_in_epoch=0, first_structure=0
+                )
+            yield from self.train.steps(
+                epoch,
+                self.progress.step_in_epoch,
+                self.config.optim.accumulate_steps,
+                self.progress.first_structure,
+            )
 
     def _step(self, batches: list[dict[str, Tensor]], monitor: Monitor, signals: StopSignals) -> bool:
         """One step; whether to stop after it, the same on every rank."""
@@ -211,6 +224,7 @@ class Trainer:
             self.out_dir, fault, batches, self.train.dataset, self.progress, loss, norm, self.context
         )
         if train.on_bad_step == "stop" or self.progress.bad_in_a_row >= train.max_bad_steps:
+            self.checkpoints.wait()
             kept = f"{self.last_path} is from before" if self.last_path.exists() else "nothing was saved yet"
             raise FloatingPointError(end_of_run(fault, self.progress, train, where, kept))
         monitor.log(step + 1, {"optim/skipped_steps": self.progress.skipped_steps + 1})
@@ -233,7 +247,8 @@ class Trainer:
         )
         monitor.log_throughput(self.progress.step)
 
-    def _validate(self, monitor: Monitor) -> None:
+    def _validate(self, monitor: Monitor) -> bool:
+        """Whether the loss is the lowest so far, the same on all ranks."""
         start = time.perf_counter()
         done = self.progress.step == self.config.train.num_steps
         self.parity = ParityPoints(self.potential, self.context) if done else None
@@ -256,39 +271,46 @@ class Trainer:
             f"step {self.progress.step}: validation loss {result.loss:.4f} in {seconds:.1f} s, "
             f"mean absolute errors {errors}"
         )
-        # the main rank's verdict, for saving takes all ranks, and machines may round differently
-        if broadcast_object(result.loss < self.progress.best_loss, self.context):
-            self.progress = dataclasses.replace(self.progress, best_loss=result.loss)
-            self._save(self.best_path)
         monitor.restart_clock()
+        # the main rank's verdict, for saving takes all ranks, and machines may round differently
+        best: bool = broadcast_object(result.loss < self.progress.best_loss, self.context)
+        if best:
+            self.progress = dataclasses.replace(
+                self.progress, best_loss=result.loss, best_step=self.progress.step
+            )
+        return best
 
-    def _draw(self, monitor: Monitor) -> None:
-        """The parity plot of the last validation, when everything is saved."""
+    def _finish(self, monitor: Monitor) -> None:
+        """The best weights as one file, and the parity plot of the last validation."""
+        self.checkpoints.wait()
+        if self.context.is_main and self.config.train.export_best and self.best_path.exists():
+            out = self.best_path.with_suffix(".safetensors")
+            try:
+                export_checkpoint(self.best_path, out)
+            except (ValueError, OSError) as error:  # the run is done and saved
+                monitor.say(f"warning: {out} was not written: {error}")
         if self.parity is not None:
             monitor.figure("validation", self.progress.step, self.parity.figure())
 
-    def _save(self, path: Path) -> None:
-        if self.context.dp_rank == 0:  # one tensor-parallel group, which holds everything between its ranks
-            model = self.potential.model
-            weights = whole_weights(model, dict(model.named_parameters()), self.context)
-            average = whole_weights(model, self.average.average, self.context)
-            tensors = {f"model/{n}": p for n, p in weights.items()}
-            tensors |= {f"average/{n}": a for n, a in average.items()}
-            tensors |= optimizer_tensors(self.optimizer, self.context)
-            progress = dataclasses.replace(self.progress, average_updates=self.average.num_updates)
-            if self.context.is_main:
-                save_checkpoint(path, self.config, self.statistics, progress, tensors)
-        barrier(self.context)
+    def _pieces(self) -> list[Piece]:
+        return pieces_of(self.optimizer, self.potential.model, self.average)
 
-    def _take_over(self, checkpoint: Checkpoint) -> None:
-        model, average = self.potential.model, checkpoint.weights("average")
-        load_weights(model, checkpoint.weights("model"), checkpoint.path)
-        layouts = {n: layout_of(p) for n, p in model.named_parameters()}
-        for name, own in self.average.average.items():
-            own.copy_(layouts[name].slice_of(average[name]))
+    def _save(self) -> None:
+        progress = dataclasses.replace(
+            self.progress,
+            average_updates=self.average.num_updates,
+            optimizer_steps=num_steps_of(self.optimizer),
+        )
+        self.checkpoints.save(self._pieces(), self.config, self.statistics, progress)
+
+    def _take_over(self, checkpoint: FolderCheckpoint) -> None:
+        checkpoint.load(self._pieces())
+        pieces_loaded(self.optimizer, checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates
-        load_optimizer(self.optimizer, checkpoint.tensors)
-        self.progress = checkpoint.progress
+        checkpoint.restore_random_state(self.context)
+        self.progress = position_of(
+            checkpoint.progress, self.train.sampler, self.config.optim.accumulate_steps
+        )
 
     def _summary(self) -> str:
         num, threads = self.potential.model.num_parameters(), torch.get_num_threads()

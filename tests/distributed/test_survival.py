@@ -17,12 +17,12 @@ from megagnn.parallel.groups import grid_context
 from megagnn.parallel.watch import SAME_WISH_SECONDS
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.bad_steps import judge
-from megagnn.train.checkpoint import load_checkpoint
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from tests import runs
 from tests.distributed.ranks import TIMEOUT_S, clean_environment, free_port, torchrun_like
 from tests.distributed.spawn import spawn
 
-LAST = "checkpoints/last.safetensors"
+LAST = "checkpoints/last"
 OFTEN = ["--train.num_steps", "40", "--train.validate_every", "10", "--train.checkpoint_every", "2"]
 OFTEN += ["--data.max_atoms", "40"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
@@ -88,8 +88,8 @@ def children(pid: int) -> dict[str, int]:
 
 def same_end(first: Path, second: Path) -> None:
     """Every tensor of the last and of the best checkpoint, and where the runs stand."""
-    for name in (LAST, "checkpoints/best.safetensors"):
-        a, b = load_checkpoint(first / name), load_checkpoint(second / name)
+    for name in (LAST, "checkpoints/best"):
+        a, b = (load_checkpoint(run / name, EVERYTHING) for run in (first, second))
         assert a.progress == b.progress
         assert a.tensors.keys() == b.tensors.keys()
         assert all(torch.equal(a.tensors[n], t) for n, t in b.tensors.items()), name

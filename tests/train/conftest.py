@@ -22,4 +22,11 @@ def run_dir(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(run_dir: Path) -> Path:
+    """One file: the run's best weights."""
     return run_dir / "checkpoints" / "best.safetensors"
+
+
+@pytest.fixture(scope="session")
+def folder(run_dir: Path) -> Path:
+    """A sharded checkpoint with all of the run's state."""
+    return run_dir / "checkpoints" / "last"

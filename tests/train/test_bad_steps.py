@@ -15,7 +15,8 @@ from megagnn.data import keys
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.bad_batch import load_bad_batch
 from megagnn.train.bad_steps import ENOUGH, WINDOW, advance, judge
-from megagnn.train.checkpoint import Progress, load_checkpoint
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
+from megagnn.train.progress import Progress
 from megagnn.train.trainer import Trainer
 from tests import runs
 
@@ -160,16 +161,17 @@ def test_a_skipped_step_leaves_everything_as_it_was(store: Path, tmp_path: Path,
     before: list[dict[str, torch.Tensor]] = []
     original = trainer._save
 
-    def keep(path: Path) -> None:
-        original(path)
-        before.append(load_checkpoint(path).tensors)
+    def keep() -> None:
+        original()
+        trainer.checkpoints.wait()
+        before.append(load_checkpoint(trainer.last_path, EVERYTHING).tensors)
 
     trainer._save = keep  # type: ignore[method-assign]
     trainer.config = dataclasses.replace(
         trainer.config, train=dataclasses.replace(trainer.config.train, checkpoint_every=5)
     )
     assert trainer.run() == ""
-    after = load_checkpoint(trainer.last_path)
+    after = load_checkpoint(trainer.last_path, EVERYTHING)
     assert after.progress.step == 6
     assert after.progress.step_in_epoch + after.progress.epoch > 0
     assert after.progress.skipped_steps == 1
@@ -208,22 +210,21 @@ def test_a_spike_is_skipped_and_a_resumed_run_skips_it_too(store: Path, tmp_path
     first = runs.make_trainer(store, tmp_path / "parts", *options)
     original = first._save
 
-    def save_and_stop(path: Path) -> None:
-        original(path)
-        if path == first.last_path:
-            raise KeyboardInterrupt
+    def save_and_stop() -> None:
+        original()
+        raise KeyboardInterrupt
 
     first._save = save_and_stop  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         first.run()
     forgetful = Trainer(first.config, ParallelContext(), resume=True)
     forgetful.progress = dataclasses.replace(forgetful.progress, recent_norms=[])
-    forgetful._save = lambda path: None  # type: ignore[method-assign]
+    forgetful._save = lambda: None  # type: ignore[method-assign]
     spoiled(forgetful, (25,), large_gradient).run()
     assert forgetful.progress.skipped_steps == 0, "the mistake: a history that starts again"
     spoiled(Trainer(first.config, ParallelContext(), resume=True), (25,), large_gradient).run()
     expected, got = (
-        load_checkpoint(tmp_path / name / "checkpoints/last.safetensors") for name in ("whole", "parts")
+        load_checkpoint(tmp_path / name / "checkpoints/last", EVERYTHING) for name in ("whole", "parts")
     )
     assert got.progress == expected.progress
     assert len(got.progress.recent_norms) == 29
@@ -251,9 +252,9 @@ def test_steps_of_several_batches(store: Path, tmp_path: Path) -> None:
     again = runs.make_trainer(store, tmp_path / "parts", *options)
     original = again._save
 
-    def save_and_stop(path: Path) -> None:
-        original(path)
-        if path == again.last_path and again.progress.step == 3:
+    def save_and_stop() -> None:
+        original()
+        if again.progress.step == 3:
             raise KeyboardInterrupt
 
     again._save = save_and_stop  # type: ignore[method-assign]
@@ -261,7 +262,7 @@ def test_steps_of_several_batches(store: Path, tmp_path: Path) -> None:
         again.run()
     Trainer(again.config, ParallelContext(), resume=True).run()
     expected, got = (
-        load_checkpoint(tmp_path / name / "checkpoints/last.safetensors") for name in ("run", "parts")
+        load_checkpoint(tmp_path / name / "checkpoints/last", EVERYTHING) for name in ("run", "parts")
     )
     assert got.progress == expected.progress
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())

@@ -1,5 +1,6 @@
-"""Checkpoints: written whole or not at all, refused when damaged, nothing unpickled."""
+"""Checkpoints of one file: written whole or not at all, refused when damaged; export and import."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,21 +8,17 @@ import pytest
 import safetensors.torch
 import torch
 
-from megagnn.config import OptimConfig
-from megagnn.optim.optimizer import make_optimizer
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import Constant, Normal, initialise, layout_of
-from megagnn.tensor_parallel.layers import LinearLaws, RowLinear
-from megagnn.train import checkpoint as module
+from megagnn.cli import main
+from megagnn.train import checkpoint_manifest
 from megagnn.train.checkpoint import (
+    EVERYTHING,
     load_checkpoint,
-    load_optimizer,
     load_potential,
     load_weights,
-    optimizer_tensors,
     save_checkpoint,
 )
-from tests.tolerances import assert_close
+from megagnn.train.checkpoint_pieces import MOMENTS
+from tests import runs
 
 
 def test_round_trip(checkpoint: Path, tmp_path: Path) -> None:
@@ -43,9 +40,13 @@ def test_average_and_last_weights_differ(checkpoint: Path) -> None:
     assert any(not torch.equal(loaded.weights("model")[n], a) for n, a in loaded.weights("average").items())
 
 
-def test_other_dtype(checkpoint: Path) -> None:
-    potential = load_potential(checkpoint, torch.float64)
-    assert all(p.dtype == torch.float64 for p in potential.parameters())
+def test_other_dtype(checkpoint: Path, folder: Path) -> None:
+    """From a folder, whose parts are copied into the parameters, as from a file."""
+    for average in (True, False):
+        potential, same = (load_potential(path, torch.float64, average) for path in (checkpoint, folder))
+        for p, q in zip(potential.parameters(), same.parameters(), strict=True):
+            assert p.dtype == torch.float64
+            assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
@@ -92,7 +93,7 @@ def test_a_failed_write_leaves_the_old_file(
     def full_disk(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full_disk)
+    monkeypatch.setattr(checkpoint_manifest.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(
             path, loaded.config, loaded.statistics, replace(loaded.progress, step=1), loaded.tensors
@@ -111,36 +112,60 @@ def test_weights_of_another_model(checkpoint: Path) -> None:
         load_weights(model, {**weights, name: torch.ones(3)}, checkpoint)
 
 
-def linear(implementation: str, context: ParallelContext) -> tuple[RowLinear, torch.optim.Optimizer]:
-    """A layer whose matrix the ranks divide by columns, and its optimizer."""
-    layer = RowLinear(8, 6, context, LinearLaws(Normal(1.0), Constant(0.0)), torch.float32)
-    initialise(layer, seed=0)
-    return layer, make_optimizer(layer, OptimConfig(implementation=implementation, learning_rate=0.1))
+def test_a_folder_and_a_file_hold_the_same(checkpoint: Path, folder: Path) -> None:
+    """The best of this run is its last."""
+    whole, best = load_checkpoint(folder), load_checkpoint(checkpoint)
+    assert whole.progress == best.progress
+    assert whole.tensors.keys() == best.tensors.keys()
+    assert all(torch.equal(whole.tensors[name], tensor) for name, tensor in best.tensors.items())
+    assert load_checkpoint(folder, EVERYTHING).tensors.keys() > whole.tensors.keys()
 
 
-def take_step(layer: RowLinear, optimizer: torch.optim.Optimizer, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in layer.parameters():
-        gradient = torch.randn(layout_of(p).full_shape, generator=generator)
-        p.grad = layout_of(p).slice_of(gradient).contiguous()
-    optimizer.step()
+def test_export_and_import_lose_nothing(folder: Path, store: Path, tmp_path: Path) -> None:
+    """A run goes on from what was exported and imported, to the same bits."""
+    file, again = tmp_path / "all.safetensors", tmp_path / "again"
+    assert main(["export", str(folder), str(file), "--optimizer"]) == 0
+    assert main(["import", str(file), str(again)]) == 0
+    shutil.copytree(folder.parent, tmp_path / "copy" / "checkpoints", symlinks=True)
+    for run in (again, tmp_path / "copy"):
+        assert runs.train(store, run, "--resume", "--train.num_steps", "66") == 0
+    expected, got = (
+        load_checkpoint(run / "checkpoints" / "last", EVERYTHING) for run in (tmp_path / "copy", again)
+    )
+    assert got.progress == expected.progress
+    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
 
-@pytest.mark.parametrize("implementation", ["own", "torch"])
-def test_slices_of_the_optimizer_continue_as_the_whole(implementation: str) -> None:
-    """Slices of columns are strided; torch's fused kernel reads moments in the order of memory."""
-    layer, optimizer = linear(implementation, ParallelContext())
-    take_step(layer, optimizer, seed=0)
-    state = {name: t.clone() for name, t in optimizer_tensors(optimizer, ParallelContext()).items()}
-    weights = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    take_step(layer, optimizer, seed=1)
-    parts = []
-    for rank in (0, 1):
-        part, part_optimizer = linear(implementation, ParallelContext(tp_size=2, tp_rank=rank))
-        load_weights(part, weights, Path("whole"))
-        load_optimizer(part_optimizer, state)
-        take_step(part, part_optimizer, seed=1)
-        parts.append(part)
-    for name, dim in (("weight", 1), ("bias", 0)):
-        joined = torch.cat([part.get_parameter(name).detach() for part in parts], dim)
-        assert_close(joined, layer.get_parameter(name).detach())
+def test_import_of_the_earlier_format(folder: Path, tmp_path: Path) -> None:
+    """There the optimizer's state has the numbers of parameters, matrices first."""
+    loaded = load_checkpoint(folder, EVERYTHING)
+    weights = loaded.weights("model")
+    model = [name for name, _ in load_potential(loaded).model.named_parameters()]
+    order = sorted(model, key=lambda name: weights[name].ndim < 2)
+    tensors = {n: t for n, t in loaded.tensors.items() if n.split("/")[0] not in MOMENTS}
+    for index, name in enumerate(order):
+        tensors[f"optimizer/{index}/step"] = torch.tensor(60.0)
+        tensors |= {f"optimizer/{index}/{kind}": loaded.tensors[f"{kind}/{name}"] for kind in MOMENTS}
+    file = tmp_path / "last.safetensors"
+    save_checkpoint(file, loaded.config, loaded.statistics, loaded.progress, tensors)
+    assert main(["import", str(file), str(tmp_path / "run")]) == 0
+    got = load_checkpoint(tmp_path / "run" / "checkpoints" / "last", EVERYTHING)
+    assert got.progress.optimizer_steps == 60
+    assert got.tensors.keys() == loaded.tensors.keys()
+    assert all(torch.equal(got.tensors[name], tensor) for name, tensor in loaded.tensors.items())
+
+
+def test_what_export_and_import_refuse(
+    checkpoint: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command, message in [
+        (["export", str(folder), str(tmp_path / "x.pt")], "must end in .safetensors"),
+        (
+            ["export", str(checkpoint), str(tmp_path / "x.safetensors"), "--optimizer"],
+            "does not hold exp_avg, exp_avg_sq; export without",
+        ),
+        (["import", str(checkpoint), str(tmp_path / "run")], "no run can go on from it"),
+        (["import", str(folder), str(folder.parent.parent)], "has checkpoints already"),
+    ]:
+        assert main(command) == 2
+        assert message in capsys.readouterr().err

@@ -24,7 +24,7 @@ def torchrun(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
 
 
 def step(out_dir: Path) -> int:
-    return load_checkpoint(out_dir / "checkpoints/last.safetensors").progress.step
+    return load_checkpoint(out_dir / "checkpoints/last").progress.step
 
 
 def test_it_continues(
@@ -62,7 +62,7 @@ def test_it_overwrites_once(
     (tmp_path / "run/checkpoints").mkdir()
     (tmp_path / "run/checkpoints/best.safetensors").write_text("of another run")
     assert runs.train(store, tmp_path / "run", *SHORT, "--overwrite") == 0
-    shown = tmp_path / "run/checkpoints/last.safetensors"
+    shown = tmp_path / "run/checkpoints/last"
     before = shown.stat().st_mtime_ns
     assert runs.train(store, tmp_path / "run", *SHORT, "--overwrite") == 0
     assert AGAIN in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megagnn.train import signals
-from megagnn.train.checkpoint import load_checkpoint
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from megagnn.train.signals import StopSignals
 from tests import runs
 
@@ -48,7 +48,7 @@ def test_stop_save_and_resume(
     stop = 6 if name == "SIGTERM" else 4
     assert interrupted(store, tmp_path / "parts", monkeypatch, stop, name) == code
     assert {number: signal.getsignal(number) for number in signals.WISHES} == handlers
-    last = tmp_path / "parts/checkpoints/last.safetensors"
+    last = tmp_path / "parts/checkpoints/last"
     shown = capfd.readouterr()
     assert f"{name}: stopping at the end of this step" in shown.err
     assert f"after step {stop} of 12; saved {last}. The same command with --resume" in shown.out
@@ -56,7 +56,7 @@ def test_stop_save_and_resume(
     assert runs.train(store, tmp_path / "parts", *SHORT, "--resume") == 0
     assert runs.train(store, tmp_path / "whole", *SHORT) == 0
     for kind in ("last", "best"):
-        a, b = (load_checkpoint(tmp_path / d / f"checkpoints/{kind}.safetensors") for d in ("parts", "whole"))
+        a, b = (load_checkpoint(tmp_path / d / "checkpoints" / kind, EVERYTHING) for d in ("parts", "whole"))
         assert a.progress == b.progress
         assert all(torch.equal(a.tensors[key], tensor) for key, tensor in b.tensors.items())
 

@@ -12,7 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagnn.cli import main
-from megagnn.train.checkpoint import load_checkpoint
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from tests import runs
 
 
@@ -54,8 +54,8 @@ def test_resume_gives_the_same_bits(store: Path, run_dir: Path, tmp_path: Path) 
     )
     assert runs.train(store, out_dir, "--resume") == 0
     for name in ("last", "best"):
-        resumed = load_checkpoint(out_dir / "checkpoints" / f"{name}.safetensors")
-        undisturbed = load_checkpoint(run_dir / "checkpoints" / f"{name}.safetensors")
+        resumed = load_checkpoint(out_dir / "checkpoints" / name, EVERYTHING)
+        undisturbed = load_checkpoint(run_dir / "checkpoints" / name, EVERYTHING)
         assert resumed.progress == undisturbed.progress
         assert resumed.tensors.keys() == undisturbed.tensors.keys()
         for key, tensor in undisturbed.tensors.items():
@@ -73,9 +73,9 @@ def _interrupted(store: Path, out_dir: Path, at_step: int) -> "runs.Trainer":
     trainer = runs.make_trainer(store, out_dir)
     original = trainer._save
 
-    def save_and_stop(path: Path) -> None:
-        original(path)
-        if path == trainer.last_path and trainer.progress.step == at_step:
+    def save_and_stop() -> None:
+        original()
+        if trainer.progress.step == at_step:
             raise StoppingError
 
     trainer._save = save_and_stop  # type: ignore[method-assign]
@@ -87,10 +87,10 @@ def _interrupted(store: Path, out_dir: Path, at_step: int) -> "runs.Trainer":
 def test_an_earlier_run_is_not_overwritten(
     store: Path, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (run_dir / "checkpoints" / "last.safetensors").read_bytes()
+    before = (run_dir / "checkpoints" / "last" / "manifest.json").read_bytes()
     assert runs.train(store, run_dir) == 2
     assert "holds an earlier run; add --resume" in capsys.readouterr().err
-    assert (run_dir / "checkpoints" / "last.safetensors").read_bytes() == before
+    assert (run_dir / "checkpoints" / "last" / "manifest.json").read_bytes() == before
 
 
 def test_overwrite_removes_only_what_training_wrote(store: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_resume_of_another_run_is_refused(
 def test_resume_with_other_settings_warns(
     store: Path, run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(run_dir, tmp_path / "copy")
+    shutil.copytree(run_dir, tmp_path / "copy", symlinks=True)
     assert runs.train(store, tmp_path / "copy", "--resume", "--optim.learning_rate", "1e-4") == 0
     assert "resumed with other settings than before: optim.learning_rate\n" in capsys.readouterr().err
 
@@ -130,13 +130,25 @@ def test_resume_without_a_checkpoint_starts(
     (tmp_path / "run" / "tensorboard").mkdir(parents=True)
     assert runs.train(store, tmp_path / "run", "--resume", "--train.num_steps", "6") == 0
     assert "starting from the beginning" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "last.safetensors").exists()
+    assert (tmp_path / "run" / "checkpoints" / "last").exists()
+
+
+def test_resume_from_an_old_file_names_the_way_out(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "run" / "checkpoints" / "last.safetensors"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"whatever")
+    assert runs.train(store, tmp_path / "run", "--resume") == 2
+    assert f"`megagnn import {old} {tmp_path / 'run'}`" in capsys.readouterr().err
+    assert runs.train(store, tmp_path / "run") == 2
+    assert "holds an earlier run" in capsys.readouterr().err
 
 
 def test_overwrite_with_bad_settings_keeps_the_old_run(store: Path, run_dir: Path) -> None:
-    before = (run_dir / "checkpoints" / "last.safetensors").read_bytes()
+    before = (run_dir / "checkpoints" / "last" / "manifest.json").read_bytes()
     assert runs.train(store, run_dir, "--overwrite", "--data.max_edges", "20") == 2
-    assert (run_dir / "checkpoints" / "last.safetensors").read_bytes() == before
+    assert (run_dir / "checkpoints" / "last" / "manifest.json").read_bytes() == before
 
 
 def test_a_structure_over_the_budget_is_refused_before_training(
@@ -161,10 +173,10 @@ def test_an_exploding_run_stops_and_keeps_its_checkpoint(store: Path, tmp_path: 
 
     trainer.gradient_method = explode
     with pytest.raises(
-        FloatingPointError, match=r"gradient norm is nan at step 5; .*last\.safetensors is from before"
+        FloatingPointError, match=r"gradient norm is nan at step 5; .*checkpoints/last is from before"
     ):
         trainer.run()
-    kept = load_checkpoint(trainer.last_path)
+    kept = load_checkpoint(trainer.last_path, EVERYTHING)
     assert kept.progress.step == 4
     assert all(torch.isfinite(tensor).all() for tensor in kept.tensors.values())
 

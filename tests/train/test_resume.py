@@ -1,0 +1,135 @@
+"""What a resumed run takes over: random states, and the place in the epoch on another number of ranks."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megagnn.data import keys
+from megagnn.data.sampler import BudgetSampler
+from megagnn.train.checkpoint import EVERYTHING, load_checkpoint, save_checkpoint
+from megagnn.train.checkpoint_folder import FolderCheckpoint
+from megagnn.train.import_file import import_checkpoint
+from megagnn.train.progress import Progress
+from megagnn.train.resume import position_of
+from tests import runs
+
+
+class StoppingError(Exception):
+    pass
+
+
+def draws(trainer: "runs.Trainer", stop: int) -> list[tuple[float, ...]]:
+    """What the generators give in each step, until a step and no further."""
+    original, found = trainer.gradient_method, []
+
+    def drawing(*arguments: Any) -> Any:
+        if trainer.progress.step == stop:
+            trainer.checkpoints.wait()
+            raise StoppingError
+        found.append((float(torch.rand(())), np.random.normal(), np.random.rand(), random.gauss(0, 1)))
+        return original(*arguments)
+
+    trainer.gradient_method = drawing
+    with pytest.raises(StoppingError):
+        trainer.run()
+    return found
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_random_states_continue(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restored: bool
+) -> None:
+    """An odd number of Gaussians is drawn, of which NumPy and Python make two at once."""
+    often = ("--train.checkpoint_every", "3")
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(1)
+    whole = draws(runs.make_trainer(store, tmp_path / "whole", *often), 12)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(1)
+    first = draws(runs.make_trainer(store, tmp_path / "parts", *often), 5)
+    if not restored:  # the mistake
+        monkeypatch.setattr(FolderCheckpoint, "restore_random_state", lambda *_: None)
+    second = draws(runs.make_trainer(store, tmp_path / "parts", *often, resume=True), 12)
+    assert len(second) == 9
+    assert (first[:3] + second == whole) is restored
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 6), st.data())
+def test_on_other_ranks_the_epoch_goes_on(then: int, now: int, epoch: int, data: st.DataObject) -> None:
+    """Every structure of the epoch comes once, before or after the change, or after two."""
+    atoms = np.random.default_rng(3).integers(1, 30, 150)
+    edges = atoms * 11
+
+    def sampler(dp_size: int) -> BudgetSampler:
+        return BudgetSampler(atoms, edges, max_atoms=60, max_edges=900, dp_size=dp_size, seed=7)
+
+    seen: list[int] = []
+    progress = Progress(epoch=epoch, dp_size=then)
+    for ranks in (then, now, then):
+        progress = position_of(progress, sampler(ranks))
+        plan = sampler(ranks).plan(epoch, progress.first_structure)
+        assert progress.dp_size == ranks
+        steps = data.draw(st.integers(0, max(0, len(plan) - progress.step_in_epoch)))
+        upto = progress.step_in_epoch + steps
+        seen += [int(k) for step in plan[progress.step_in_epoch : upto] for batch in step for k in batch]
+        progress = Progress(
+            epoch=epoch, dp_size=ranks, step_in_epoch=upto, first_structure=progress.first_structure
+        )
+    rest = sampler(then).plan(epoch, progress.first_structure)[progress.step_in_epoch :]
+    seen += [int(k) for step in rest for batch in step for k in batch]
+    assert sorted(seen) == list(range(150))
+
+
+def test_a_run_of_two_ranks_goes_on_alone(
+    store: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It says that batches change, and sees the rest of the epoch, no structure of which comes twice."""
+    loaded = load_checkpoint(folder, EVERYTHING)
+    file, run = tmp_path / "two.safetensors", tmp_path / "run"
+    progress = replace(loaded.progress, step=20, epoch=5, step_in_epoch=1, dp_size=2)
+    save_checkpoint(file, loaded.config, loaded.statistics, progress, loaded.tensors)
+    import_checkpoint(file, run)
+    trainer = runs.make_trainer(store, run, resume=True)
+    told = capsys.readouterr().err
+    assert "was trained on 2 data-parallel rank(s), this is 1" in told
+    assert "set parallel.data = 2" in told
+    sampler = trainer.train.sampler
+    before = [int(k) for batch in sampler.on_ranks(2).plan(5)[0] for k in batch]
+    assert trainer.progress.first_structure == len(before) > 0
+    original = trainer._step
+    counts = {"sum": 0}
+
+    def step(batches: list[dict[str, torch.Tensor]], *others: Any) -> bool:
+        if trainer.progress.epoch > 5:
+            raise StoppingError
+        counts["sum"] += sum(len(batch[keys.NUM_ATOMS]) for batch in batches)
+        return original(batches, *others)
+
+    trainer._step = step  # type: ignore[method-assign]
+    with pytest.raises(StoppingError):
+        trainer.run()
+    assert counts["sum"] + len(before) == len(trainer.train.dataset)
+    rest = [k for batch in sampler.batches(5, len(before)) for k in batch.tolist()]
+    assert sorted(before + rest) == list(range(len(trainer.train.dataset)))
+    assert trainer.progress.first_structure == 0, "the next epoch is whole again"
+
+
+def test_on_the_same_ranks_nothing_changes() -> None:
+    atoms = np.full(40, 3)
+    sampler = BudgetSampler(atoms, atoms, max_atoms=6, max_edges=100, dp_size=2)
+    progress = Progress(epoch=1, step_in_epoch=3, dp_size=2)
+    assert position_of(progress, sampler) is progress
+    tail = [batch.tolist() for step in sampler.plan(1, 12) for batch in step]
+    assert tail == [batch.tolist() for step in sampler.plan(1)[3:] for batch in step], (
+        "3 steps of 4 structures"
+    )
+    with pytest.raises(ValueError, match="cannot start at structure 41 of an epoch: there are 40"):
+        sampler.check_position(1, 0, 41)
