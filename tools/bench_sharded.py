@@ -240,7 +240,7 @@ def check(records: list[dict[str, Any]]) -> None:
         first = next(r for r in records if all(r[k] == row[k] for k in ("dtype", "ranks")))
         tolerance = 1e-3 if row["dtype"] == "float32" else 0.1
         for a, b in zip(row["loss"], first["loss"], strict=True):
-            if abs(a - b) > tolerance * abs(b):
+            if not abs(a - b) <= tolerance * abs(b):
                 raise ValueError(
                     f"{row['implementation']} and {first['implementation']} must train alike, got losses "
                     f"{row['loss']} and {first['loss']}"
