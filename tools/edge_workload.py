@@ -39,9 +39,18 @@ def dense_batch(num_edges: int, seed: int = 0) -> tuple[Batch, float]:
     Structures of about 256 atoms off a face-centred lattice by 0.35 Å, N = num_edges / 30 atoms in all. The
     cutoff is the one that gives so many edges, the same for all. Labels are random.
     """
+    graphs, cutoff = dense_graphs(num_edges, seed)
+    return collate(graphs), cutoff
+
+
+def dense_graphs(
+    num_edges: int, seed: int = 0, num_structures: int | None = None
+) -> tuple[list[dict[str, Any]], float]:
+    """The structures of `dense_batch`, or, with the same number of edges in all, so many of equal size."""
     rng = np.random.default_rng(seed)
     num_atoms = round(num_edges / NEIGHBOURS)
-    sizes = np.diff(np.linspace(0, num_atoms, max(1, round(num_atoms / _ATOMS)) + 1).round().astype(int))
+    num_structures = num_structures or max(1, round(num_atoms / _ATOMS))
+    sizes = np.diff(np.linspace(0, num_atoms, num_structures + 1).round().astype(int))
     structures = [_liquid(int(size), rng) for size in sizes]
     low, high = 3.0, 8.0
     while True:
@@ -54,7 +63,7 @@ def dense_batch(num_edges: int, seed: int = 0) -> tuple[Batch, float]:
     for graph in graphs:
         n = len(graph[keys.ATOMIC_NUMBERS])
         graph.update({keys.ENERGY: float(rng.normal(scale=n**0.5)), keys.FORCES: rng.normal(size=(n, 3))})
-    return collate(graphs), cutoff
+    return graphs, cutoff
 
 
 def _liquid(size: int, rng: np.random.Generator) -> tuple[Any, ...]:

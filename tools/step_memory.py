@@ -46,10 +46,10 @@ def _measure(work: dict[str, Any]) -> dict[str, float]:
     step, batch, small = _saved_work(work) if "batch" in work else _dense_work(work)
     step.use(small)()  # makes gradients and optimizer state, loads libraries
     step.use(batch)
-    before = _status("VmRSS")
-    _reset_peak()
+    before = status_bytes("VmRSS")
+    reset_peak()
     step()
-    resident = _status("VmHWM") - before
+    resident = status_bytes("VmHWM") - before
     return {"peak_bytes": peak_of_events(step), "resident_bytes": resident}
 
 
@@ -88,7 +88,7 @@ def peak_of_events(run: Any) -> float:
     return float(peak)
 
 
-def _status(field: str) -> float:
+def status_bytes(field: str) -> float:
     """A field of /proc/self/status in bytes."""
     with open("/proc/self/status") as status:
         for line in status:
@@ -97,7 +97,8 @@ def _status(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}: resident memory can be measured on Linux only")
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """VmHWM, the most that was resident, begins again from what is now."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 

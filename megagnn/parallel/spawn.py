@@ -16,18 +16,25 @@ from megagnn.parallel.groups import grid_context
 
 
 def spawn(
-    world_size: int, function: Callable[..., Any], *arguments: Any, pp: int = 1, tp: int = 1
+    world_size: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    pp: int = 1,
+    tp: int = 1,
+    start_method: str = "spawn",
 ) -> list[Any]:
     """`function(context, *arguments)` on every rank; returns each rank's value.
 
     The ranks meet through a file, so that no two tests fight for a port, and take one thread each. Those that
-    pp and tp leave are data-parallel.
+    pp and tp leave are data-parallel. With the start method "fork" they need not import anything again, but
+    the caller must not have started threads.
 
     Raises:
         RuntimeError: with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_run, (world_size, pp, tp, folder, function, arguments), nprocs=world_size, join=True)
+        work = (world_size, pp, tp, folder, function, arguments)
+        mp.start_processes(_run, work, nprocs=world_size, join=True, start_method=start_method)
         results = [pickle.loads((Path(folder) / f"{rank}.pickle").read_bytes()) for rank in range(world_size)]
     for rank, (value, error) in enumerate(results):
         if error:
