@@ -83,7 +83,7 @@ class Timeline:
     phases: list[tuple[str, float, float]] = field(default_factory=list)
     """(name, begin, end), s."""
     unseen: int = 0
-    """Bytes released where the profiler does not look, in threads of gloo; seen when the address came again."""
+    """Bytes released where the profiler does not look, gloo's threads, seen when the address came again."""
 
     @property
     def total(self) -> NDArray[np.float64]:
@@ -108,16 +108,14 @@ class Timeline:
         return replace(self, seconds=seconds, num_bytes=num_bytes)
 
     def thinned(self, num_points: int) -> Timeline:
-        """At most so many points, each the largest of its equal share of the time."""
-        if len(self.seconds) <= num_points:
-            return self
-        width = (self.seconds[-1] - self.seconds[0]) / num_points or 1.0
-        bins = ((self.seconds - self.seconds[0]) / width).astype(int)
-        order = np.lexsort((self.total, bins))
-        last = np.append(np.flatnonzero(np.diff(bins[order])), len(order) - 1)
-        keep = np.sort(order[last])
-        num_bytes = {category: values[keep] for category, values in self.num_bytes.items()}
-        return replace(self, seconds=self.seconds[keep], num_bytes=num_bytes)
+        """So many equal spans of time and the end, each span with what its largest total is made of."""
+        edges = np.linspace(self.seconds[0], self.seconds[-1], num_points + 1)
+        first = np.searchsorted(self.seconds, edges[:-1], side="right") - 1
+        stop = np.maximum(np.searchsorted(self.seconds, edges[1:]), first + 1)
+        total = self.total
+        keep = [a + int(np.argmax(total[a:b])) for a, b in zip(first, stop, strict=True)]
+        num_bytes = {category: values[[*keep, -1]] for category, values in self.num_bytes.items()}
+        return replace(self, seconds=edges, num_bytes=num_bytes)
 
 
 @contextlib.contextmanager
@@ -168,12 +166,11 @@ def events(profiler: Any) -> tuple[list[Event], list[tuple[str, int, int]]]:
             extra = event.typed[1]
             found.append(Event(event.start_time_ns, extra.ptr, extra.alloc_size, category))
             continue
-        if event.tag == _EventType.TorchOp and event.children or event.name.startswith(_PHASE):
-            name = event.name
-            if name.startswith(_MEMORY):
-                category = name.removeprefix(_MEMORY)
-            elif name.startswith(_PHASE):
-                phases.append((name.removeprefix(_PHASE), event.start_time_ns, event.end_time_ns))
+        name = event.name
+        if name.startswith(_MEMORY):
+            category = name.removeprefix(_MEMORY)
+        elif name.startswith(_PHASE):
+            phases.append((name.removeprefix(_PHASE), event.start_time_ns, event.end_time_ns))
         waiting += [(child, category) for child in reversed(event.children)]
     found.sort(key=lambda event: event.nanoseconds)
     return found, sorted(phases, key=lambda p: p[1])

@@ -17,7 +17,9 @@ COLOURS = {
     memory.MESSAGES: "#D55E00",
     memory.ACTIVATIONS: "#BBBBBB",
 }
-SHORT = {"forward": "F", "forward of pairs": "F'", "backward": "B", "messages": "", "optimizer": "S"}
+# Of what is marked; waiting for the last messages is not.
+SHORT = {"forward": "F", "forward of pairs": "F'", "backward": "B", "optimizer": "S"}
+MARKS = "F: forward, with the forces; F': forward of pairs; B: backward; S: optimizer"
 COLUMNS = 4
 
 
@@ -43,14 +45,14 @@ def draw(records: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.axis("off")
     handles = [Patch(color=colour, label=name) for name, colour in COLOURS.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(f"{title}\n{MARKS}", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def bars(axis: Any, records: list[dict[str, Any]], zoom: bool) -> None:
-    """What the peaks are made of; zoomed, only as far as the highest of the rows below a half of the first."""
+    """What the peaks are made of; zoomed, as far as the highest of the rows below half of the first."""
     totals = [record["peak_bytes"] / 1e6 for record in records]
     place = np.arange(len(records))
     left = np.zeros(len(records))
@@ -61,7 +63,7 @@ def bars(axis: Any, records: list[dict[str, Any]], zoom: bool) -> None:
     below = [total for total in totals if total < 0.5 * totals[0]]
     limit = 1.25 * max(below) if zoom and below else 1.2 * max(totals)
     for index, total in enumerate(totals):
-        text = f"{total:.0f}" if zoom else f"{total:.0f}  ({total / totals[0]:.2f})"
+        text = f"{total:.3g}" if zoom else f"{total:.3g}  ({total / totals[0]:.2f})"
         if total < 0.9 * limit:
             axis.text(total + 0.01 * limit, index, text, va="center", fontsize=8)
     axis.set_xlim(0, limit)
@@ -75,12 +77,12 @@ def course(axis: Any, record: dict[str, Any]) -> None:
     """One step: what each category holds, with its phases."""
     line = record["timeline"]
     stack = [line.num_bytes[category] / 1e6 for category in COLOURS]
-    polys = axis.stackplot(line.seconds, stack, colors=list(COLOURS.values()), linewidth=0)
+    polys = axis.stackplot(line.seconds, stack, colors=list(COLOURS.values()), linewidth=0, step="post")
     for poly in polys:
         poly.set_rasterized(True)
     highest, end = float(line.total.max()) / 1e6, float(line.seconds[-1])
     axis.set(xlim=(0, end), ylim=(0, 1.2 * highest))
-    axis.set_title(f"{record['row']}: {highest:.0f} MB", fontsize=9, loc="left")
+    axis.set_title(f"{record['row']}: {highest:.3g} MB", fontsize=9, loc="left")
     for name, start, stop in line.phases:
         label = SHORT.get(name, "")
         if not label:

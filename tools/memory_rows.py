@@ -14,7 +14,6 @@ from typing import Any
 import edge_workload
 import memory_events as memory
 import psutil
-import torch.distributed as dist
 from step_memory import reset_peak, status_bytes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -35,13 +34,13 @@ from megagnn.optim.storage import DiskStorage
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.parameter import num_parameters
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import all_reduce_sum, barrier
 from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loss import Loss, label_counts
 
 POINTS = 400  # of a timeline, enough for a picture
-# so small a rate that rounding, which AdamW's first steps make large, does not move the losses that are compared
-LEARNING_RATE = 1e-5
+# AdamW's first steps make rounding large: at so small a rate it does not move the losses that are compared.
+LEARNING_RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,11 @@ def table_rows(forces: str) -> list[Row]:
     one_backward = ("+ one backward", {"method": "one_backward"})
     zero = [(f"+ ZeRO {stage}", {"stage": stage}) for stage in (1, 2, 3)]
     steps += zero if forces == "direct" else [zero[1], one_backward, zero[2]]
-    for name, values in [*steps, ("+ tensor parallel 2", {"tp": 2}), ("+ offload to disk", {"offload": "disk"})]:
+    for name, values in [
+        *steps,
+        ("+ tensor parallel 2", {"tp": 2}),
+        ("+ offload to disk", {"offload": "disk"}),
+    ]:
         last = replace(last, name=name, **values)
         rows.append(last)
     return rows
@@ -199,7 +202,7 @@ def measure(context: ParallelContext, row: Row, size: Size) -> dict[str, Any]:
     resident = status_bytes("VmHWM") - before
     seconds, processor = [], []
     for _ in range(size.steps):
-        dist.barrier()
+        barrier(context)
         start, start_processor = time.perf_counter(), time.process_time()
         losses.append(work.step())
         seconds.append(time.perf_counter() - start)
@@ -223,9 +226,7 @@ def measure(context: ParallelContext, row: Row, size: Size) -> dict[str, Any]:
     }
 
 
-def events_of_step(
-    row: Row, size: Size, context: ParallelContext
-) -> tuple[memory.Timeline, list[float]]:
+def events_of_step(row: Row, size: Size, context: ParallelContext) -> tuple[memory.Timeline, list[float]]:
     """The second step of a new model by the allocator's events, and the losses.
 
     Raises ValueError where the categories do not add up to what the allocator counts.
@@ -236,7 +237,7 @@ def events_of_step(
         with memory.phase(memory.STEP):
             losses = [work.step()]
         pages = memory.FilePages(size.folder) if work.in_files else contextlib.nullcontext()
-        dist.barrier()
+        barrier(context)
         with pages, memory.phase(memory.STEP):
             losses.append(work.step())
     found, phases = memory.events(profiler)
@@ -254,5 +255,3 @@ def _trim() -> None:
     """Gives back what nobody uses, so that what is resident is what is held."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
