@@ -1,11 +1,12 @@
 """The memory table: peak memory and step time of a rank, technique by technique, with the peak's breakdown.
 
-    python tools/memory_table.py --ranks 2 4 --width 256 --layers 4 --edges 8000 --out runs/memory-table
+    python tools/memory_table.py --ranks 2 4 --width 256 --layers 6 --edges 8000 --out runs/memory-table
 
 Starts the ranks on this machine over gloo, every row in fresh processes. All rows of a table train the same
 model from the same weights on the same batch, and their losses must equal plain's to 1e-5 of it. Writes
 table.md, records.json and one picture for each kind of forces; `--report` puts the tables into a document
-between its markers, and the pictures beside it. `--from records.json` draws again what was measured.
+between its markers, and the pictures beside it. `--from` draws again what earlier
+runs left in records.json.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def main() -> None:
     arguments = _arguments()
     records: list[dict[str, Any]] = []
     if arguments.records:
-        records = load(arguments.records)
+        records = [record for path in arguments.records for record in load(path)]
     else:
         for forces in arguments.forces:
             for ranks in arguments.ranks:
@@ -60,15 +61,15 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4], help="even numbers")
     parser.add_argument("--forces", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--edges", type=int, default=8000, help="of the batch of all ranks together")
     parser.add_argument("--steps", type=int, default=3, help="timed steps")
-    parser.add_argument("--bucket-megabytes", type=float, default=4.0, help="of a message of gradients")
+    parser.add_argument("--bucket-megabytes", type=float, default=1.0, help="of a message of gradients")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows, and plain")
     parser.add_argument("--out", type=Path, default=Path("runs/memory-table"))
     parser.add_argument("--offload-dir", type=Path, help="for files of state; in --out if not given")
     parser.add_argument("--report", type=Path, help="document to put the tables into")
-    parser.add_argument("--from", dest="records", type=Path, help="records.json of an earlier run")
+    parser.add_argument("--from", dest="records", nargs="+", type=Path, help="records.json of earlier runs")
     arguments = parser.parse_args()
     if odd := [ranks for ranks in arguments.ranks if ranks % 2]:
         parser.error(f"--ranks must be even, for tensor parallelism over 2, got {odd[0]}")
@@ -157,7 +158,8 @@ def table(records: list[dict[str, Any]]) -> str:
         f"### {NAMES[plain['forces']]}, {plain['ranks']} ranks",
         "",
         f"Width {plain['width']}, {plain['layers']} layers, {plain['parameters']:,} parameters, "
-        f"{plain['edges']:,} edges in the batch of all ranks. Loss: relative difference from plain's.",
+        f"{plain['edges']:,} edges in the batch of all ranks. Loss: relative difference from plain's. By "
+        f"`{plain['command']}`.",
         "",
         "| | ranks | tensors' peak, MB | of plain | resident, MB | of plain | step, s | of plain "
         "| processor, s | of plain | loss |",
