@@ -36,6 +36,7 @@ NAMES = {"direct": "Direct forces", "conservative": "Conservative forces"}
 def main() -> None:
     """Measure, check, write."""
     arguments = _arguments()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     if arguments.records:
         records = [record for path in arguments.records for record in load(path)]
@@ -43,7 +44,6 @@ def main() -> None:
         for forces in arguments.forces:
             for ranks in arguments.ranks:
                 records += run_table(forces, ranks, arguments)
-        arguments.out.mkdir(parents=True, exist_ok=True)
         save(records, arguments.out / "records.json")
     text = "\n".join(table(group) for group in grouped(records))
     (arguments.out / "table.md").write_text(text)
@@ -78,7 +78,6 @@ def _arguments() -> argparse.Namespace:
 
 def run_table(forces: str, ranks: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The records of one table."""
-    arguments.out.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=arguments.offload_dir or arguments.out) as folder:
         size = Size(

@@ -163,7 +163,7 @@ def test_report_keeps_what_is_around(tmp_path: Path) -> None:
         memory_table.put(path, "new")
 
 
-def test_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A small table on two ranks; drawn again from its records it is the same."""
     rows = ["+ blocks recomputed", "+ offload to disk"]
     size = ["--ranks", "2", "--width", "32", "--layers", "2", "--edges", "600", "--steps", "1"]
@@ -183,3 +183,12 @@ def test_command(tmp_path: Path) -> None:
     assert first == memory_table.table(records)
     assert "| + offload to disk | dp 1 x tp 2 |" in first
     assert (tmp_path / "memory-table-conservative.png").stat().st_size > 10000
+
+    report, again = tmp_path / "report.md", tmp_path / "again"
+    report.write_text(f"{memory_table.BEGIN}\n{memory_table.END}\n")
+    options = ["--from", str(tmp_path / "records.json"), "--out", str(again), "--report", str(report)]
+    monkeypatch.setattr(sys, "argv", [str(TOOL), *options])
+    memory_table.main()
+    assert (again / "table.md").read_text() == first
+    assert first in report.read_text()
+    assert [path.name for path in again.iterdir()] == ["table.md"]  # the picture lies beside the report
