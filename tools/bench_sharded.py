@@ -61,7 +61,7 @@ class Work:
 
     def __init__(self, name: str, dtype: str, width: int, layers: int, edges: int, context: ParallelContext):
         self.context, self.name = context, name
-        batch, cutoff = edge_workload.dense_batch(edges, seed=context.dp_rank)
+        batch, cutoff = edge_workload.dense_batch(edges)
         config = edge_workload.model_config(width, "direct", cutoff, layers, update_coordinates=False)
         self.batch, self.loss = batch, Loss(edge_workload.LossConfig(energy="mse", forces="mse"))
         ours = name in OURS

@@ -142,6 +142,7 @@ class Unit:
             return
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         self.full[self.shard].copy_(self.param_shard)
+        self.storage.release([self.param_shard])
         rows = self.full.view(self.num_shards, self.shard_size)
         self._coming = messages.start_fill_rows(rows, self.context, "dp")
 
@@ -210,6 +211,8 @@ class Unit:
             own.copy_(values)
         else:
             own.add_(values)
+        if self.stage >= 2:
+            self.storage.release([self.grad_shard])
 
     # Step
 

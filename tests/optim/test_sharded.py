@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,29 @@ def test_files_give_the_same_bits(tmp_path: Path) -> None:
     for got, want in zip(whole(model, optimizer), plain(5)[0], strict=True):
         assert torch.equal(got, want)
     assert not list((tmp_path / "state").iterdir())  # without names: gone with the process
+
+
+def test_shards_in_files_leave_the_process_during_a_step(tmp_path: Path) -> None:
+    """In stage 3 parameters and gradients go when their module is done, before the optimizer's step."""
+
+    released: set[int] = set()
+
+    class Counting(DiskStorage):
+        def release(self, buffers: Iterable[Tensor]) -> None:
+            buffers = list(buffers)
+            released.update(b.data_ptr() for b in buffers)
+            super().release(buffers)
+
+    model, storage = Chain(), Counting(tmp_path)
+    optimizer = make(model, 3, storage=storage)
+    released.clear()
+    optimizer.zero_grad()
+    optimizer.reducer.start()
+    model(torch.ones(2, 6, dtype=torch.float64)).sum().backward()
+    optimizer.reducer.finish()
+    for unit in optimizer.units:
+        assert {unit.param_shard.data_ptr(), unit.grad_shard.data_ptr()} <= released
+        assert unit.exp_avg.data_ptr() not in released
 
 
 def test_released_pages_are_not_resident(tmp_path: Path) -> None:
