@@ -20,6 +20,8 @@ COMMANDS = {
     "inspect": ("megagnn.train.inspect", "what a checkpoint or a data set holds"),
     "prepare": ("megagnn.data.prepare", "make a packed store from files that ASE reads, and others"),
     "label": ("megagnn.data.labels.command", "make structures and label them with a simulation engine"),
+    "fit": ("megagnn.scaling.fit_command", "scaling laws of finished runs: RUNS.jsonl"),
+    "report": ("megagnn.scaling.report", "a page with the figures and laws of finished runs: RUNS.jsonl --out HTML"),
 }
 TAKES_OVERRIDES = ("train",)
 FLAGS = ("--resume", "--overwrite", "--help", "--version")  # of those commands; the rest are overrides

@@ -1,0 +1,253 @@
+"""Figures of a scaling study, each from an Analysis; a figure whose data are missing is a sentence instead."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megagnn.scaling.analysis import PUBLISHED, Analysis
+from megagnn.scaling.forms import Array
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure, or the sentence that says why there is none."""
+
+    name: str
+    """Of its files."""
+    title: str
+    figure: Figure | None
+    text: str
+    """Caption, or what is missing."""
+
+
+def draw_all(analysis: Analysis) -> list[Drawn]:
+    """All figures of the report, in its order."""
+    makers: tuple[Callable[[Analysis], Drawn], ...] = (
+        loss_against_size,
+        loss_against_data,
+        depth_against_width,
+        techniques,
+        iso_flop_curves,
+        compute_frontier,
+        residuals,
+        exponents,
+    )
+    return [make(analysis) for make in makers]
+
+
+def _axes(columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(6.0 if columns == 1 else 8.4, 3.9), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
+    for ax in axes:
+        ax.grid(True, which="major", alpha=0.25, linewidth=0.6)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes)
+
+
+def _colours(count: int) -> Iterable[Any]:
+    return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, max(count, 1)))
+
+
+def _short(value: float) -> str:
+    """1.2k, 3.4M: numbers in legends."""
+    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _curves(
+    analysis: Analysis, varied: Array, fixed: Array, joint: Callable[[float, float], float] | None, name: str
+) -> tuple[Figure, Axes]:
+    """Runs as points and the joint law as lines, one colour for each value of the fixed variable."""
+    figure, (ax,) = _axes()
+    losses, values = analysis.losses(), np.unique(fixed)
+    for colour, value in zip(_colours(len(values)), values, strict=True):
+        rows = fixed == value
+        ax.loglog(varied[rows], losses[rows], "o", color=colour, markersize=4, label=f"{name} = {_short(value)}")
+        if joint is not None:
+            line = np.geomspace(varied.min(), varied.max(), 60)
+            ax.loglog(line, [joint(x, value) for x in line], "-", color=colour, linewidth=1)
+    ax.set_ylabel(f"{analysis.loss}, {analysis.unit}")
+    if len(values) <= 12:
+        ax.legend(fontsize=7, frameon=False, ncols=1 + len(values) // 7)
+    return figure, ax
+
+
+def _joint(analysis: Analysis) -> Callable[[float, float], float] | None:
+    joint = analysis.joint
+    return None if joint is None else lambda n, d: joint.fit.predict((n, d))
+
+
+_LINES = "Points are runs, seeds side by side; lines are the joint law."
+
+
+def loss_against_size(analysis: Analysis) -> Drawn:
+    """Loss against parameters, a line for each data size."""
+    name, title, sizes = "loss-size", "Loss against model size", analysis.sizes()
+    if len(np.unique(sizes)) < 2:
+        return Drawn(name, title, None, "All runs have one model size.")
+    figure, ax = _curves(analysis, sizes, analysis.data(), _joint(analysis), "D")
+    ax.set_xlabel("parameters, N")
+    return Drawn(name, title, figure, _LINES if analysis.joint else "Points are runs.")
+
+
+def loss_against_data(analysis: Analysis) -> Drawn:
+    """Loss against data, a line for each model size."""
+    name, title, data = "loss-data", "Loss against data size", analysis.data()
+    if len(np.unique(data)) < 2:
+        return Drawn(name, title, None, "All runs have one data size.")
+    joint = _joint(analysis)
+    swapped = None if joint is None else lambda d, n: joint(n, d)
+    figure, ax = _curves(analysis, data, analysis.sizes(), swapped, "N")
+    ax.set_xlabel(f"training {analysis.options.data_unit}, D")
+    return Drawn(name, title, figure, _LINES if analysis.joint else "Points are runs.")
+
+
+def depth_against_width(analysis: Analysis) -> Drawn:
+    """Loss against width for each depth, at the data size that most (width, depth) pairs share."""
+    name, title = "depth-width", "Depth against width at fixed data"
+    records, data, losses = analysis.records, analysis.data(), analysis.losses()
+    shapes = {d: {(r.width, r.depth) for r, x in zip(records, data, strict=True) if x == d} for d in set(data)}
+    fixed = max(shapes, key=lambda d: (len({depth for _, depth in shapes[d]}), len(shapes[d]), d))
+    depths = sorted({depth for _, depth in shapes[fixed]})
+    if len(depths) < 2:
+        return Drawn(name, title, None, f"At each data size all runs have one depth ({depths[0]} layers).")
+    figure, (ax,) = _axes()
+    for colour, depth in zip(_colours(len(depths)), depths, strict=True):
+        rows = [k for k, r in enumerate(records) if r.depth == depth and data[k] == fixed]
+        widths = np.array([records[k].width for k in rows])
+        means = [np.exp(np.log(losses[rows][widths == w]).mean()) for w in np.unique(widths)]
+        ax.loglog(widths, losses[rows], "o", color=colour, markersize=3, alpha=0.5)
+        ax.loglog(np.unique(widths), means, "-", color=colour, label=f"{depth} layers")
+    ax.set(xlabel="width, channels of a node", ylabel=f"{analysis.loss}, {analysis.unit}")
+    ax.legend(fontsize=7, frameon=False)
+    caption = f"D = {_short(fixed)} {analysis.options.data_unit}; lines join the means over seeds."
+    return Drawn(name, title, figure, caption)
+
+
+def techniques(analysis: Analysis) -> Drawn:
+    """Peak memory and time of a step for each technique, of the largest model that all of them ran."""
+    name, title = "techniques", "Memory and time per technique"
+    rows = [r for r in analysis.records if r.technique and r.memory_gib]
+    names = list(dict.fromkeys(r.technique for r in rows))
+    if len(names) < 2:
+        return Drawn(
+            name, title, None, "The runs name fewer than two techniques with their memory (`technique`, `memory_gib`)."
+        )
+    shared = set.intersection(*({(r.width, r.depth) for r in rows if r.technique == t} for t in names))
+    if not shared:
+        return Drawn(name, title, None, "No width and depth was run with every technique.")
+    shape = max(shared, key=lambda pair: pair[0] ** 2 * pair[1])
+    of = {t: [r for r in rows if r.technique == t and (r.width, r.depth) == shape] for t in names}
+    figure, (left, right) = _axes(2)
+    positions = np.arange(len(names))
+    left.barh(positions, [np.median([r.memory_gib or 0.0 for r in of[t]]) for t in names], color="#3b6ea5")
+    right.barh(positions, [np.median([r.seconds / r.steps for r in of[t]]) for t in names], color="#3b6ea5")
+    left.set_yticks(positions, [str(t) for t in names], fontsize=8)
+    right.set_yticks(positions, [""] * len(names))
+    left.set_xlabel("peak memory of a rank, GiB")
+    right.set_xlabel("time of a step, s")
+    left.invert_yaxis()
+    right.invert_yaxis()
+    return Drawn(name, title, figure, f"Width {shape[0]}, {shape[1]} layers; medians over runs.")
+
+
+def iso_flop_curves(analysis: Analysis) -> Drawn:
+    """Loss against size at equal compute, with parabolas and their minima."""
+    name, title = "iso-flop", "Iso-FLOP curves"
+    if not analysis.groups:
+        missing = next((m for m in analysis.missing if "iso-FLOP" in m), "No runs of equal compute.")
+        return Drawn(name, title, None, missing)
+    figure, (ax,) = _axes()
+    for colour, group in zip(_colours(len(analysis.groups)), analysis.groups, strict=True):
+        ax.loglog(group.sizes, group.losses, "o", color=colour, markersize=4, label=f"{group.flops:.2g} FLOP")
+        line = np.geomspace(group.sizes.min(), group.sizes.max(), 50)
+        centre = np.log(group.sizes).mean()
+        fitted = np.exp(np.polyval(group.coefficients, np.log(line) - centre))
+        ax.loglog(line, fitted, "-", color=colour, linewidth=1)
+        if group.optimum is not None:
+            best = np.exp(np.polyval(group.coefficients, np.log(group.optimum) - centre))
+            ax.loglog([group.optimum], [best], "*", color="crimson", markersize=9)
+    ax.set(xlabel="parameters, N", ylabel=f"{analysis.loss}, {analysis.unit}")
+    ax.legend(fontsize=7, frameon=False)
+    text = "Runs whose compute differs by less than 20 %; stars are minima that the sizes enclose."
+    if analysis.iso_exponents is not None:
+        slope, count = analysis.iso_exponents
+        text += f" N_opt ~ C^{slope:.2f} through {count} minima."
+    return Drawn(name, title, figure, text)
+
+
+def compute_frontier(analysis: Analysis) -> Drawn:
+    """All runs by compute, the lower envelope and its law."""
+    name, title = "frontier", "Compute frontier"
+    assert analysis.frontier_points is not None
+    flops, best = analysis.frontier_points
+    if len(flops) < 3:
+        return Drawn(name, title, None, f"Only {len(flops)} run(s) are beaten by no cheaper one.")
+    figure, (ax,) = _axes()
+    ax.loglog(analysis.flops(), analysis.losses(), "o", color="0.75", markersize=3, label="runs")
+    ax.loglog(flops, best, "o", color="#3b6ea5", markersize=4, label="frontier, means over seeds")
+    text = "No cheaper run beats those on the frontier."
+    if analysis.envelope is not None:
+        line = np.geomspace(flops.min(), flops.max(), 60)
+        fit, a = analysis.envelope.fit, analysis.envelope.intervals["a"]
+        ax.loglog(line, [fit.predict((c,)) for c in line], "-", color="crimson", linewidth=1, label=fit.law.name)
+        text += f" Exponent {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]."
+    ax.set(xlabel="compute of the training, FLOP", ylabel=f"{analysis.loss}, {analysis.unit}")
+    ax.legend(fontsize=7, frameon=False)
+    return Drawn(name, title, figure, text)
+
+
+def residuals(analysis: Analysis) -> Drawn:
+    """Residuals of the joint law against both sizes."""
+    name, title = "residuals", "Residuals of the joint law"
+    if analysis.joint is None:
+        return Drawn(name, title, None, "There is no joint law to have residuals of.")
+    fit = analysis.joint.fit
+    figure, axes = _axes(2)
+    percent = 100 * np.expm1(fit.residuals())
+    variables = np.exp(fit.x_GV + fit.mean_V)
+    for ax, v, label in zip(axes, (0, 1), ("parameters, N", f"training {analysis.options.data_unit}, D"), strict=True):
+        other = np.log(variables[:, 1 - v])
+        for seed in range(percent.shape[1]):
+            ax.scatter(variables[:, v], percent[:, seed], c=other, cmap="viridis", s=14)
+        ax.axhline(0.0, color="0.4", linewidth=0.8)
+        ax.set_xscale("log")
+        ax.set_xlabel(label)
+    axes[0].set_ylabel("loss over prediction - 1, %")
+    return Drawn(
+        name, title, figure, f"Scatter of a run {100 * fit.spread():.1f} %; the colour is the other variable."
+    )
+
+
+def exponents(analysis: Analysis) -> Drawn:
+    """Every exponent with its interval, beside the published ones."""
+    name, title = "exponents", "Exponents and their intervals"
+    rows = [(f"{law.what}, {p}", i) for law in _laws(analysis) for p, i in law.intervals.items() if p in ("a", "b")]
+    if not rows:
+        return Drawn(name, title, None, "No law could be fitted.")
+    figure, (ax,) = _axes()
+    figure.set_size_inches(6.4, 1.2 + 0.27 * len(rows))
+    for y, (_, interval) in enumerate(rows):
+        low, high = max(interval.low, -1.0), min(interval.high, 4.0)
+        ax.plot([low, high], [y, y], "-", color="#3b6ea5", linewidth=1.5)
+        ax.plot([interval.value], [y], "o", color="#3b6ea5", markersize=4)
+    for value in sorted({value for _, value, _ in PUBLISHED}):
+        ax.axvline(value, color="crimson", linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"exponent of {analysis.loss}")
+    text = "; ".join(f"{value} {what} ({source})" for what, value, source in PUBLISHED)
+    level = 100 * analysis.options.level
+    return Drawn(name, title, figure, f"Lines are {level:g} % intervals; dotted, published: {text}.")
+
+
+def _laws(analysis: Analysis) -> list[Any]:
+    laws: list[Any] = [*analysis.by_size.values(), *analysis.by_data.values()]
+    return laws + [law for law in (analysis.joint, analysis.envelope) if law is not None]
