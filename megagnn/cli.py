@@ -21,7 +21,11 @@ COMMANDS = {
     "prepare": ("megagnn.data.prepare", "make a packed store from files that ASE reads, and others"),
     "label": ("megagnn.data.labels.command", "make structures and label them with a simulation engine"),
     "fit": ("megagnn.scaling.fit_command", "scaling laws of finished runs: RUNS.jsonl"),
-    "report": ("megagnn.scaling.report", "a page with the figures and laws of finished runs: RUNS.jsonl --out HTML"),
+    "report": (
+        "megagnn.scaling.report",
+        "a page with the figures and laws of finished runs: RUNS.jsonl --out HTML",
+    ),
+    "sweep": ("megagnn.scaling.sweep_command", "train a table of runs, one line of results each: SWEEP.toml"),
 }
 TAKES_OVERRIDES = ("train",)
 FLAGS = ("--resume", "--overwrite", "--help", "--version")  # of those commands; the rest are overrides

@@ -120,6 +120,11 @@ class DataConfig:
 
     paths: tuple[str, ...] = ()
     """Packed stores, as made by `megagnn prepare` or `megagnn label`."""
+    num_structures: PositiveInt | None = None
+    """Train on this many structures of the training split; all of them if not given. Smaller subsets are part
+    of larger ones of the same seed."""
+    subset_seed: NonNegativeInt = 0
+    """Which structures those are."""
     max_atoms: PositiveInt = 2048
     """Atoms of one batch on one rank, at most."""
     max_edges: PositiveInt = 65536

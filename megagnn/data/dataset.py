@@ -111,6 +111,12 @@ class StructureDataset(Dataset[Graph]):
         """The store that holds a structure, and its number there."""
         return self.stores[int(self._store_of[index])].path, int(self._index_in_store[index])
 
+    def keep(self, indices: NDArray[np.int64]) -> None:
+        """Leave out all structures but these, which are numbered anew in the order of the data."""
+        kept = np.sort(indices)
+        self._store_of, self._index_in_store = self._store_of[kept], self._index_in_store[kept]
+        self.num_atoms, self.num_edges = self.num_atoms[kept], self.num_edges[kept]
+
     def source_elements(self) -> tuple[NDArray[np.int64], ...]:
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
         seen = np.zeros((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)

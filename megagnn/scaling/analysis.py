@@ -126,7 +126,9 @@ def select(records: Sequence[RunRecord], options: Options) -> tuple[list[RunReco
     """
     recipes = sorted({r.recipe for r in records})
     if options.recipe is None and len(recipes) > 1:
-        raise ValueError(f"the runs are of several recipes, {', '.join(recipes)}; choose one with --recipe NAME")
+        raise ValueError(
+            f"the runs are of several recipes, {', '.join(recipes)}; choose one with --recipe NAME"
+        )
     if options.recipe is not None and options.recipe not in recipes:
         raise ValueError(f"no run has the recipe '{options.recipe}'; there are: {', '.join(recipes)}")
     chosen = [r for r in records if options.recipe in (None, r.recipe)]
@@ -262,7 +264,7 @@ class HeldOut:
 
     run: str
     predicted: Interval
-    observed: float | None
+    observed: float
 
 
 def predict(analysis: Analysis, sizes: tuple[float, float]) -> Interval:

@@ -1,4 +1,4 @@
-"""Figures of a scaling study, each from an Analysis; a figure whose data are missing is a sentence instead."""
+"""Figures of a scaling study, from an Analysis; where data are missing there is a sentence instead."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,7 +7,10 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from megagnn.scaling.analysis import PUBLISHED, Analysis
 from megagnn.scaling.forms import Array
@@ -67,15 +70,24 @@ def _curves(
     """Runs as points and the joint law as lines, one colour for each value of the fixed variable."""
     figure, (ax,) = _axes()
     losses, values = analysis.losses(), np.unique(fixed)
-    for colour, value in zip(_colours(len(values)), values, strict=True):
+    colours = _colours(len(values))
+    if len(values) > 8:  # by value, as the colour bar says
+        colours = matplotlib.colormaps["viridis"](LogNorm(values.min(), values.max())(values))
+    for colour, value in zip(colours, values, strict=True):
         rows = fixed == value
-        ax.loglog(varied[rows], losses[rows], "o", color=colour, markersize=4, label=f"{name} = {_short(value)}")
+        ax.loglog(
+            varied[rows], losses[rows], "o", color=colour, markersize=4, label=f"{name} = {_short(value)}"
+        )
         if joint is not None:
             line = np.geomspace(varied.min(), varied.max(), 60)
             ax.loglog(line, [joint(x, value) for x in line], "-", color=colour, linewidth=1)
     ax.set_ylabel(f"{analysis.loss}, {analysis.unit}")
-    if len(values) <= 12:
-        ax.legend(fontsize=7, frameon=False, ncols=1 + len(values) // 7)
+    if len(values) <= 8:
+        ax.legend(fontsize=7, frameon=False)
+    else:
+        scale = LogNorm(values.min(), values.max())
+        mapped = ScalarMappable(scale, matplotlib.colormaps["viridis"])
+        figure.colorbar(mapped, ax=ax, label=name)
     return figure, ax
 
 
@@ -113,7 +125,9 @@ def depth_against_width(analysis: Analysis) -> Drawn:
     """Loss against width for each depth, at the data size that most (width, depth) pairs share."""
     name, title = "depth-width", "Depth against width at fixed data"
     records, data, losses = analysis.records, analysis.data(), analysis.losses()
-    shapes = {d: {(r.width, r.depth) for r, x in zip(records, data, strict=True) if x == d} for d in set(data)}
+    shapes = {
+        d: {(r.width, r.depth) for r, x in zip(records, data, strict=True) if x == d} for d in set(data)
+    }
     fixed = max(shapes, key=lambda d: (len({depth for _, depth in shapes[d]}), len(shapes[d]), d))
     depths = sorted({depth for _, depth in shapes[fixed]})
     if len(depths) < 2:
@@ -125,6 +139,9 @@ def depth_against_width(analysis: Analysis) -> Drawn:
         means = [np.exp(np.log(losses[rows][widths == w]).mean()) for w in np.unique(widths)]
         ax.loglog(widths, losses[rows], "o", color=colour, markersize=3, alpha=0.5)
         ax.loglog(np.unique(widths), means, "-", color=colour, label=f"{depth} layers")
+    ticks = sorted({r.width for r, d in zip(records, data, strict=True) if d == fixed})
+    ax.set_xticks(ticks, [str(t) for t in ticks])
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="width, channels of a node", ylabel=f"{analysis.loss}, {analysis.unit}")
     ax.legend(fontsize=7, frameon=False)
     caption = f"D = {_short(fixed)} {analysis.options.data_unit}; lines join the means over seeds."
@@ -134,11 +151,14 @@ def depth_against_width(analysis: Analysis) -> Drawn:
 def techniques(analysis: Analysis) -> Drawn:
     """Peak memory and time of a step for each technique, of the largest model that all of them ran."""
     name, title = "techniques", "Memory and time per technique"
-    rows = [r for r in analysis.records if r.technique and r.memory_gib]
+    rows = [r for r in analysis.records if r.technique and r.memory_gib and r.seconds]
     names = list(dict.fromkeys(r.technique for r in rows))
     if len(names) < 2:
         return Drawn(
-            name, title, None, "The runs name fewer than two techniques with their memory (`technique`, `memory_gib`)."
+            name,
+            title,
+            None,
+            "Fewer than two techniques come with memory and time (`technique`, `memory_gib`, `seconds`).",
         )
     shared = set.intersection(*({(r.width, r.depth) for r in rows if r.technique == t} for t in names))
     if not shared:
@@ -148,7 +168,9 @@ def techniques(analysis: Analysis) -> Drawn:
     figure, (left, right) = _axes(2)
     positions = np.arange(len(names))
     left.barh(positions, [np.median([r.memory_gib or 0.0 for r in of[t]]) for t in names], color="#3b6ea5")
-    right.barh(positions, [np.median([r.seconds / r.steps for r in of[t]]) for t in names], color="#3b6ea5")
+    right.barh(
+        positions, [np.median([(r.seconds or 0.0) / r.steps for r in of[t]]) for t in names], color="#3b6ea5"
+    )
     left.set_yticks(positions, [str(t) for t in names], fontsize=8)
     right.set_yticks(positions, [""] * len(names))
     left.set_xlabel("peak memory of a rank, GiB")
@@ -197,7 +219,9 @@ def compute_frontier(analysis: Analysis) -> Drawn:
     if analysis.envelope is not None:
         line = np.geomspace(flops.min(), flops.max(), 60)
         fit, a = analysis.envelope.fit, analysis.envelope.intervals["a"]
-        ax.loglog(line, [fit.predict((c,)) for c in line], "-", color="crimson", linewidth=1, label=fit.law.name)
+        ax.loglog(
+            line, [fit.predict((c,)) for c in line], "-", color="crimson", linewidth=1, label=fit.law.name
+        )
         text += f" Exponent {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]."
     ax.set(xlabel="compute of the training, FLOP", ylabel=f"{analysis.loss}, {analysis.unit}")
     ax.legend(fontsize=7, frameon=False)
@@ -213,7 +237,9 @@ def residuals(analysis: Analysis) -> Drawn:
     figure, axes = _axes(2)
     percent = 100 * np.expm1(fit.residuals())
     variables = np.exp(fit.x_GV + fit.mean_V)
-    for ax, v, label in zip(axes, (0, 1), ("parameters, N", f"training {analysis.options.data_unit}, D"), strict=True):
+    for ax, v, label in zip(
+        axes, (0, 1), ("parameters, N", f"training {analysis.options.data_unit}, D"), strict=True
+    ):
         other = np.log(variables[:, 1 - v])
         for seed in range(percent.shape[1]):
             ax.scatter(variables[:, v], percent[:, seed], c=other, cmap="viridis", s=14)
@@ -229,23 +255,35 @@ def residuals(analysis: Analysis) -> Drawn:
 def exponents(analysis: Analysis) -> Drawn:
     """Every exponent with its interval, beside the published ones."""
     name, title = "exponents", "Exponents and their intervals"
-    rows = [(f"{law.what}, {p}", i) for law in _laws(analysis) for p, i in law.intervals.items() if p in ("a", "b")]
+    rows = [
+        (f"{law.what}, {p}", i)
+        for law in _laws(analysis)
+        for p, i in law.intervals.items()
+        if p in ("a", "b")
+    ]
     if not rows:
         return Drawn(name, title, None, "No law could be fitted.")
     figure, (ax,) = _axes()
     figure.set_size_inches(6.4, 1.2 + 0.27 * len(rows))
     for y, (_, interval) in enumerate(rows):
-        low, high = max(interval.low, -1.0), min(interval.high, 4.0)
+        low, high = max(interval.low, -9.0), min(interval.high, 9.0)
         ax.plot([low, high], [y, y], "-", color="#3b6ea5", linewidth=1.5)
         ax.plot([interval.value], [y], "o", color="#3b6ea5", markersize=4)
     for value in sorted({value for _, value, _ in PUBLISHED}):
         ax.axvline(value, color="crimson", linewidth=0.8, linestyle=":")
     ax.set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=7)
     ax.invert_yaxis()
+    middle = np.array([interval.value for _, interval in rows])
+    ax.set_xlim(min(-0.05, middle.min() - 0.1), max(0.8, middle.max() + 0.3))
     ax.set_xlabel(f"exponent of {analysis.loss}")
     text = "; ".join(f"{value} {what} ({source})" for what, value, source in PUBLISHED)
     level = 100 * analysis.options.level
-    return Drawn(name, title, figure, f"Lines are {level:g} % intervals; dotted, published: {text}.")
+    return Drawn(
+        name,
+        title,
+        figure,
+        f"Lines are {level:g} % intervals, cut off at the frame; dotted, published: {text}.",
+    )
 
 
 def _laws(analysis: Analysis) -> list[Any]:

@@ -62,12 +62,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
     level, replicates = arguments.level, arguments.bootstrap
     if not 0 < level < 1:
         raise ValueError(f"--level must lie between 0 and 1, got {level:g}")
-    least = math.ceil(10 / (1 - level))
+    least = round(10 / (1 - level))
     if replicates < least:
         raise ValueError(f"--bootstrap must be at least {least} at --level {level:g}, got {replicates}")
-    return Options(
-        arguments.loss, arguments.recipe, arguments.data_unit, level, replicates, arguments.seed
-    )
+    return Options(arguments.loss, arguments.recipe, arguments.data_unit, level, replicates, arguments.seed)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -82,9 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     print("\n".join(_predictions(analysis, predictions, held)))
     if arguments.json is not None:
         content = to_dict(analysis)
-        content["predictions"] = [
-            {"N": n, "D": d, **_interval_dict(i)} for (n, d), i in predictions.items()
-        ]
+        content["predictions"] = [{"N": n, "D": d, **_interval_dict(i)} for (n, d), i in predictions.items()]
         content["held_out"] = [
             {"run": h.run, "observed": h.observed, **_interval_dict(h.predicted)} for h in held
         ]
@@ -100,7 +96,9 @@ def _point(text: str) -> tuple[float, float]:
     except ValueError:
         size = data = -1.0
     if not (0 < size < math.inf and 0 < data < math.inf):
-        raise ValueError(f"--predict takes two positive numbers, parameters and data, as 1e7,1e5; got '{text}'")
+        raise ValueError(
+            f"--predict takes two positive numbers, parameters and data, as 1e7,1e5; got '{text}'"
+        )
     return size, data
 
 
@@ -202,9 +200,10 @@ def _predictions(
         for (n, d), interval in predictions.items()
     ]
     for h in held:
-        inside = "inside" if h.observed is not None and h.predicted.covers(h.observed) else "outside"
+        inside = "inside" if h.predicted.covers(h.observed) else "outside"
         lines.append(
-            f"held out {h.run}: predicted {show(h.predicted)}, observed {h.observed:.4g} {analysis.unit}, {inside}"
+            f"held out {h.run}: predicted {show(h.predicted)}, observed {h.observed:.4g} {analysis.unit}, "
+            f"{inside}"
         )
     return lines
 

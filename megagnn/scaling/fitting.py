@@ -36,7 +36,7 @@ class Fit:
         return int(np.isfinite(self.y_GS).sum())
 
     @property
-    def seeds_G(self) -> Array:
+    def num_seeds(self) -> Array:
         """Runs of each point."""
         return np.isfinite(self.y_GS).sum(1).astype(np.float64)
 
@@ -128,7 +128,9 @@ def fit_law(law: Law, variables: object, losses: object, delta: float | None = N
 
 def _check_points(law: Law, points_GV: Array) -> None:
     if points_GV.shape[1] != law.num_variables:
-        raise ValueError(f"the law '{law.formula}' has {law.num_variables} variable(s), got {points_GV.shape[1]}")
+        raise ValueError(
+            f"the law '{law.formula}' has {law.num_variables} variable(s), got {points_GV.shape[1]}"
+        )
     needed = len(law.parameters) + 1
     if len(points_GV) < needed:
         raise ValueError(
@@ -137,8 +139,10 @@ def _check_points(law: Law, points_GV: Array) -> None:
         )
     for v in range(points_GV.shape[1]):
         if len(np.unique(points_GV[:, v])) < (3 if law.num_variables == 1 else 2):
-            raise ValueError(f"the law '{law.formula}' needs different values of each variable, got "
-                             f"{np.unique(points_GV[:, v])}; add runs")
+            raise ValueError(
+                f"the law '{law.formula}' needs different values of each variable, got "
+                f"{np.unique(points_GV[:, v])}; add runs"
+            )
 
 
 def _best(law: Law, design: Design, also: Array | None = None) -> tuple[Array, float]:

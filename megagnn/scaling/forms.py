@@ -1,7 +1,7 @@
 """Forms of scaling laws, as the logarithm of the loss and its derivatives, for many parameter sets at once.
 
 Shapes: B parameter sets (starts, bootstrap replicates), G points of the design, P parameters, V variables.
-`x_GV` are logarithms of the variables less their means, `y` logarithms of the loss less their minimum, so that
+`x_GV` are logarithms of the variables less their means, `y` those of the loss less their minimum, so that
 parameters are of order one; `natural` gives them back in the user's units.
 """
 

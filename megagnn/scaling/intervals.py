@@ -1,22 +1,24 @@
 """Bootstrap intervals of a fit's parameters, of what follows from them, and of a run not yet made.
 
-Exponents of saturating laws have skewed, long-tailed estimates, and a design has few points, so percentiles of
-bootstrap estimates cover too seldom. Here the bootstrap calibrates a likelihood-ratio test instead, and the
-interval is what the test does not reject:
+Exponents of saturating laws have skewed, long-tailed estimates, and a design has few points, so percentiles
+of bootstrap estimates cover too seldom. Here the bootstrap calibrates a likelihood-ratio test instead, and
+the interval is what the test does not reject:
 
     R(c) = sign(g - c) sqrt(2 (S(g = c) - S) / s^2)
 
-S is the sum of Huber losses at the best parameters, S(g = c) with the quantity g tied to c, s^2 the variance of a
-run as the points' mean residuals show it. The distribution of R at the true value is that of the replicates
-at the fit's own. A quantile of normal or t theory appears nowhere; R does not depend on the parametrisation.
+S is the sum of Huber losses at the best parameters, S(g = c) with the quantity g tied to c, s^2 the variance
+of a run as the points' mean residuals show it. The distribution of R at the true value is that of the
+replicates at the fit's own. A quantile of normal or t theory appears nowhere; R does not depend on the
+parametrisation.
 
 For a new run g is its log loss and the tie is as weak as one run: S(y = c) - S is what the run adds.
 
-Replicates are drawn over points and seeds: each point takes the mean residual of a random point (corrected for
-leverage), and around it seeds' deviations from all points. A lack of fit, or anything else that the seeds of
-a point share, so widens the intervals.
+Replicates are drawn over points and seeds: each point takes the mean residual of a random point (corrected
+for leverage), and around it seeds' deviations from all points. A lack of fit, or anything else that the
+seeds of a point share, so widens the intervals.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,9 +40,10 @@ class Interval:
     high: float
     level: float
 
-    def map(self, function: object) -> "Interval":
+    def map(self, function: Callable[[float], float]) -> "Interval":
         """The interval of an increasing function."""
-        return Interval(*(float(function(v)) for v in (self.value, self.low, self.high)), self.level)  # type: ignore[operator]
+        value, low, high = (float(function(v)) for v in (self.value, self.low, self.high))
+        return Interval(value, low, high, self.level)
 
     def covers(self, truth: float) -> bool:
         """Whether the ends enclose a value."""
@@ -71,21 +74,19 @@ class Bootstrap:
         self.variance = float(group_variance(fit.residuals()[None], fit.delta, len(fit.theta))[0])
 
     def _draw(self, rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-        seeds_G1 = self.fit.seeds_G[:, None]
-        points = rng.choice(self.point_errors, shape[:2])[..., None] / np.sqrt(seeds_G1)
-        if len(self.seed_errors) == 0:
-            return np.broadcast_to(points, shape)
-        deviations = rng.choice(self.seed_errors, shape)
-        deviations = np.where(np.isfinite(self.fit.y_GS), deviations, np.nan)
-        return points + deviations - np.nansum(deviations, -1, keepdims=True) / seeds_G1
+        """Mean and deviations come from the same point: of a run that went wrong both are large, and apart
+        they would look like a wrong point."""
+        num_seeds = self.fit.num_seeds[:, None]
+        drawn = rng.integers(len(self.point_errors), size=shape[:2])
+        deviations = np.where(np.isfinite(self.fit.y_GS), self.seed_errors[drawn], np.nan)
+        deviations = deviations - np.nansum(deviations, -1, keepdims=True) / num_seeds
+        return self.point_errors[drawn][..., None] / np.sqrt(num_seeds) + deviations
 
     def _draw_runs(self, rng: np.random.Generator, count: int) -> Array:
         """Errors of single new runs: what the seeds of a point share, and what they do not."""
-        shared = rng.choice(self.point_errors, count) / np.sqrt(self.fit.seeds_G.mean())
-        if len(self.seed_errors) == 0:
-            return shared
-        seeds = self.fit.seeds_G.mean()
-        return shared + rng.choice(self.seed_errors, count) * np.sqrt((seeds - 1) / seeds)
+        drawn, seeds = rng.integers(len(self.point_errors), size=count), self.fit.num_seeds.mean()
+        which = rng.integers(self.seed_errors.shape[1], size=count)
+        return self.point_errors[drawn] / np.sqrt(seeds) + self.seed_errors[drawn, which]
 
     def _minimise(self, y_BGS: Array, tie: Tie | None) -> tuple[Array, Array]:
         start_BP = np.repeat(self.fit.theta[None], len(y_BGS) if tie is None else len(tie.target_B), 0)
@@ -123,7 +124,9 @@ class Bootstrap:
             raise ValueError(f"the law '{self.fit.law.formula}' has intervals of {known}, got '{name}'")
         index = names.index(name)
         if name == "L_inf":
-            return self.interval(lambda t: t[:, index], level, lowest=0.0).map(lambda v: v * np.exp(low))
+            return self.interval(lambda t: t[:, index], level, lowest=0.0).map(
+                lambda v: v * float(np.exp(low))
+            )
         return self.interval(lambda t: t[:, index], level)
 
     def prediction(self, variables: tuple[float, ...], level: float = 0.9) -> Interval:
@@ -135,7 +138,12 @@ class Bootstrap:
 
         value = float(log_loss(self.fit.theta[None])[0])
         inner = self._invert(log_loss, value, value + self.new_run_B, 1.0, level, -np.inf)
-        return inner.map(lambda v: np.exp(v + low))
+        return inner.map(lambda v: float(np.exp(v + low)))
+
+    def _at_bound(self) -> float:
+        """Share of replicates that have a parameter at its lowest value."""
+        low, _ = self.fit.law.bounds()
+        return float((self.theta_BP <= low).any(1).mean())
 
     def _invert(
         self,
@@ -149,6 +157,10 @@ class Bootstrap:
         roots = self._signed_root(functional, target_B, self.y_BGS, weight)
         tail = (1 - level) / 2
         q_low, q_high = np.quantile(roots, [tail, 1 - tail])
+        if self._at_bound() > tail:
+            # [Note: at the bound] where L_inf is estimated near 0, replicates cannot err below it, and one
+            # tail of R is cut off although the truth may lie on that side: the other tail stands for both
+            q_low, q_high = min(q_low, -q_high), max(q_high, -q_low)
         # how far to look: the spread of the replicates, several times
         spread = float(np.quantile(np.abs(functional(self.theta_BP) - target_B), 0.9)) + 1e-9
         distance = 12 * spread * np.linspace(0, 1, GRID + 1)[1:] ** 2
@@ -171,17 +183,16 @@ def _crossing(grid: Array, curve: Array, level: float, beyond: float, side: int)
 
 
 def _errors(fit: Fit) -> tuple[Array, Array]:
-    """Errors to draw from: of points, times sqrt(seeds), corrected for leverage; of seeds about their point."""
+    """Errors to draw from: (G,) of points, times sqrt(seeds), leverage corrected; (G, S) of seeds about their
+    point, where a point with fewer seeds repeats them."""
     residual = fit.residuals()
-    seeds_G = fit.seeds_G
-    mean_G = np.nansum(residual, 1) / seeds_G
-    jacobian = fit.law.jacobian(fit.theta[None], fit.x_GV)[0] * np.sqrt(seeds_G)[:, None]
+    num_seeds = fit.num_seeds
+    mean_G = np.nansum(residual, 1) / num_seeds
+    jacobian = fit.law.jacobian(fit.theta[None], fit.x_GV)[0] * np.sqrt(num_seeds)[:, None]
     leverage_G = np.einsum("gp,pg->g", jacobian, np.linalg.pinv(jacobian, rcond=1e-8))
-    points = mean_G * np.sqrt(seeds_G) / np.sqrt(1 - np.minimum(leverage_G, 0.8))
+    points = mean_G * np.sqrt(num_seeds) / np.sqrt(1 - np.minimum(leverage_G, 0.8))
     points = points - points.mean()
-    wanted = np.sum(seeds_G * mean_G**2) / max(fit.spare, 1)
+    wanted = np.sum(num_seeds * mean_G**2) / max(fit.spare, 1)
     points = points * np.sqrt(wanted / max(float(np.mean(points**2)), 1e-300))
-    several = seeds_G > 1
-    inner = (residual - mean_G[:, None]) * np.sqrt(seeds_G / np.maximum(seeds_G - 1, 1))[:, None]
-    inner = inner[several]
-    return points, inner[np.isfinite(inner)]
+    seeds = np.arange(residual.shape[1])[None] % num_seeds[:, None].astype(int)
+    return points, np.take_along_axis(residual, seeds, 1) - mean_G[:, None]

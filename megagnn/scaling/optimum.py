@@ -16,7 +16,7 @@ import numpy as np
 from megagnn.scaling.forms import Array, SumOfPowers
 from megagnn.scaling.robust import Functional
 
-SAME_COMPUTE = 0.2  # runs whose compute differs by less than this (in log) are one iso-FLOP group
+SAME = 0.2  # runs whose compute differs by less than this (in log) are one iso-FLOP group
 
 
 @dataclass(frozen=True)
@@ -96,28 +96,38 @@ class IsoFlop:
 def iso_flops(parameters: Array, flops: Array, losses: Array) -> list[IsoFlop]:
     """Groups of equal compute with at least three sizes (Hoffmann et al. 2022, approach 2).
 
-    A minimum outside the sizes of its group would be an extrapolation of a parabola, and is not given.
+    Where the lowest runs are at an end of the sizes, the minimum would be extrapolated, and is not given.
     """
     order = np.argsort(flops)
     logs = np.log(flops[order])
     groups: list[list[int]] = []
     for position, index in enumerate(order):
-        if groups and logs[position] - np.log(flops[groups[-1][0]]) < SAME_COMPUTE:
+        if groups and logs[position] - np.log(flops[groups[-1][0]]) < SAME:
             groups[-1].append(int(index))
         else:
             groups.append([int(index)])
     return [
         _parabola(parameters[group], flops[group], losses[group])
         for group in groups
-        if len(np.unique(parameters[group])) >= 3
+        if len(_different(parameters[group])) >= 3
     ]
 
 
+def _different(sizes: Array) -> Array:
+    """Sizes that are at least SAME apart (in log): a parabola through nearly equal ones means nothing."""
+    kept: list[float] = []
+    for size in np.unique(sizes):
+        if not kept or np.log(size / kept[-1]) >= SAME:
+            kept.append(float(size))
+    return np.array(kept)
+
+
 def _parabola(sizes: Array, flops: Array, losses: Array) -> IsoFlop:
-    x = np.log(sizes)
-    coefficients = np.polyfit(x - x.mean(), np.log(losses), 2)
+    x, y = np.log(sizes), np.log(losses)
+    coefficients = np.polyfit(x - x.mean(), y, 2)
     optimum = None
-    if coefficients[0] > 0:
+    best = np.median(x[np.argsort(y)[: max(len(y) // 4, 1)]])  # about where the lowest runs are
+    if coefficients[0] > 0 and best - x.min() >= SAME and x.max() - best >= SAME:
         vertex = x.mean() - coefficients[1] / (2 * coefficients[0])
         optimum = float(np.exp(vertex)) if x.min() < vertex < x.max() else None
     return IsoFlop(float(np.exp(np.log(flops).mean())), sizes, losses, coefficients, optimum)

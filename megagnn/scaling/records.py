@@ -43,7 +43,8 @@ class RunRecord:
     """Passes over the training structures."""
     losses: Mapping[str, tuple[float, str]]
     """Errors on the test split: {name: (value, unit)}."""
-    seconds: float
+    seconds: float | None = None
+    """Of the training; None where a killed run left its time behind."""
     memory_gib: float | None = None
     """Peak memory of a rank."""
     technique: str | None = None
@@ -58,10 +59,10 @@ class RunRecord:
         return json.dumps(values, ensure_ascii=False)
 
 
-_NUMBERS = ("width", "depth", "parameters", "flops", "steps", "epochs", "seconds", "learning_rate")
+_NUMBERS = ("width", "depth", "parameters", "flops", "steps", "epochs", "learning_rate")
 _WHOLE = ("width", "depth", "parameters", "seed", "steps")
 _NEEDED = ("run", "recipe", "data", "losses", "seed", *_NUMBERS)
-_OPTIONAL = ("memory_gib", "technique", "versions")
+_OPTIONAL = ("seconds", "memory_gib", "technique", "versions")
 
 
 def parse_record(line: str, where: str) -> RunRecord:
@@ -94,9 +95,10 @@ def parse_record(line: str, where: str) -> RunRecord:
     }
     for name in _WHOLE:
         values[name] = _whole(values[name], f"{where}: {name}")
-    if values.get("memory_gib") is not None:
-        values["memory_gib"] = _number(values["memory_gib"], f"{where}: memory_gib")
-    return RunRecord(**values, **sizes, losses=_losses(losses, where))
+    for name in ("seconds", "memory_gib"):
+        if values.get(name) is not None:
+            values[name] = _number(values[name], f"{where}: {name}")
+    return RunRecord(**{**values, **sizes}, losses=_losses(losses, where))
 
 
 def _item(values: Any, name: str, where: str, what: str) -> Any:
@@ -148,8 +150,8 @@ def read_records(paths: Sequence[str | Path]) -> list[RunRecord]:
             record = parse_record(line, where)
             if record.run in seen:
                 raise ValueError(
-                    f"{where}: the run '{record.run}' is there already ({seen[record.run]}); name runs apart, "
-                    "or remove one of the lines"
+                    f"{where}: the run '{record.run}' is there already ({seen[record.run]}); name runs "
+                    "apart, or remove one of the lines"
                 )
             seen[record.run] = where
             records.append(record)

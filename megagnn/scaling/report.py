@@ -14,7 +14,8 @@ from megagnn.scaling.fit_command import add_selection, describe, options_of
 from megagnn.scaling.records import read_records
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color: #222; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 figure { margin: 0; } figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 p.missing { color: #7a4a00; background: #fff6e5; padding: .5rem .8rem; border-radius: 4px; }
@@ -29,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_selection(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page")
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write every figure as PNG and PDF")
-    parser.add_argument("--tensorboard", type=Path, metavar="DIR", help="also write the figures as images there")
+    parser.add_argument(
+        "--tensorboard", type=Path, metavar="DIR", help="also write the figures as images there"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,7 +100,7 @@ def _table(analysis: Analysis) -> str:
             f"{int(data):,}",
             f"{record.flops:.3g}",
             f"{record.steps:,}",
-            f"{record.seconds:.1f}",
+            "" if record.seconds is None else f"{record.seconds:.1f}",
             f"{loss:.5g}",
         )
         rows.append("<tr>" + "".join(f"<td>{v}</td>" for v in values) + "</tr>")

@@ -1,7 +1,7 @@
 """Robust fits of many replicates at once: Huber loss of log residuals by Levenberg-Marquardt.
 
-A fit minimises sum over runs of huber(y - f(x; theta)) + weight/2 (target - g(theta))^2, where the second term,
-if there, ties a functional g to a target: heavily, for profiles, or as one more run, for predictions. A
+A fit minimises sum over runs of huber(y - f(x; theta)) + weight/2 (target - g(theta))^2. The second term, if
+there, ties a functional g to a target: heavily, for profiles, or as one more run, for predictions. A
 bootstrap is hundreds of such fits of a few parameters: they are done together in numpy, replicate by
 replicate the same algorithm.
 """
@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megagnn.scaling.forms import Array, Law
 
+Mask = NDArray[np.bool_]
 Functional = Callable[[Array], Array]
 """(B, P) parameters to (B,) values."""
 
@@ -31,7 +33,7 @@ class Tie:
 
 @dataclass(frozen=True)
 class Design:
-    """Points and runs: y_BGS is (replicates, points, seeds), NaN where a point has fewer seeds than others."""
+    """Points and runs: y_BGS is (replicates, points, seeds), NaN where a point has fewer seeds."""
 
     x_GV: Array
     y_BGS: Array
@@ -65,9 +67,7 @@ def gradient_of(functional: Functional, theta_BP: Array) -> Array:
     return np.stack(columns, -1)
 
 
-def _normal_equations(
-    law: Law, theta_BP: Array, design: Design, tie: Tie | None
-) -> tuple[Array, Array]:
+def _normal_equations(law: Law, theta_BP: Array, design: Design, tie: Tie | None) -> tuple[Array, Array]:
     """Gauss-Newton matrix (B, P, P) and descent direction's right-hand side (B, P)."""
     residual = design.y_BGS - law.log_loss(theta_BP, design.x_GV)[..., None]
     weight = np.minimum(1.0, design.delta / np.maximum(np.abs(residual), 1e-300))
@@ -84,29 +84,29 @@ def _normal_equations(
     return matrix, right
 
 
-def _step(matrix: Array, right: Array, damping_B: Array, at_low: Array, at_high: Array) -> Array:
+def _step(matrix: Array, right: Array, damping_B: Array, at_low: Mask, at_high: Mask) -> Array:
     """Damped step; a parameter at a bound that it would cross stays."""
     stays = (at_low & (right < 0)) | (at_high & (right > 0))
     free = ~stays
     matrix = matrix * (free[:, :, None] & free[:, None])
     diagonal = np.einsum("bpp->bp", matrix)
     added = damping_B[:, None] * np.maximum(diagonal, 1e-9) + 1e-13 + stays
-    matrix = matrix + added[:, :, None] * np.eye(matrix.shape[1])
-    step: Array = np.linalg.solve(matrix, (right * free)[..., None])[..., 0]
+    damped = matrix + added[:, :, None] * np.eye(matrix.shape[1])
+    step: Array = np.linalg.solve(damped, (right * free)[..., None])[..., 0]
     return step
 
 
-def minimise(
-    law: Law, theta_BP: Array, design: Design, tie: Tie | None = None
-) -> tuple[Array, Array]:
-    """Levenberg-Marquardt within the law's bounds, with Huber's weights; (B, P) parameters, (B,) objectives."""
+def minimise(law: Law, theta_BP: Array, design: Design, tie: Tie | None = None) -> tuple[Array, Array]:
+    """Levenberg-Marquardt within the law's bounds, with Huber's weights; (B, P) and (B,) objectives."""
     low, high = law.bounds()
     theta = np.array(theta_BP, dtype=np.float64)
     value = objective(law, theta, design, tie)
     damping = np.full(len(theta), 1e-3)
     active = np.arange(len(theta))
     for _ in range(MAX_ITERATIONS):
-        part = Design(design.x_GV, design.y_BGS[active] if len(design.y_BGS) > 1 else design.y_BGS, design.delta)
+        part = Design(
+            design.x_GV, design.y_BGS[active] if len(design.y_BGS) > 1 else design.y_BGS, design.delta
+        )
         part_tie = tie and Tie(tie.functional, tie.target_B[active], tie.weight)
         now = theta[active]
         matrix, right = _normal_equations(law, now, part, part_tie)

@@ -13,6 +13,7 @@ from megagnn.config import DataConfig, ModelConfig, RunConfig
 from megagnn.data.batch import collate
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
+from megagnn.data.subset import nested_subset
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
@@ -35,7 +36,8 @@ def open_split(
         statistics: of a trained model, whose numbering of sources and levels the data set takes over.
 
     Raises:
-        ValueError: no data, an empty split, or a source, level or element that the model does not know.
+        ValueError: no data, an empty split, more structures wanted than there are, or a source, level or
+            element that the model does not know.
     """
     if not data.paths:
         raise ValueError(
@@ -52,6 +54,8 @@ def open_split(
         )
     if context.is_main:
         barrier(context)
+    if split == "train" and data.num_structures is not None:
+        dataset.keep(nested_subset(dataset, data.num_structures, data.subset_seed))
     if statistics:
         for index, elements in enumerate(dataset.source_elements()):
             statistics.check_elements(

@@ -16,6 +16,8 @@ from megagnn.train.progress import Progress
 MUST_BE_EQUAL = (
     "model",
     "data.paths",
+    "data.num_structures",
+    "data.subset_seed",
     "data.max_atoms",
     "data.max_edges",
     "data.max_structures",

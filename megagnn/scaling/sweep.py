@@ -1,0 +1,265 @@
+"""Tables of runs: SWEEP.toml to a list of configurations, which of them are done, and what is left.
+
+    config = "../configs/quickstart.toml"   # beside this file
+    out_dir = "runs/sweep"
+    recipe = "quickstart"
+    processes = 2                           # runs at a time
+
+    [set]                                   # configuration keys of every run
+    "train.num_steps" = 500
+
+    [grid]                                  # every combination
+    width = [16, 32, 64]
+    structures = [500, 2000]
+    seed = [0, 1]
+
+    [[runs]]                                # and runs beside the grid
+    width = 128
+    structures = 2000
+    seed = 0
+
+The keys of grids and runs are width, depth, structures, seed, learning_rate, steps, or dotted configuration
+keys. Results go to out_dir/runs.jsonl.
+"""
+
+import difflib
+import hashlib
+import itertools
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megagnn.config import RunConfig, config_from_dict, flat_config
+from megagnn.scaling.records import RunRecord, read_records
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SHORT = {
+    "width": "model.width",
+    "depth": "model.num_layers",
+    "structures": "data.num_structures",
+    "seed": "train.seed",
+    "learning_rate": "optim.learning_rate",
+    "steps": "train.num_steps",
+}
+_LETTERS = {"width": "w", "depth": "l", "structures": "n", "seed": "s", "learning_rate": "lr", "steps": "t"}
+_KEYS = ("config", "out_dir", "recipe", "processes", "threads", "split", "set", "grid", "runs")
+
+# A run made with other values of these is the same run.
+_NO_MATTER = (
+    "out_dir",
+    "data.num_workers",
+    "train.async_checkpoints",
+    "train.checkpoint_every",
+    "train.device",
+    "train.export_best",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.threads",
+)
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One line of the table."""
+
+    name: str
+    config: RunConfig
+    digest: str
+    """Of the configuration, but for where it runs."""
+
+    @property
+    def out_dir(self) -> Path:
+        """Folder of this run."""
+        return Path(self.config.out_dir)
+
+    @property
+    def work(self) -> float:
+        """Rough share in the work of a sweep, for the time left: width^2 x depth x steps."""
+        model = self.config.model
+        return float((model.width**2 + 64 * model.width) * model.num_layers * self.config.train.num_steps)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A table of runs."""
+
+    path: Path
+    recipe: str
+    out_dir: Path
+    processes: int
+    threads: int
+    """Threads of each run."""
+    split: str
+    """Where the losses of the results are measured."""
+    runs: tuple[PlannedRun, ...]
+
+    @property
+    def results(self) -> Path:
+        """Lines of results."""
+        return self.out_dir / "runs.jsonl"
+
+    def finished(self) -> dict[str, RunRecord]:
+        """Results by name.
+
+        Raises:
+            ValueError: a damaged file, or a result of this name that was made with other settings.
+        """
+        if not self.results.is_file() or not self.results.stat().st_size:
+            return {}
+        records = {r.run: r for r in read_records([self.results])}
+        for run in self.runs:
+            record = records.get(run.name)
+            if record is not None and record.versions.get("settings") != run.digest:
+                raise ValueError(
+                    f"{self.results} has a run '{run.name}' made with other settings than {self.path} gives "
+                    "it now; take another out_dir, or remove that line and the run's folder"
+                )
+        return records
+
+    def pending(self) -> list[int]:
+        """Indices of the runs without a result, the largest first, so that none is left over at the end."""
+        done = self.finished()
+        left = [k for k, run in enumerate(self.runs) if run.name not in done]
+        return sorted(left, key=lambda k: -self.runs[k].work)
+
+
+def load_sweep(path: str | Path) -> Sweep:
+    """Read a SWEEP.toml.
+
+    Raises:
+        ValueError: unreadable TOML, an unknown key, a value that cannot be, no run, or two runs of one name.
+        FileNotFoundError: no such file, or no base configuration.
+    """
+    path = Path(path)
+    values = _read(path)
+    _check_keys(path, values)
+    base_path = path.parent / str(values["config"])
+    base = _read(base_path)
+    out_dir = Path(str(values["out_dir"]))
+    threads = _positive(values, "threads", path)
+    common = {**values.get("set", {}), "train.threads": threads}
+    runs = []
+    for settings in _settings(path, values):
+        name = run_name(settings)
+        config_values = _merged(base, {**common, **_dotted(path, settings), "out_dir": str(out_dir / name)})
+        try:
+            config = config_from_dict(config_values)
+        except ValueError as error:
+            raise ValueError(f"{path}, run {name}: {error}") from None
+        runs.append(PlannedRun(name, config, _digest(config)))
+    names = [run.name for run in runs]
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: two runs are '{twice}'; take one out of [grid] or [[runs]]")
+    return Sweep(
+        path,
+        str(values.get("recipe", base_path.stem)),
+        out_dir,
+        _positive(values, "processes", path),
+        threads,
+        _split(path, values),
+        tuple(runs),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def _check_keys(path: Path, values: Mapping[str, Any]) -> None:
+    for key in values:
+        if key not in _KEYS:
+            near = difflib.get_close_matches(key, _KEYS, n=1)
+            hint = f"; nearest: '{near[0]}'" if near else f"; known are {', '.join(_KEYS)}"
+            raise ValueError(f"{path}: unknown key '{key}'{hint}")
+    for key in ("config", "out_dir"):
+        if key not in values:
+            raise ValueError(
+                f"{path}: '{key}' is missing; a sweep needs config, out_dir, and [grid] or [[runs]]"
+            )
+
+
+def _positive(values: Mapping[str, Any], key: str, path: Path) -> int:
+    value = values.get(key, 1)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{path}: {key} must be a whole number, at least 1, got {value!r}")
+    return value
+
+
+def _split(path: Path, values: Mapping[str, Any]) -> str:
+    split = values.get("split", "test")
+    if split not in ("valid", "test"):
+        raise ValueError(f"{path}: split must be 'test' or 'valid', got {split!r}")
+    return str(split)
+
+
+def _settings(path: Path, values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What each run has of its own: the grid's combinations, then the single runs."""
+    grid, single = values.get("grid", {}), values.get("runs", [])
+    for key, choices in grid.items():
+        if not isinstance(choices, list) or not choices:
+            raise ValueError(f"{path}: grid.{key} must be a list of values, got {choices!r}")
+    combined = (
+        [dict(zip(grid, row, strict=True)) for row in itertools.product(*grid.values())] if grid else []
+    )
+    if not combined and not single:
+        raise ValueError(f"{path}: no runs; give [grid] or [[runs]]")
+    return [*combined, *single]
+
+
+def _dotted(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    for key in settings:
+        if key not in SHORT and "." not in key:
+            near = difflib.get_close_matches(key, SHORT, n=1)
+            hint = f"nearest: '{near[0]}'" if near else f"known are {', '.join(SHORT)}"
+            raise ValueError(f"{path}: unknown key '{key}' of a run; {hint}, or a dotted configuration key")
+    return {SHORT.get(key, key): value for key, value in settings.items()}
+
+
+def _merged(base: Mapping[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(base))
+    for key, value in dotted.items():
+        *sections, name = key.split(".")
+        inner = values
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return values
+
+
+def run_name(settings: Mapping[str, Any]) -> str:
+    """w64-l3-n1000-s0: the keys of a run in the order of the table, dotted ones by their last part."""
+    parts = []
+    for key, value in settings.items():
+        letter = _LETTERS.get(key) or f"{key.rsplit('.', 1)[-1]}_"
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        parts.append(f"{letter}{text}")
+    return "-".join(parts).replace("/", "_").replace(" ", "")
+
+
+def _digest(config: RunConfig) -> str:
+    flat = {k: v for k, v in flat_config(config).items() if k not in _NO_MATTER}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def describe(sweep: Sweep) -> str:
+    """The table with the state of each run."""
+    done = sweep.finished()
+    width = max(len(run.name) for run in sweep.runs)
+    lines = [f"{len(done)} of {len(sweep.runs)} runs done, results in {sweep.results}"]
+    for index, run in enumerate(sweep.runs):
+        state = "done" if run.name in done else "started" if run.out_dir.exists() else "to do"
+        lines.append(f"{index:>5}  {run.name:<{width}}  {state}")
+    return "\n".join(lines)

@@ -1,0 +1,179 @@
+"""One run of a sweep: train, or go on where it was killed; measure; append its line of results."""
+
+import fcntl
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+import megagnn
+from megagnn.config import ModelConfig, RunConfig, flat_config
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.launch import parallel_context
+from megagnn.parallel.world import barrier, broadcast_object
+from megagnn.scaling.flops import step_flops
+from megagnn.scaling.records import RunRecord, append_line
+from megagnn.scaling.sweep import PlannedRun, Sweep
+from megagnn.train.checkpoint import load_potential, open_checkpoint
+from megagnn.train.checkpoint_folder import checkpoint_steps
+from megagnn.train.evaluate import evaluate
+from megagnn.train.loader import BatchLoader, open_split
+from megagnn.train.loss import Loss
+from megagnn.train.trainer import Trainer
+
+# Errors of a source, as metrics.py names them, to losses: name, unit, factor.
+_METRICS = {
+    "force_mae_mev_per_angstrom": ("force_mae", "eV/Å"),
+    "energy_mae_mev_per_atom": ("energy_mae", "eV/atom"),
+    "force_rmse_mev_per_angstrom": ("force_rmse", "eV/Å"),
+    "energy_rmse_mev_per_atom": ("energy_rmse", "eV/atom"),
+    "stress_mae_mev_per_cubic_angstrom": ("stress_mae", "eV/Å^3"),
+}
+
+
+def run_one(sweep: Sweep, run: PlannedRun) -> None:
+    """Train a run to its end and append its line, on one process or the ranks of a launcher.
+
+    Raises:
+        ValueError: bad data or settings, or another process has this run.
+        FloatingPointError: it diverged.
+        ConnectionAbortedError: a signal stopped it; it is saved.
+    """
+    config = run.config
+    fingerprint = {**flat_config(config), "sweep": str(sweep.path), "run": run.name}
+    layout, train = config.parallel, config.train
+    with parallel_context(train.device, train.threads, layout, fingerprint) as context, ExitStack() as stack:
+        if context.is_main:
+            stack.enter_context(_locked(run.out_dir))
+        done = broadcast_object(run.name in sweep.finished() if context.is_main else None, context)
+        if done:
+            return
+        trainer, seconds = _trained(config, run.out_dir, context)
+        record = _measured(sweep, run, trainer, seconds, context)
+        if context.is_main:
+            append_line(sweep.results, record.to_json())
+        barrier(context)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with its process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process works on {folder}; wait for it, or stop it") from None
+        yield
+
+
+def _trained(config: RunConfig, folder: Path, context: ParallelContext) -> tuple[Trainer, float | None]:
+    """A finished trainer, and the seconds of the whole training: this process's rate times all steps."""
+    started = bool(checkpoint_steps(folder / "checkpoints"))
+    resume = broadcast_object(started if context.is_main else None, context)
+    trainer = Trainer(config, context, resume=bool(resume))
+    first, start = trainer.progress.step, time.perf_counter()
+    stopped_by = trainer.run()
+    if stopped_by:
+        raise ConnectionAbortedError(
+            f"stopped by {stopped_by} after step {trainer.progress.step} of {config.train.num_steps}; saved, "
+            "and the same command continues"
+        )
+    steps, notes = trainer.progress.step - first, folder / "training.json"
+    if steps > 0:
+        seconds = (time.perf_counter() - start) * trainer.progress.step / steps
+        if context.is_main:
+            notes.write_text(json.dumps({"seconds": seconds}) + "\n")
+        return trainer, seconds
+    try:  # killed between the last step and the line of results
+        return trainer, float(json.loads(notes.read_text())["seconds"])
+    except (OSError, ValueError, KeyError):
+        return trainer, None
+
+
+def _measured(
+    sweep: Sweep, run: PlannedRun, trainer: Trainer, seconds: float | None, context: ParallelContext
+) -> RunRecord:
+    """The line of results, of the checkpoint with the lowest validation loss."""
+    config, model = run.config, run.config.model
+    checkpoint = open_checkpoint(trainer.best_path)
+    potential = load_potential(checkpoint, context=context).to(context.device)
+    dataset = open_split(config.data, model, sweep.split, context, checkpoint.statistics)
+    loader = BatchLoader(dataset, config, context, shuffle=False)
+    result = evaluate(potential, loader, context, Loss(config.loss))
+    data = trainer.train.dataset
+    num_atoms, num_edges = int(data.num_atoms.sum()), int(data.num_edges.sum())
+    progress = trainer.progress
+    batches = min(progress.step_in_epoch * config.optim.accumulate_steps, _num_batches(trainer))
+    seen = trainer.train.sampler.num_structures(progress.epoch, batches, progress.first_structure)
+    epochs = progress.epoch + (progress.first_structure + seen) / len(data)
+    versions = {
+        "megagnn": megagnn.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    return RunRecord(
+        run=run.name,
+        recipe=sweep.recipe,
+        width=model.width,
+        depth=model.num_layers,
+        parameters=trainer.potential.model.num_parameters(),
+        structures=len(data),
+        atoms=num_atoms,
+        seed=config.train.seed,
+        learning_rate=config.optim.learning_rate,
+        flops=epochs * step_flops(model, num_atoms, num_edges),
+        steps=progress.step,
+        epochs=epochs,
+        losses=losses_of(result.per_source, result.loss),
+        seconds=seconds,
+        memory_gib=_peak_memory(context),
+        technique=technique(model, config),
+        versions={**versions, "settings": run.digest},
+    )
+
+
+def _num_batches(trainer: Trainer) -> int:
+    progress = trainer.progress
+    return len(trainer.train.sampler.plan(progress.epoch, progress.first_structure))
+
+
+def losses_of(per_source: dict[str, dict[str, float]], objective: float) -> dict[str, tuple[float, str]]:
+    """Errors as means over sources, each source alike, then those of each source where there are several."""
+    losses: dict[str, tuple[float, str]] = {}
+    for metric, (name, unit) in _METRICS.items():
+        found = {source: m[metric] * 1e-3 for source, m in per_source.items() if metric in m}
+        if found and all(value > 0 for value in found.values()):
+            losses[name] = sum(found.values()) / len(found), unit
+            if len(found) > 1:
+                losses |= {f"{source}/{name}": (value, unit) for source, value in found.items()}
+    losses["objective"] = objective, "objective"
+    return losses
+
+
+def technique(model: ModelConfig, config: RunConfig) -> str:
+    """How memory and time are saved, in words: `fused edges, save`."""
+    parts = [f"{model.edge_operation} edges"]
+    if model.edge_operation == "fused":
+        parts.append(model.edge_memory)
+    if model.recompute_layers:
+        parts.append("layers made again")
+    if config.parallel.zero_stage:
+        parts.append(f"ZeRO {config.parallel.zero_stage}")
+    if config.optim.offload != "none":
+        parts.append(f"offload to {config.optim.offload}")
+    if config.parallel.tensor > 1:
+        parts.append(f"tensor {config.parallel.tensor}")
+    return ", ".join(parts)
+
+
+def _peak_memory(context: ParallelContext) -> float:
+    """GiB of this rank: of the GPU where there is one, else of the process."""
+    if context.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

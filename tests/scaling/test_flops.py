@@ -1,0 +1,33 @@
+import dataclasses
+
+import edge_workload
+import pytest
+
+from megagnn.config import ModelConfig
+from megagnn.scaling.flops import UNITS, step_flops
+
+
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("width", [16, 64])
+def test_as_the_benchmarks_count(forces: str, width: int) -> None:
+    """They are checked against the products that torch sees (tests/tools/test_edge_workload.py)."""
+    config = edge_workload.model_config(width, forces, 5.0, 3)
+    method = " create_graph" if forces == "none" else ""
+    name = edge_workload.our_name("save", "one_backward") + method
+    assert step_flops(config, 100, 3000) == edge_workload.step_flops(name, forces, width, 100, 3000, 3)
+
+
+def test_saving_memory_is_not_counted() -> None:
+    config = ModelConfig(width=32)
+    for saved in ({"edge_memory": "recompute"}, {"recompute_layers": True}, {"edge_operation": "unfused"}):
+        assert step_flops(dataclasses.replace(config, **saved), 10, 100) == step_flops(config, 10, 100)
+
+
+def test_sums_over_graphs_and_directions() -> None:
+    config = ModelConfig(width=32)
+    one, two, both = (step_flops(config, n, e) for n, e in ((10, 100), (20, 50), (30, 150)))
+    assert one + two == both
+    still = dataclasses.replace(config, update_coordinates=False, forces="direct")
+    moving = dataclasses.replace(still, update_coordinates=True)
+    per_layer = 2 * UNITS["direct"] * (32 * 32 + 32) * 100
+    assert step_flops(moving, 10, 100) - step_flops(still, 10, 100) == (config.num_layers - 1) * per_layer

@@ -1,0 +1,151 @@
+"""`megagnn fit` and `megagnn report` on synthetic studies."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megagnn.cli import main
+from megagnn.scaling.analysis import Options, analyse, hold_out_largest, select
+from megagnn.scaling.figures import draw_all
+from megagnn.scaling.intervals import Interval
+from tests.scaling.synthetic import LAW, law, study, write
+
+FAST = ("--bootstrap", "100")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("study") / "runs.jsonl", study())
+
+
+def test_fit(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "fit.json"
+    arguments = (
+        "--predict",
+        "1e7,1e5",
+        "--hold-out-largest",
+        "--json",
+        str(out),
+        "--level",
+        "0.99",
+        "--bootstrap",
+        "1000",
+    )
+    assert main(["fit", str(runs), *arguments]) == 0
+    text = capsys.readouterr().out
+    for expected in (
+        "40 runs of the recipe 'synthetic', loss: force_mae [eV/Å], absolute error",
+        "L(N) at D = 3.2e+04: ",
+        "L(N, D): joint, L_inf + A N^-a + B D^-b",
+        "those of squared errors are about twice as large",
+        "0.26 (Frey et al. 2023)",
+        "iso-FLOP: N_opt ~ C^",
+    ):
+        assert expected in text
+    values = json.loads(out.read_text())
+    joint = next(entry for entry in values["laws"] if entry["what"] == "L(N, D)")
+    for name in ("a", "b", "L_inf"):
+        interval = Interval(**joint["intervals"][name])
+        assert interval.covers(LAW[name]), name
+    assert Interval(**values["optimal_exponents"]["N_opt"]).covers(LAW["b"] / (LAW["a"] + LAW["b"]))
+    predicted = values["predictions"][0]
+    assert predicted["low"] < law(1e7, 1e5) < predicted["high"]
+    assert [h["run"] for h in values["held_out"]] == ["w256-l3-n32000-s0", "w256-l3-n32000-s1"]
+
+
+def test_held_out_runs_do_not_enter_their_prediction() -> None:
+    records, options = study(), Options(replicates=100)
+    changed = [
+        dataclasses.replace(r, losses={"force_mae": (7.0, "eV/Å")}) if "w256-l3-n32000" in r.run else r
+        for r in records
+    ]
+    before, after = hold_out_largest(records, options), hold_out_largest(changed, options)
+    assert [h.predicted for h in before] == [h.predicted for h in after]
+    assert {h.observed for h in after} == {7.0}
+
+
+def test_a_squared_loss_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", str(runs), "--loss", "energy_mse", *FAST]) == 0
+    text = capsys.readouterr().out
+    assert "energy_mse [(eV/atom)^2], squared error" in text
+    assert "halve them before comparing" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--loss", "mae"),
+            r"the loss must be one that every run has, \['force_mae', 'energy_mse'\], got 'mae'",
+        ),
+        (("--recipe", "other"), "no run has the recipe 'other'; there are: synthetic"),
+        (("--level", "90"), "--level must lie between 0 and 1, got 90"),
+        (("--bootstrap", "20"), "--bootstrap must be at least 100 at --level 0.9, got 20"),
+        (("--predict", "1e7"), "--predict takes two positive numbers"),
+    ],
+)
+def test_wrong_options(
+    runs: Path, arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["fit", str(runs), *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_recipes_and_units_are_not_mixed() -> None:
+    records = study(widths=(16, 32), data=(500,), seeds=1)
+    other = dataclasses.replace(records[0], recipe="other")
+    with pytest.raises(ValueError, match="several recipes, other, synthetic; choose one with --recipe"):
+        select([*records, other], Options())
+    unit = dataclasses.replace(records[0], losses={"force_mae": (1.0, "meV/Å")})
+    with pytest.raises(ValueError, match="'force_mae' comes in different units, eV/Å, meV/Å"):
+        select([*records, unit], Options())
+
+
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = study(widths=(16, 32, 64, 128), depths=(2, 4), data=(500, 4000, 32000), seeds=1)
+    techniques = [dataclasses.replace(r, technique="save", memory_gib=1.0, seconds=10.0) for r in records]
+    techniques += [
+        dataclasses.replace(r, run=r.run + "-r", technique="recompute", memory_gib=0.3) for r in records[:6]
+    ]
+    runs = write(tmp_path / "runs.jsonl", techniques)
+    page, figures, board = tmp_path / "out" / "report.html", tmp_path / "figures", tmp_path / "board"
+    arguments = ("--out", str(page), "--figures", str(figures), "--tensorboard", str(board), *FAST)
+    assert main(["report", str(runs), *arguments]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.count("data:image/svg+xml;base64,") == 8
+    assert 'class="missing"' not in text
+    assert not re.search(r'(src|href)="(?!data:)', text), "the page fetches something"
+    assert {p.suffix for p in figures.iterdir()} == {".png", ".pdf"}
+    assert len(list(figures.iterdir())) == 16
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(board))
+    events.Reload()
+    assert len(events.Tags()["images"]) == 8
+
+
+def test_what_is_missing_is_a_sentence(tmp_path: Path) -> None:
+    """Four runs of one depth and one data size, without memory."""
+    analysis = analyse(study(widths=(16, 32, 64, 128), data=(500,), seeds=1), Options(replicates=100))
+    drawn = {one.name: one for one in draw_all(analysis)}
+    assert {name for name, one in drawn.items() if one.figure is not None} == {
+        "loss-size",
+        "frontier",
+        "exponents",
+    }
+    assert drawn["loss-data"].text == "All runs have one data size."
+    assert "one depth (3 layers)" in drawn["depth-width"].text
+    assert "Fewer than two techniques" in drawn["techniques"].text
+    assert "at least three model sizes of equal compute" in drawn["iso-flop"].text
+    with pytest.raises(ValueError, match="all runs are of one size"):
+        hold_out_largest(analysis.records[:1], Options())
+
+
+def test_one_run_alone(tmp_path: Path) -> None:
+    """Nothing can be fitted, and the page says so."""
+    runs = write(tmp_path / "runs.jsonl", study(widths=(16,), data=(500,), seeds=1))
+    assert main(["report", str(runs), "--out", str(tmp_path / "report.html"), *FAST]) == 0
+    assert (tmp_path / "report.html").read_text().count('class="missing"') == 8

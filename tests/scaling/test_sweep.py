@@ -1,0 +1,214 @@
+"""Tables of runs, and two tiny sweeps that train."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megagnn.cli import main
+from megagnn.scaling.records import read_records
+from megagnn.scaling.sweep import load_sweep, run_name
+from megagnn.train.checkpoint_folder import checkpoint_steps
+from tests import runs
+
+SWEEP = """
+config = "base.toml"
+out_dir = "{folder}/out"
+recipe = "tiny"
+processes = 2
+[set]
+"data.paths" = ["{folder}/store"]
+"train.num_steps" = {steps}
+"train.validate_every" = 10
+[grid]
+width = [8, 16]
+seed = [0]
+[[runs]]
+width = 8
+structures = 12
+"""
+
+
+def write_sweep(folder: Path, text: str = SWEEP, steps: int = 10) -> Path:
+    (folder / "base.toml").write_text(runs.CONFIG)
+    (folder / "sweep.toml").write_text(text.format(folder=folder, steps=steps))
+    return folder / "sweep.toml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep of three runs, finished."""
+    made = tmp_path_factory.mktemp("sweep")
+    runs.write_data(made / "store")
+    assert main(["sweep", str(write_sweep(made))]) == 0
+    return made
+
+
+def test_the_table(tmp_path: Path) -> None:
+    sweep = load_sweep(write_sweep(tmp_path))
+    assert [run.name for run in sweep.runs] == ["w8-s0", "w16-s0", "w8-n12"]
+    config = sweep.runs[1].config
+    assert (config.model.width, config.train.seed, config.model.num_layers) == (16, 0, 2)
+    assert config.data.num_structures is None
+    assert sweep.runs[2].config.data.num_structures == 12
+    assert config.out_dir == f"{tmp_path}/out/w16-s0"
+    assert sweep.pending() == [1, 0, 2], "the largest first"
+    assert run_name({"learning_rate": 3e-4, "model.edge_memory": "save"}) == "lr0.0003-edge_memory_save"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("recipe =", "recipi =", r"sweep\.toml: unknown key 'recipi'; nearest: 'recipe'"),
+        ("width = [8, 16]", "widht = [8, 16]", r"unknown key 'widht' of a run; nearest: 'width'"),
+        ("width = [8, 16]", "width = 8", r"grid\.width must be a list of values, got 8"),
+        ("width = [8, 16]", "width = [8, 8]", r"two runs are 'w8-s0'"),
+        ("width = [8, 16]", "width = [8, -1]", r"run w-1-s0: configuration key 'model\.width'"),
+        ("processes = 2", "processes = 0", r"processes must be a whole number, at least 1, got 0"),
+        ("processes = 2", 'split = "train"', r"split must be 'test' or 'valid', got 'train'"),
+        ('config = "base.toml"', "", r"'config' is missing"),
+        ("recipe =", "recipe", r"is not valid TOML"),
+    ],
+)
+def test_what_is_wrong_with_a_table(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = write_sweep(tmp_path, SWEEP.replace(old, new))
+    with pytest.raises(ValueError, match=message):
+        load_sweep(path)
+
+
+def test_no_runs_and_no_files(tmp_path: Path) -> None:
+    path = write_sweep(tmp_path, SWEEP.split("[grid]")[0])
+    with pytest.raises(ValueError, match=r"no runs; give \[grid\] or \[\[runs\]\]"):
+        load_sweep(path)
+    with pytest.raises(FileNotFoundError, match="no file at"):
+        load_sweep(tmp_path / "other.toml")
+    (tmp_path / "base.toml").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file at .*base\.toml"):
+        load_sweep(path)
+
+
+def test_results(folder: Path) -> None:
+    """What the lines say is what was trained."""
+    records = {r.run: r for r in read_records([folder / "out" / "runs.jsonl"])}
+    assert set(records) == {"w8-s0", "w16-s0", "w8-n12"}
+    whole, part = records["w16-s0"], records["w8-n12"]
+    assert (whole.width, whole.depth, whole.structures, whole.steps, whole.recipe) == (16, 2, 48, 10, "tiny")
+    assert (part.structures, part.seed) == (12, 0)
+    assert part.atoms < whole.atoms
+    assert whole.parameters > part.parameters
+    assert whole.flops > part.flops
+    assert part.epochs > whole.epochs > 0
+    assert whole.losses["force_mae"][1] == "eV/Å"
+    sources = [whole.losses[f"{s}/force_mae"][0] for s in ("clusters", "crystals")]
+    assert whole.losses["force_mae"][0] == pytest.approx(sum(sources) / 2)
+    assert whole.technique == "fused edges, save"
+    assert whole.seconds is not None
+    assert whole.memory_gib is not None
+
+
+def test_losses_are_those_of_evaluate(folder: Path) -> None:
+    run = folder / "out" / "w16-s0"
+    out = folder / "metrics.json"
+    checkpoint = run / "checkpoints" / "best.safetensors"
+    assert main(["evaluate", str(checkpoint), str(folder / "store"), "--json", str(out)]) == 0
+    expected = json.loads(out.read_text())["sources"]["clusters"]["force_mae_mev_per_angstrom"]
+    (record,) = [r for r in read_records([folder / "out" / "runs.jsonl"]) if r.run == "w16-s0"]
+    assert 1e3 * record.losses["clusters/force_mae"][0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_nothing_is_done_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = folder / "out" / "runs.jsonl"
+    before = results.read_bytes()
+    assert main(["sweep", str(folder / "sweep.toml")]) == 0
+    assert main(["sweep", str(folder / "sweep.toml"), "--index", "0"]) == 0
+    assert results.read_bytes() == before
+    capsys.readouterr()
+    assert main(["sweep", str(folder / "sweep.toml"), "--list"]) == 0
+    assert "3 of 3 runs done" in capsys.readouterr().out
+
+
+def test_results_of_other_settings_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = folder / "other.toml"
+    other.write_text(SWEEP.format(folder=folder, steps=11))
+    assert main(["sweep", str(other)]) == 2
+    assert "has a run 'w8-s0' made with other settings than" in capsys.readouterr().err
+
+
+def test_killed_and_continued(tmp_path: Path) -> None:
+    """SIGKILL in the middle: the runs end with the sweep; the next call goes on from their checkpoints."""
+    runs.write_data(tmp_path / "store")
+    text = SWEEP.split("[[runs]]")[0].replace("width = [8, 16]", "width = [8]")
+    path = write_sweep(tmp_path, text, steps=40)
+    command = [sys.executable, "-m", "megagnn", "sweep", str(path)]
+    checkpoints = tmp_path / "out" / "w8-s0" / "checkpoints"
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoint_steps(checkpoints) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert checkpoint_steps(checkpoints)
+    deadline = time.monotonic() + 60
+    while _locked(tmp_path / "out" / "w8-s0" / "lock") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert main(["sweep", str(path)]) == 0
+    (record,) = read_records([tmp_path / "out" / "runs.jsonl"])
+    assert record.steps == 40
+    log = (tmp_path / "out" / "w8-s0" / "log.txt").read_text()
+    assert "steps 0 to 40" in log
+    assert re.search(r"steps [1-9]\d* to 40", log), "it began anew"
+
+
+def _locked(path: Path) -> bool:
+    import fcntl
+
+    with open(path, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.write_data(tmp_path / "store")
+    text = SWEEP.split("[grid]")[0] + "[grid]\nstructures = [1000, 12]\nwidth = [8]\n"
+    assert main(["sweep", str(write_sweep(tmp_path, text, steps=6))]) == 1
+    captured = capsys.readouterr()
+    assert "failed: n1000-w8, see" in captured.err
+    assert "data.num_structures is 1000, but the training split has 48 structures" in captured.err
+    assert "1 of 2 runs done" in captured.out
+    assert [r.run for r in read_records([tmp_path / "out" / "runs.jsonl"])] == ["n12-w8"]
+
+
+def test_two_sweeps_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import fcntl
+
+    path = write_sweep(tmp_path)
+    (tmp_path / "out" / "w8-s0").mkdir(parents=True)
+    for name, arguments, message in (
+        ("lock", (), "another `megagnn sweep` works on"),
+        ("w8-s0/lock", ("--index", "0"), "another process works on"),
+    ):
+        with open(tmp_path / "out" / name, "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            assert main(["sweep", str(path), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_sweep(tmp_path)
+    for arguments, message in (
+        (("--index", "3"), "--index must lie in 0..2, got 3"),
+        (("--processes", "0"), "--processes must be at least 1, got 0"),
+    ):
+        assert main(["sweep", str(path), *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "out" / "w8-s0")
