@@ -1,7 +1,7 @@
 """E(n)-equivariant graph network for atomic structures: embedding, layers, heads."""
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,17 @@ from megagnn.tensor_parallel.rows import WeightRing
 NUM_ATOMIC_NUMBERS = 119  # atomic numbers 0..118; 0 stands for none
 
 
+@dataclass(frozen=True)
+class Part:
+    """What a model holds of the whole, under the names that it has there."""
+
+    layers: tuple[int, ...]
+    """Numbers of the layers, rising."""
+    embedding: bool = True
+    head: bool = True
+    """The energy head."""
+
+
 class EGNN(nn.Module):
     """Energy and, with `forces = "direct"`, forces of every structure of a batch.
 
@@ -42,6 +53,7 @@ class EGNN(nn.Module):
         context: ranks that divide the parameters and the work.
         plan: how the edge products are divided over tensor-parallel ranks; `auto` takes for each batch the
             plan that sends less (tensor_parallel/cost.py).
+        part: what of it is here, the whole by default; a part is run by `run_layers` (pipeline_parallel/).
     """
 
     element_index: Tensor
@@ -54,31 +66,26 @@ class EGNN(nn.Module):
         precision: Precision = Precision(),  # noqa: B008 (frozen)
         context: ParallelContext | None = None,
         plan: PlanChoice = "auto",
+        part: Part | None = None,
     ) -> None:
         super().__init__()
+        self.part = part = part or Part(tuple(range(config.num_layers)))
         self.config, self.statistics, self.precision, self.plan = config, statistics, precision, plan
         dtype = precision.parameters
         self.context = context = context or ParallelContext()
         self.distance_feature = DistanceFeature(
             config.distance_feature, config.num_radial, config.cutoff, precision.edge
         )
-        self.element_embedding = Embedding(len(statistics.elements), config.width, context, dtype)
-        has_levels = config.level_embedding and len(statistics.levels) > 1
-        self.level_embedding = (
-            Embedding(len(statistics.levels), config.width, context, dtype) if has_levels else None
-        )
-        self.layers: Iterable[EGNNLayer] = nn.ModuleList(  # type: ignore[assignment] # a list of EGNNLayer
-            EGNNLayer(
-                config,
-                self.distance_feature,
-                statistics.mean_neighbours,
-                self._vector_branch(k),
-                context,
-                dtype,
-            )
-            for k in range(config.num_layers)
-        )
-        self.energy_head = EnergyHead(config, context, dtype)
+        elements, levels = len(statistics.elements), len(statistics.levels)
+        self.element_embedding = Embedding(elements, config.width, context, dtype) if part.embedding else None
+        has_levels = part.embedding and config.level_embedding and levels > 1
+        self.level_embedding = Embedding(levels, config.width, context, dtype) if has_levels else None
+        self.layers: Iterable[EGNNLayer] = nn.ModuleList()  # type: ignore[assignment] # a list of EGNNLayer
+        for k in part.layers:
+            branch, neighbours = self.vector_branch(k), statistics.mean_neighbours
+            layer = EGNNLayer(config, self.distance_feature, neighbours, branch, context, dtype)
+            self.layers.add_module(str(k), layer)  # type: ignore[attr-defined]
+        self.energy_head = EnergyHead(config, context, dtype) if part.head else None
         self.ring = None
         if context.tp_size > 1:
             self.ring = WeightRing(context, [layer.edge_weights for layer in self.layers])
@@ -90,7 +97,7 @@ class EGNN(nn.Module):
         references = torch.tensor(statistics.references, dtype=torch.float64)
         self.register_buffer("references", references, persistent=False)
 
-    def _vector_branch(self, layer: int) -> str:
+    def vector_branch(self, layer: int) -> str:
         """The last layer's coordinates would reach no output, so its branch is the force head or left out."""
         if layer == self.config.num_layers - 1:
             return "forces" if self.config.forces == "direct" else "none"
@@ -105,13 +112,13 @@ class EGNN(nn.Module):
 
     def stages(self) -> list[tuple[str, nn.Module]]:
         """The modules that hold the parameters, with their names, in the order in which they run."""
-        names = ["element_embedding"]
-        names += ["level_embedding"] if self.level_embedding is not None else []
-        names += [f"layers.{k}" for k in range(self.config.num_layers)]
-        return [(name, self.get_submodule(name)) for name in [*names, "energy_head"]]
+        layers = [(f"layers.{k}", self.get_submodule(f"layers.{k}")) for k in self.part.layers]
+        first = [("element_embedding", self.element_embedding), ("level_embedding", self.level_embedding)]
+        found = [*first, *layers, ("energy_head", self.energy_head)]
+        return [(name, module) for name, module in found if module is not None]
 
     def num_parameters(self) -> int:
-        """Trainable parameters of the whole model."""
+        """Trainable parameters of the whole model, or of the part that is here."""
         return num_parameters(self)
 
     def edges(self, batch: dict[str, Any]) -> Edges:
@@ -127,21 +134,36 @@ class EGNN(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """See the class."""
-        edges, x_NC = self.edges(batch), batch[keys.POSITIONS]
-        self._check_geometry(x_NC)
-        r_EC = edge_vectors(share(x_NC, self.context), edges)
+        h_NF, _, forces_NC = self.run_layers(self.layers, batch, self.embed(batch), batch[keys.POSITIONS])
+        return self.outputs(batch, h_NF, forces_NC)
+
+    def run_layers(
+        self, layers: Iterable[EGNNLayer], batch: dict[str, Any], h_NF: Any, x_NC: Any
+    ) -> tuple[Any, Any, Any]:
+        """(h, x) -> (h, x, forces or None) through some layers that follow one another.
+
+        x are the coordinates that the layers before have moved; the batch's own positions, which the envelope
+        sees in every layer, where they have moved none.
+        """
+        edges, x0_NC = self.edges(batch), batch[keys.POSITIONS]
+        self._check_geometry(x0_NC)
+        r_EC = edge_vectors(share(x0_NC, self.context), edges)
         if self.config.envelope:
             edges = replace(edges, envelope_E=envelope(edge_distances(r_EC), self.config.cutoff))
-        h_NF: Any = self.embed(batch)
+        if x_NC is not x0_NC:
+            r_EC = edge_vectors(share(x_NC, self.context), edges)
         forces_NC = None
-        if isinstance(x_NC, dual.Dual):
-            h_NF = dual.Dual(h_NF, torch.zeros_like(h_NF))
-        for layer in self.layers:
+        for layer in layers:
             run = recomputed if self.config.recompute_layers and torch.is_grad_enabled() else _run
             h_NF, x_new_NC, forces_NC = run(layer, h_NF, x_NC, r_EC, edges)
             if layer.vector_branch == "coordinates":
                 x_NC = x_new_NC
                 r_EC = edge_vectors(share(x_NC, self.context), edges)
+        return h_NF, x_NC, forces_NC
+
+    def outputs(self, batch: dict[str, Any], h_NF: Any, forces_NC: Any) -> dict[str, Any]:
+        """What the model predicts, from the last layer's results."""
+        assert self.energy_head is not None
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
         energy_N = self.energy_head(h_NF).double() * self.statistics.output_scale
         outputs = {keys.ENERGY: dual.segment_sum(energy_N, atoms) + self.reference_energy(batch)}
@@ -156,12 +178,17 @@ class EGNN(nn.Module):
                 f"{x_NC.dtype}; make the batch with dtype = model.precision.geometry"
             )
 
-    def embed(self, batch: dict[str, Any]) -> Tensor:
-        """The first node features, of the element and the level of theory, (N, F/tp)."""
+    def embed(self, batch: dict[str, Any]) -> Any:
+        """The first node features, of the element and the level of theory, (N, F/tp); a Dual with Dual
+        positions, its tangent zero.
+        """
+        assert self.element_embedding is not None
         h_NF: Tensor = self.element_embedding(self.element_index[batch[keys.ATOMIC_NUMBERS]])
         if self.level_embedding is not None:
             atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
             h_NF = h_NF + gather(self.level_embedding(batch[keys.LEVEL]), atoms)
+        if isinstance(batch[keys.POSITIONS], dual.Dual):
+            return dual.Dual(h_NF, torch.zeros_like(h_NF))
         return h_NF
 
     def reference_energy(self, batch: dict[str, Any]) -> Tensor:

@@ -1,14 +1,15 @@
 """Forces and stress of a model: derivatives of its energy, or its own direct head."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.models.egnn import EGNN
+from megagnn.models.egnn import EGNN, Part
 from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.ops import dual
@@ -50,21 +51,12 @@ class Potential(nn.Module):
             return self._conservative(batch, create_graph)
 
     def _conservative(self, batch: dict[str, Tensor], create_graph: bool) -> dict[str, Tensor]:
-        batch = dict(batch)
-        positions_NC = batch[keys.POSITIONS].detach().requires_grad_()
-        batch[keys.POSITIONS] = positions_NC
-        inputs = [positions_NC]
-        if self.stress:
-            strain_B33 = torch.zeros_like(batch[keys.CELL]).requires_grad_()
-            batch = apply_strain(batch, strain_B33)
-            inputs.append(strain_B33)
-        energy_B = self.model(batch)[keys.ENERGY]
+        moved, inputs = differentiable(batch, self.stress)
+        energy_B = self.model(moved)[keys.ENERGY]
         gradients = torch.autograd.grad(
             energy_B.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
-        outputs = {keys.ENERGY: energy_B, keys.FORCES: -gradients[0]}
-        if self.stress:
-            outputs[keys.STRESS] = gradients[1] * _per_volume(batch[keys.CELL])[:, None, None]
+        outputs = derivatives(batch, energy_B, gradients)
         if not create_graph:
             outputs = {key: value.detach() for key, value in outputs.items()}
         return outputs
@@ -79,23 +71,56 @@ class Potential(nn.Module):
         forces_bar and stress_bar: with F = -dE/dx and stress = dE/d(strain)/V, E' is taken along
             strain' = sym(stress_bar)/V,   x' = -forces_bar + x strain',   cell' = cell strain'.
         """
-        positions_NC, cell_B33 = batch[keys.POSITIONS], batch[keys.CELL]
-        x_tangent_NC, cell_tangent_B33 = -forces_bar, torch.zeros_like(cell_B33)
-        if stress_bar is not None:
-            per_volume_B = _per_volume(cell_B33)[:, None, None]
-            strain_B33 = 0.5 * (stress_bar + stress_bar.transpose(1, 2)) * per_volume_B
-            x_tangent_NC = x_tangent_NC + (positions_NC.unsqueeze(-1) * strain_B33[batch[keys.BATCH]]).sum(1)
-            cell_tangent_B33 = cell_B33 @ strain_B33
-        moved = {
-            **batch,
-            keys.POSITIONS: dual.Dual(positions_NC, x_tangent_NC),
-            keys.CELL: dual.Dual(cell_B33, cell_tangent_B33),
-        }
+        moved = along(batch, *seeds(batch, forces_bar, stress_bar))
         energy_B: dual.Dual = self.model(moved)[keys.ENERGY]
         return energy_B
 
 
-def _per_volume(cell_B33: Tensor) -> Tensor:
+def differentiable(batch: dict[str, Tensor], stress: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The batch with positions, and with `stress` a strain of zero, that want gradients; and these."""
+    positions_NC = batch[keys.POSITIONS].detach().requires_grad_()
+    moved = {**batch, keys.POSITIONS: positions_NC}
+    if not stress:
+        return moved, [positions_NC]
+    strain_B33 = torch.zeros_like(batch[keys.CELL]).requires_grad_()
+    return apply_strain(moved, strain_B33), [positions_NC, strain_B33]
+
+
+def derivatives(batch: dict[str, Tensor], energy_B: Tensor, gradients: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Energy, forces and, where there is a second gradient, stress, from dE/dx and dE/d(strain)."""
+    outputs = {keys.ENERGY: energy_B, keys.FORCES: -gradients[0]}
+    if len(gradients) > 1:
+        outputs[keys.STRESS] = gradients[1] * per_volume(batch[keys.CELL])[:, None, None]
+    return outputs
+
+
+def seeds(
+    batch: dict[str, Tensor], forces_bar: Tensor, stress_bar: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """x' (N, 3) and cell' (B, 3, 3) of `Potential.directional`; no cell' without cotangents of the stress."""
+    x_tangent_NC = -forces_bar
+    if stress_bar is None:
+        return x_tangent_NC, None
+    positions_NC, cell_B33 = batch[keys.POSITIONS], batch[keys.CELL]
+    per_volume_B = per_volume(cell_B33)[:, None, None]
+    strain_B33 = 0.5 * (stress_bar + stress_bar.transpose(1, 2)) * per_volume_B
+    x_tangent_NC = x_tangent_NC + (positions_NC.unsqueeze(-1) * strain_B33[batch[keys.BATCH]]).sum(1)
+    return x_tangent_NC, cell_B33 @ strain_B33
+
+
+def along(batch: dict[str, Tensor], x_tangent_NC: Tensor, cell_tangent_B33: Tensor | None) -> dict[str, Any]:
+    """The batch with positions and cells as Dual numbers of these tangents."""
+    positions_NC, cell_B33 = batch[keys.POSITIONS], batch[keys.CELL]
+    if cell_tangent_B33 is None:
+        cell_tangent_B33 = torch.zeros_like(cell_B33)
+    return {
+        **batch,
+        keys.POSITIONS: dual.Dual(positions_NC, x_tangent_NC),
+        keys.CELL: dual.Dual(cell_B33, cell_tangent_B33),
+    }
+
+
+def per_volume(cell_B33: Tensor) -> Tensor:
     """1/V of each cell, 1/Å^3, (B,); zero for a structure without a volume."""
     volume_B = torch.linalg.det(cell_B33.detach()).abs()
     has_volume_B = volume_B > 0
@@ -133,14 +158,15 @@ def build_potential(
     context: ParallelContext | None = None,
     plan: PlanChoice = "auto",
     deferred: bool = False,
+    part: Part | None = None,
 ) -> Potential:
-    """A potential whose initial weights depend on the seed only, on any layout of ranks.
+    """A potential, or the part of one, whose initial weights depend on the seed only, on any layout of ranks.
 
     precision: a type alone stands for the precision that `precision_of` gives. With `deferred` its parameters
     take no memory yet (parallel/parameter.py).
     """
     with deferred_parameters() if deferred else contextlib.nullcontext():
-        model = EGNN(config, statistics, precision_of(precision), context, plan)
+        model = EGNN(config, statistics, precision_of(precision), context, plan, part)
     if not deferred:
         model.reset_parameters(seed)
     return Potential(model)

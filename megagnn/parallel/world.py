@@ -72,3 +72,12 @@ def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
         source = dist.get_global_rank(context.dp_group, 0)
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.data, src=source, group=context.dp_group)
+
+
+def gather_along(value: Any, context: ParallelContext, axis: str) -> list[Any]:
+    """The values of all ranks of an axis, in their order, on each of them."""
+    if context.size(axis) == 1:
+        return [value]
+    values: list[Any] = [None] * context.size(axis)
+    dist.all_gather_object(values, value, group=context.group(axis))
+    return values

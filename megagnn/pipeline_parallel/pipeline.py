@@ -1,0 +1,172 @@
+"""A potential whose layers are divided over ranks: gradients of a step's micro-batches, and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from megagnn.config import ModelConfig
+from megagnn.data import keys
+from megagnn.models.potential import build_potential
+from megagnn.models.statistics import Statistics
+from megagnn.parallel import messages
+from megagnn.parallel.context import ParallelContext
+from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
+from megagnn.pipeline_parallel.conservative import conservative, two_pass
+from megagnn.pipeline_parallel.executor import Executor
+from megagnn.pipeline_parallel.model_work import Batch, ModelWork
+from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
+from megagnn.pipeline_parallel.stage import check_owners, make_stages, part_of
+from megagnn.pipeline_parallel.validate import validate
+from megagnn.tensor_parallel.cost import PlanChoice
+from megagnn.train.loss import TERMS, Loss, LossCounts
+
+CONSERVATIVE: dict[str, Callable[[int, int], Schedule]] = {
+    "two-pass": two_pass,
+    "conservative": conservative,
+    "conservative-zb": lambda p, m: conservative(p, m, split=True),
+}
+
+
+def schedule_for(name: str, forces: str, num_ranks: int, num_micro_batches: int) -> Schedule:
+    """The schedule of this name for a model, proved.
+
+    Raises:
+        ValueError: a schedule of the other kind of step, or sizes that it does not take.
+    """
+    if (name in CONSERVATIVE) != (forces == "conservative"):
+        others = CONSERVATIVE if forces == "conservative" else get_args(ScheduleName)
+        raise ValueError(
+            f"parallel.schedule = '{name}' is not for model.forces = '{forces}'; use {', '.join(others)}"
+        )
+    if name in CONSERVATIVE:
+        schedule = CONSERVATIVE[name](num_ranks, num_micro_batches)
+    else:
+        schedule = make_schedule(name, num_ranks, num_micro_batches)  # type: ignore[arg-type]
+    validate(schedule)
+    return schedule
+
+
+def splits_backward(schedule: Schedule) -> bool:
+    """Whether it has backwards in two parts."""
+    return any(action.kind == "W" for _, _, action in schedule.actions())
+
+
+class Pipeline:
+    """This rank's part of a potential, and the schedule by which the ranks along pp work together.
+
+    Args:
+        schedule: of a training step.
+
+    Raises:
+        ValueError: fewer layers than stages, or a schedule for another number of ranks.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        statistics: Statistics,
+        schedule: Schedule,
+        context: ParallelContext,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+        plan: PlanChoice = "auto",
+        deferred: bool = False,
+    ) -> None:
+        self.schedule, self.context = schedule, context
+        self.executor = Executor(schedule, context)
+        self.stages = make_stages(config, statistics.mean_neighbours, schedule.num_stages)
+        part = part_of(self.stages, schedule.placement, context.pp_rank)
+        self.potential = build_potential(config, statistics, seed, dtype, context, plan, deferred, part)
+        check_owners(self.potential.model, context)
+
+    def gradients(
+        self,
+        micro_batches: Sequence[Batch],
+        loss: Loss,
+        counts: LossCounts,
+        before_last: Callable[[], None] = lambda: None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Add to the parameters' `.grad`; the share of these micro-batches in the loss and in its terms.
+
+        As `train.gradients.GradientMethod`; the result is the same on every rank along pp. The method is that
+        of `one_backward`.
+
+        Args:
+            before_last: called before the last backward, such as a reducer's `start`.
+
+        Raises:
+            ValueError: another number of micro-batches than the schedule has.
+        """
+        if len(micro_batches) != self.schedule.num_micro_batches:
+            raise ValueError(
+                f"schedule {self.schedule.name} is for {self.schedule.num_micro_batches} micro-batches, got "
+                f"{len(micro_batches)}; some may be empty"
+            )
+        work = ModelWork(
+            self.potential,
+            self.stages,
+            self.schedule,
+            self.context,
+            micro_batches,
+            loss,
+            counts,
+            before_last,
+        )
+        self.executor.run(work)
+        total, *terms = messages.all_reduce(work.total, self.context, "pp").unbind()
+        present = [loss.weights[term] != 0 and getattr(counts, term) != 0 for term in TERMS]
+        return total, {t: v for t, v, there in zip(TERMS, terms, present, strict=True) if there}
+
+    def predict(self, micro_batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """What the potential says of each micro-batch, on every rank along pp; see `Potential.forward`."""
+        schedule = forward_only(self.schedule, len(micro_batches), self._is_conservative)
+        work = ModelWork(self.potential, self.stages, schedule, self.context, micro_batches)
+        with torch.no_grad():
+            Executor(schedule, self.context, self.executor.channels).run(work)
+        return [self._shared(batch, work.predictions.get(i)) for i, batch in enumerate(micro_batches)]
+
+    @cached_property
+    def _is_conservative(self) -> bool:
+        return self.potential.forces == "conservative"
+
+    def _shared(self, batch: Batch, made: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """Predictions of the rank that made them, on all: what is not there counts as zero."""
+        cell_B33, positions_NC = batch[keys.CELL], batch[keys.POSITIONS]
+        shapes = {keys.ENERGY: cell_B33.new_zeros(len(cell_B33), dtype=torch.float64)}
+        if self.potential.forces != "none":
+            shapes[keys.FORCES] = torch.zeros_like(positions_NC)
+        if self.potential.stress:
+            shapes[keys.STRESS] = torch.zeros_like(cell_B33)
+        return {
+            key: messages.all_reduce(zero if made is None else made[key].contiguous(), self.context, "pp")
+            for key, zero in shapes.items()
+        }
+
+
+def forward_only(schedule: Schedule, num_micro_batches: int, conservative_forces: bool) -> Schedule:
+    """Predictions on the stages of a schedule: forwards, and for conservative forces the backward of pass 1.
+
+    One micro-batch after another enters; as in 1F1B a rank keeps p of pass 1 at most.
+    """
+    if conservative_forces:
+        kinds: tuple[Kind, ...] = ("f", "b", "R")
+        rows = tuple(
+            tuple(a for a in row if a.kind in kinds)
+            for row in two_pass(schedule.num_ranks, num_micro_batches).rows
+        )
+    else:
+        rows = tuple(
+            tuple(
+                Action(stage, "F", i)
+                for i in range(num_micro_batches)
+                for stage, where in enumerate(schedule.placement)
+                if where == rank
+            )
+            for rank in range(schedule.num_ranks)
+        )
+    return Schedule("predict", schedule.placement, num_micro_batches, rows)

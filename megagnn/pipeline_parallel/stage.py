@@ -1,0 +1,91 @@
+"""Which layers a stage has, and what of a model a rank holds.
+
+A stage is a run of layers; the embedding goes with the first layer and the energy head with the last, which
+may be the force head, too. A rank holds the parameters of its stages under the names that they have in the
+whole model, so initial weights, checkpoints and weight decay need to know nothing of stages. No parameter is
+in two stages: what tensor-parallel ranks replicate lies within one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import nn
+
+from megagnn.config import ModelConfig
+from megagnn.models.egnn import Part
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import gather_along
+from megagnn.pipeline_parallel.split import split_layers
+from megagnn.tensor_parallel.cost import Widths, has_vector
+
+
+class Stage(NamedTuple):
+    """Layers that follow one another."""
+
+    layers: range
+    num_layers: int
+    """Of the whole model."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it begins with the embedding."""
+        return self.layers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it ends with the energy head."""
+        return self.layers.stop == self.num_layers
+
+
+def layer_costs(config: ModelConfig, mean_neighbours: float) -> list[float]:
+    """(L,) multiply-adds of each layer's forward for an atom; the head's are with the last layer's."""
+    w = Widths.of(config)
+    costs = []
+    for layer in range(config.num_layers):
+        per_edge = w.H * w.R + w.M * w.H + (w.K * (w.M + 1) if has_vector(config, layer) else 0)
+        per_atom = 2 * w.F * w.H + w.D * (w.F + w.M) + w.D * w.F
+        costs.append(float(per_edge * mean_neighbours + per_atom))
+    costs[-1] += w.F * (w.F + 1)
+    return costs
+
+
+def make_stages(config: ModelConfig, mean_neighbours: float, num_stages: int) -> list[Stage]:
+    """Stages whose costliest is as cheap as can be.
+
+    Raises:
+        ValueError: more stages than layers.
+    """
+    if num_stages > config.num_layers:
+        raise ValueError(
+            f"{config.num_layers} layers do not fill {num_stages} pipeline stages; use at most "
+            f"{config.num_layers} stages (ranks times chunks), or more layers"
+        )
+    ranges = split_layers(layer_costs(config, mean_neighbours), num_stages)
+    return [Stage(layers, config.num_layers) for layers in ranges]
+
+
+def part_of(stages: Sequence[Stage], placement: Sequence[int], pp_rank: int) -> Part:
+    """What a rank holds: its stages' layers, and what goes with the first and the last."""
+    own = [stage for stage, rank in zip(stages, placement, strict=True) if rank == pp_rank]
+    layers = tuple(layer for stage in own for layer in stage.layers)
+    return Part(layers, any(s.is_first for s in own), any(s.is_last for s in own))
+
+
+def check_owners(model: nn.Module, context: ParallelContext) -> None:
+    """Refuse a parameter that two pipeline ranks hold, whose gradients nobody would add; a collective.
+
+    Raises:
+        ValueError: naming the parameter and both ranks.
+    """
+    owner: dict[str, int] = {}
+    names = [name for name, _ in model.named_parameters()]
+    for rank, theirs in enumerate(gather_along(names, context, "pp")):
+        for name in theirs:
+            if name in owner:
+                raise ValueError(
+                    f"parameter {name} is on pipeline ranks {owner[name]} and {rank}; a parameter must be of "
+                    "one stage: put the layers that share it together, or give each its own"
+                )
+            owner[name] = rank
