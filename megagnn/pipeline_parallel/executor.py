@@ -150,7 +150,7 @@ class _Ahead:
 
 class _Place(NamedTuple):
     rank: int
-    index: int
+    step: int
 
 
 def proofs(program: Sequence[Sequence[Op]], schedule: Schedule, rank: int) -> dict[int, list[Message]]:
@@ -174,7 +174,7 @@ def proofs(program: Sequence[Sequence[Op]], schedule: Schedule, rank: int) -> di
             proved = [
                 message
                 for message in open_sends
-                if taken_at[message].rank == source.rank and taken_at[message].index < source.index
+                if taken_at[message].rank == source.rank and taken_at[message].step < source.step
             ]
             if proved:
                 found[index] = proved

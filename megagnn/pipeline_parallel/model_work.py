@@ -106,7 +106,7 @@ class ModelWork:
         batch, kind = self.micro_batches[message.micro_batch], message.kind
         planes = (2,) if self.conservative and kind in "FB" else ()
         num_atoms, num_cells = len(batch[keys.ATOMIC_NUMBERS]), len(batch[keys.CELL])
-        dtype, width = self.model.dtype, self.model.config.width // self.context.tp_size
+        dtype, width = self.model.precision.parameters, self.model.config.width // self.context.tp_size
         positions = Expected((num_atoms, 3), batch[keys.POSITIONS].dtype)
         cells = [Expected((num_cells, 3, 3), batch[keys.CELL].dtype)] if self.potential.stress else []
         found = [Expected((*planes, num_atoms, width), dtype)]
@@ -245,7 +245,7 @@ class ModelWork:
     def _backward(self, stage: int, i: int, received: Tensors) -> Tensors:
         """B: to the inputs and the parameters."""
         leaves, _, outputs = self._kept.pop(Action(stage, "F", i))
-        torch.autograd.backward(outputs, self._bars(stage, received))  # type: ignore[arg-type]
+        torch.autograd.backward(outputs, self._bars(stage, received))
         return [_gradient(leaf) for leaf in leaves]
 
     def _input_backward(self, stage: int, i: int, received: Tensors) -> Tensors:
@@ -258,7 +258,7 @@ class ModelWork:
         return torch.autograd.grad(
             outputs,
             leaves,
-            bars,  # type: ignore[arg-type]
+            bars,
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,
@@ -267,13 +267,17 @@ class ModelWork:
     def _weight_backward(self, stage: int, i: int, _: Tensors) -> Tensors:
         """W: to the parameters alone."""
         outputs, bars = self._split.pop(Action(stage, "I", i))
-        torch.autograd.backward(outputs, bars, inputs=self._parameters(stage))  # type: ignore[arg-type]
+        torch.autograd.backward(outputs, bars, inputs=self._parameters(stage))
         return []
 
     def _parameters(self, stage: int) -> list[nn.Parameter]:
         modules = self._modules(stage)
-        ends = [self.model.element_embedding, self.model.level_embedding] if stage == 0 else []
-        ends += [self.model.energy_head] if self.stages[stage].is_last else []
+        first, last = self.stages[stage].is_first, self.stages[stage].is_last
+        ends: list[nn.Module | None] = []
+        if first:
+            ends += [self.model.element_embedding, self.model.level_embedding]
+        if last:
+            ends.append(self.model.energy_head)
         return [p for module in [*modules, *ends] if module is not None for p in module.parameters()]
 
 

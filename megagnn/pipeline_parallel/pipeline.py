@@ -12,6 +12,7 @@ from torch import Tensor
 from megagnn.config import ModelConfig
 from megagnn.data import keys
 from megagnn.models.potential import build_potential
+from megagnn.models.precision import Precision
 from megagnn.models.statistics import Statistics
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
@@ -73,7 +74,7 @@ class Pipeline:
         schedule: Schedule,
         context: ParallelContext,
         seed: int = 0,
-        dtype: torch.dtype = torch.float32,
+        precision: Precision | torch.dtype = torch.float32,
         plan: PlanChoice = "auto",
         deferred: bool = False,
     ) -> None:
@@ -81,7 +82,7 @@ class Pipeline:
         self.executor = Executor(schedule, context)
         self.stages = make_stages(config, statistics.mean_neighbours, schedule.num_stages)
         part = part_of(self.stages, schedule.placement, context.pp_rank)
-        self.potential = build_potential(config, statistics, seed, dtype, context, plan, deferred, part)
+        self.potential = build_potential(config, statistics, seed, precision, context, plan, deferred, part)
         check_owners(self.potential.model, context)
 
     def gradients(

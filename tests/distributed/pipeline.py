@@ -114,7 +114,7 @@ def build(cell: Cell, context: ParallelContext) -> Pipeline:
     config = CONFIGURATIONS[cell.configuration].model_config("fused", cell.recomputation)
     schedule = schedule_for(cell.schedule, config.forces, context.pp_size, NUM_MICRO_BATCHES)
     plan: Any = cell.plan
-    pipeline = Pipeline(config, STATISTICS, schedule, context, dtype=torch.float64, plan=plan)
+    pipeline = Pipeline(config, STATISTICS, schedule, context, precision=torch.float64, plan=plan)
     whole = dict(randomised(config, context=context, plan=plan).model.named_parameters())
     with torch.no_grad():
         for name, parameter in pipeline.potential.model.named_parameters():

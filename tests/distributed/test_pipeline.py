@@ -169,7 +169,7 @@ def begun(context: ParallelContext, forces: str, name: str) -> dict[str, Any]:
     """Initial weights of this rank's part, and what goes wrong where it should."""
     config = CONFIGURATIONS["direct" if forces == "direct" else "stress"].model_config("fused", "none")
     schedule = schedule_for(name, config.forces, context.pp_size, 4)
-    pipeline = Pipeline(config, STATISTICS, schedule, context, seed=3, dtype=torch.float64)
+    pipeline = Pipeline(config, STATISTICS, schedule, context, seed=3, precision=torch.float64)
     model = pipeline.potential.model
     found: dict[str, Any] = {"weights": {n: p.detach().clone() for n, p in model.named_parameters()}}
     total = torch.tensor(float(model.num_parameters()))
@@ -204,7 +204,7 @@ def test_refusals() -> None:
     direct = CONFIGURATIONS["direct"].model_config("fused", "none")
     many = schedule_for("interleaved", "direct", 1, 4)
     assert many.num_stages == 2
-    pipeline = Pipeline(direct, STATISTICS, many, one, dtype=torch.float64)
+    pipeline = Pipeline(direct, STATISTICS, many, one, precision=torch.float64)
     batches = micro_batches(one)
     with pytest.raises(ValueError, match="is for 4 micro-batches, got 3; some may be empty"):
         pipeline.gradients(batches[:3], None, label_counts_of(batches, one))  # type: ignore[arg-type]
@@ -215,7 +215,7 @@ def test_predictions_of_any_number_of_micro_batches() -> None:
     config = CONFIGURATIONS["direct"].model_config("fused", "none")
     one = ParallelContext()
     schedule = schedule_for("interleaved", "direct", 1, 4)
-    pipeline = Pipeline(config, STATISTICS, schedule, one, seed=1, dtype=torch.float64)
+    pipeline = Pipeline(config, STATISTICS, schedule, one, seed=1, precision=torch.float64)
     whole = build_potential(config, STATISTICS, 1, torch.float64)
     batches = micro_batches(one)[:3]
     for got, batch in zip(pipeline.predict(batches), batches, strict=True):
