@@ -1,0 +1,185 @@
+"""Bubbles of pipelines as the executor runs them, beside the simulator's.
+
+    python tools/bench_pipeline.py sleep --ranks 4 8            # actions that sleep their cost
+    python tools/bench_pipeline.py work --ranks 2 --width 64    # real layers
+    python tools/bench_pipeline.py work --trace trace.json --plot timeline.png
+
+Starts the ranks on this machine over gloo. `sleep`: an action of cost c sleeps c units, so that ranks may be
+more than cores, and its message holds a few numbers; what is measured is the order of the executor's waits.
+`work`: an EGNN's step; the simulator gets each kind's mean time on each stage as measured, so that what
+differs is waiting for messages and for the processor. The bubble is the share of ranks x makespan that no
+action fills; of several batches the median, the first is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import edge_workload
+import torch
+from torch import Tensor
+
+from megagnn.config import LossConfig
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.point_to_point import Expected
+from megagnn.parallel.spawn import spawn
+from megagnn.pipeline_parallel.actions import Action, Kind, Message, Schedule, sends
+from megagnn.pipeline_parallel.executor import Executor
+from megagnn.pipeline_parallel.model_work import ModelWork
+from megagnn.pipeline_parallel.pipeline import CONSERVATIVE as CONSERVATIVE_SCHEDULES
+from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
+from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, simulate
+from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
+from megagnn.train.loss import Loss, label_counts_of
+
+ORDINARY_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1")
+
+
+class SleepWork:
+    """Actions that sleep."""
+
+    def __init__(self, schedule: Schedule, unit: float) -> None:
+        self.schedule, self.unit = schedule, unit
+        self.costs = CONSERVATIVE if schedule.conservative else ORDINARY
+
+    def expects(self, message: Message) -> list[Expected]:
+        """A few numbers."""
+        return [Expected((4,), torch.float64)]
+
+    def run(self, action: Action, received: Sequence[Tensor]) -> list[Tensor]:
+        """Sleep the action's cost; the message names it."""
+        for (tensor,) in [received] if received else []:
+            assert tensor[2].item() == action.micro_batch
+        time.sleep(self.unit * self.costs[action.kind])
+        if not sends(action, self.schedule.num_stages):
+            return []
+        return [torch.tensor([action.stage, 0, action.micro_batch, 0], dtype=torch.float64)]
+
+    def kept(self) -> list[str]:
+        """Nothing."""
+        return []
+
+
+def bubble(events: Sequence[Event], num_ranks: int) -> float:
+    """Share of ranks x makespan that no action fills."""
+    makespan = max(e.end for e in events) - min(e.start for e in events)
+    return 1 - sum(e.end - e.start for e in events) / (makespan * num_ranks)
+
+
+def asleep(
+    context: ParallelContext, names: Sequence[str], per_stage: int, unit: float, batches: int
+) -> dict[str, list[list[Event]]]:
+    """Timelines of each schedule."""
+    found = {}
+    for name in names:
+        schedule = schedule_of(name, context.pp_size, per_stage * context.pp_size)
+        executor = Executor(schedule, context)
+        found[name] = []
+        for _ in range(batches + 1):
+            executor.wait_for_all()
+            executor.run(SleepWork(schedule, unit))
+            found[name].append(executor.timeline())
+    return found
+
+
+def schedule_of(name: str, num_ranks: int, num_micro_batches: int) -> Schedule:
+    """By name alone."""
+    forces = "conservative" if name in CONSERVATIVE_SCHEDULES else "direct"
+    return schedule_for(name, forces, num_ranks, num_micro_batches)
+
+
+def at_work(
+    context: ParallelContext, names: Sequence[str], per_stage: int, arguments: argparse.Namespace
+) -> dict[str, list[list[Event]]]:
+    """Timelines of each schedule on a model."""
+    batch, cutoff = edge_workload.dense_batch(arguments.edges)
+    found = {}
+    for name in names:
+        schedule = schedule_of(name, context.pp_size, per_stage * context.pp_size)
+        forces = "conservative" if name in CONSERVATIVE_SCHEDULES else "direct"
+        config = edge_workload.model_config(arguments.width, forces, cutoff, num_layers=arguments.layers)
+        pipeline = Pipeline(config, edge_workload.statistics(), schedule, context)
+        loss, batches = Loss(LossConfig(energy="mse", forces="mse")), [batch] * schedule.num_micro_batches
+        counts = label_counts_of(batches, context)
+        found[name] = []
+        for _ in range(arguments.batches + 1):
+            pipeline.executor.wait_for_all()
+            work = ModelWork(pipeline.potential, pipeline.stages, schedule, context, batches, loss, counts)
+            pipeline.executor.run(work)
+            found[name].append(pipeline.executor.timeline())
+    return found
+
+
+class MeasuredCosts(Costs):
+    """Costs as measured: of each kind on each stage, the mean over micro-batches."""
+
+    def __init__(self, events: Sequence[Event]) -> None:
+        super().__init__()
+        times: dict[tuple[int, Kind], list[float]] = {}
+        for e in events:
+            times.setdefault((e.action.stage, e.action.kind), []).append(e.end - e.start)
+        object.__setattr__(self, "means", {key: statistics.mean(found) for key, found in times.items()})
+
+    def duration(self, action: Action) -> float:
+        """Of an action."""
+        means: dict[tuple[int, Kind], float] = self.means  # type: ignore[attr-defined]
+        return means[action.stage, action.kind]
+
+
+def report(name: str, num_ranks: int, schedule: Schedule, runs: list[list[Event]], slept: bool) -> str:
+    """A line of the table."""
+    runs = runs[1:]
+    middle = sorted(runs, key=lambda events: bubble(events, num_ranks))[len(runs) // 2]
+    costs = None if slept else MeasuredCosts(middle)
+    expected, got = simulate(schedule, costs).bubble, bubble(middle, num_ranks)
+    spread = [100 * bubble(events, num_ranks) for events in runs]
+    cells = [name, num_ranks, schedule.num_micro_batches, f"{100 * expected:.1f}", f"{100 * got:.1f}"]
+    cells += [f"{100 * (got - expected):+.1f}", f"{min(spread):.1f} to {max(spread):.1f}"]
+    cells.append(f"{statistics.median(max(e.end for e in events) for events in runs):.3f}")
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+HEAD = """| schedule | ranks | micro-batches | simulated % | measured % | difference | all batches % | s |
+| --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("mode", choices=("sleep", "work"))
+    parser.add_argument("--ranks", type=int, nargs="+", default=None)
+    parser.add_argument("--schedules", nargs="+", default=[*ORDINARY_SCHEDULES, *CONSERVATIVE_SCHEDULES])
+    parser.add_argument("--per-stage", type=int, default=2, help="micro-batches for each rank")
+    parser.add_argument("--batches", type=int, default=3)
+    parser.add_argument("--unit", type=float, default=0.02, help="seconds that a cost of 1 sleeps")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--edges", type=int, default=20000)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--trace", type=Path, help="Chrome trace of the last schedule")
+    arguments = parser.parse_args()
+    print(HEAD, flush=True)
+    slept, timelines = arguments.mode == "sleep", {}
+    for ranks in arguments.ranks or ([4, 8] if slept else [2]):
+        if slept:
+            given: tuple[Any, ...] = (arguments.unit, arguments.batches)
+            found = spawn(ranks, asleep, arguments.schedules, arguments.per_stage, *given, pp=ranks)[0]
+        else:
+            found = spawn(ranks, at_work, arguments.schedules, arguments.per_stage, arguments, pp=ranks)[0]
+        for name, runs in found.items():
+            schedule = schedule_of(name, ranks, arguments.per_stage * ranks)
+            print(report(name, ranks, schedule, runs, slept), flush=True)
+            timelines[f"{name}, {ranks} ranks, measured"] = runs[-1]
+    if arguments.plot:
+        save_timeline(arguments.plot, timelines, "seconds")
+    if arguments.trace:
+        save_chrome_trace(arguments.trace, list(timelines.values())[-1])
+
+
+if __name__ == "__main__":
+    main()
