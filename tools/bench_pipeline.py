@@ -35,7 +35,7 @@ from megagnn.pipeline_parallel.pipeline import CONSERVATIVE as CONSERVATIVE_SCHE
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, simulate
 from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
-from megagnn.train.loss import Loss, label_counts_of
+from megagnn.train.loss import Loss, step_counts
 
 ORDINARY_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1")
 
@@ -105,7 +105,7 @@ def at_work(
         config = edge_workload.model_config(arguments.width, forces, cutoff, num_layers=arguments.layers)
         pipeline = Pipeline(config, edge_workload.statistics(), schedule, context)
         loss, batches = Loss(LossConfig(energy="mse", forces="mse")), [batch] * schedule.num_micro_batches
-        counts = label_counts_of(batches, context)
+        counts = step_counts(batches, context)
         found[name] = []
         for _ in range(arguments.batches + 1):
             pipeline.executor.wait_for_all()

@@ -20,7 +20,7 @@ from megagnn.parallel.groups import grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
-from megagnn.train.loss import Loss, label_counts_of
+from megagnn.train.loss import Loss, step_counts
 from tests.distributed import parity
 from tests.distributed.pairwise import pairwise
 from tests.distributed.parity import UNEVEN, Configuration, Result, batch_of, errors, whole_gradients
@@ -145,7 +145,7 @@ def measure(cell: Cell, context: ParallelContext) -> dict[str, Any]:
     pipeline, what = build(cell, context), CONFIGURATIONS[cell.configuration]
     optimizer, reducer = optimizer_of(cell, pipeline, context)
     batches, loss = micro_batches(context), Loss(what.loss_config())
-    counts = label_counts_of(batches, context)
+    counts = step_counts(batches, context)
     optimizer.zero_grad()
     total, _ = pipeline.gradients(batches, loss, counts, reducer.start)
     reducer.finish()

@@ -19,7 +19,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.model_work import ModelWork, Tensors
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.pipeline_parallel.stage import check_owners
-from megagnn.train.loss import label_counts_of
+from megagnn.train.loss import step_counts
 from tests.distributed.pipeline import (
     AXES,
     CONFIGURATIONS,
@@ -131,7 +131,7 @@ def counts_of_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
     right = ModelWork._take_loss
 
     def wrong(self: ModelWork, i: int, outputs: dict[str, Tensor]) -> Tensor:
-        self.counts = label_counts_of(self.micro_batches[i : i + 1], ParallelContext())
+        self.counts = step_counts(self.micro_batches[i : i + 1], ParallelContext())
         return right(self, i, outputs)
 
     patch.setattr(ModelWork, "_take_loss", wrong)
@@ -207,7 +207,7 @@ def test_refusals() -> None:
     pipeline = Pipeline(direct, STATISTICS, many, one, precision=torch.float64)
     batches = micro_batches(one)
     with pytest.raises(ValueError, match="is for 4 micro-batches, got 3; some may be empty"):
-        pipeline.gradients(batches[:3], None, label_counts_of(batches, one))  # type: ignore[arg-type]
+        pipeline.gradients(batches[:3], None, step_counts(batches, one))  # type: ignore[arg-type]
 
 
 def test_predictions_of_any_number_of_micro_batches() -> None:
