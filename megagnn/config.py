@@ -230,6 +230,10 @@ class TrainConfig:
     needs the memory for both."""
 
 
+CONSERVATIVE_SCHEDULES = ("two-pass", "conservative", "conservative-zb")
+"""Of `parallel.schedule`, those for losses on conservative forces."""
+
+
 @dataclass(frozen=True, config=_STRICT)
 class ParallelConfig:
     """How the ranks divide the work: data x pipeline x tensor makes the number of ranks."""
@@ -238,7 +242,12 @@ class ParallelConfig:
     """Ranks that hold the same parameters and take different structures; what the others leave if not given.
     """
     pipeline: PositiveInt = 1
-    """Stages that hold different layers."""
+    """Ranks that hold different layers; a step's `optim.accumulate_steps` batches go through them."""
+    schedule: Literal[
+        "auto", "gpipe", "1f1b", "interleaved", "zb-h1", "two-pass", "conservative", "conservative-zb"
+    ] = "auto"
+    """In which order pipeline ranks do what (docs/pipeline.md); the last three are for conservative forces.
+    `auto` is `conservative` for these, and else `1f1b`."""
     tensor: PositiveInt = 1
     """Ranks that hold one set of parameters between them and work on the same batch."""
     plan: Literal["auto", "channel", "edge"] = "auto"
@@ -281,10 +290,51 @@ class RunConfig:
             )
         self._check_sharding()
         self._check_precision()
-        if self.parallel.pipeline > 1:
+        self._check_pipeline()
+
+    @property
+    def schedule(self) -> str:
+        """`parallel.schedule` without `auto`."""
+        if self.parallel.schedule != "auto":
+            return self.parallel.schedule
+        return "conservative" if self.model.forces == "conservative" else "1f1b"
+
+    def _check_pipeline(self) -> None:
+        ranks, schedule, batches = self.parallel.pipeline, self.schedule, self.optim.accumulate_steps
+        if ranks == 1 and self.parallel.schedule != "auto":
             raise ValueError(
-                f"parallel.pipeline is not available yet, got {self.parallel.pipeline}; set "
-                "parallel.pipeline = 1 and use parallel.data or parallel.tensor"
+                f"parallel.schedule = '{schedule}' needs parallel.pipeline above 1; set it, or leave the "
+                "schedule out"
+            )
+        if ranks == 1:
+            return
+        conservative = self.model.forces == "conservative"
+        if conservative != (schedule in CONSERVATIVE_SCHEDULES):
+            use = CONSERVATIVE_SCHEDULES if conservative else ("gpipe", "1f1b", "interleaved", "zb-h1")
+            raise ValueError(
+                f"parallel.schedule = '{schedule}' is not for model.forces = '{self.model.forces}'; use one "
+                f"of {', '.join(use)}"
+            )
+        if conservative and self.train.gradient_method != "one_backward":
+            raise ValueError(
+                "parallel.pipeline above 1 needs train.gradient_method = 'one_backward', got "
+                f"'{self.train.gradient_method}': a graph through the gradient cannot cross stages"
+            )
+        stages = ranks * (2 if schedule == "interleaved" else 1)
+        if stages > self.model.num_layers:
+            raise ValueError(
+                f"model.num_layers {self.model.num_layers} are fewer than the {stages} stages of "
+                f"parallel.pipeline {ranks} with schedule '{schedule}'; use more layers or fewer ranks"
+            )
+        if schedule == "interleaved" and batches % ranks:
+            raise ValueError(
+                "parallel.schedule = 'interleaved' takes optim.accumulate_steps in multiples of "
+                f"parallel.pipeline, got {batches} for {ranks}; use {batches + -batches % ranks}"
+            )
+        if self.parallel.zero_stage == 3 and schedule in ("zb-h1", "conservative-zb"):
+            raise ValueError(
+                f"parallel.schedule = '{schedule}' takes a layer's backward in two parts, between which ZeRO "
+                "stage 3 has let its parameters go; use parallel.zero_stage = 2, or another schedule"
             )
 
     def _check_sharding(self) -> None:

@@ -1,6 +1,7 @@
 """Configuration: what passes, and that errors name the key, what was got and the nearest valid one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -51,6 +52,9 @@ def test_preset_sets_defaults_that_the_file_can_change() -> None:
     assert changed.coordinate_aggregation == "sum"
 
 
+DIRECT = ["--model.forces", "direct"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -69,9 +73,34 @@ def test_preset_sets_defaults_that_the_file_can_change() -> None:
         (["--model.stress", "true", "--model.forces", "direct"], "model.stress needs model.forces"),
         (["--parallel.tensor", "0"], "'parallel.tensor': input should be greater than 0, got 0"),
         (["--parallel.plan", "chann"], "got 'chann'; nearest: 'channel'"),
+        (["--parallel.schedule", "1f1b"], "schedule = '1f1b' needs parallel.pipeline above 1"),
         (
-            ["--parallel.pipeline", "2"],
-            "parallel.pipeline is not available yet, got 2; set parallel.pipeline = 1",
+            ["--parallel.pipeline", "2", "--parallel.schedule", "1f1b"],
+            "'1f1b' is not for model.forces = 'conservative'; use one of two-pass, conservative",
+        ),
+        (
+            [*DIRECT, "--parallel.pipeline", "2", "--parallel.schedule", "two-pass"],
+            "'two-pass' is not for model.forces = 'direct'; use one of gpipe, 1f1b",
+        ),
+        (
+            ["--parallel.pipeline", "2", "--train.gradient_method", "create_graph"],
+            "parallel.pipeline above 1 needs train.gradient_method = 'one_backward'",
+        ),
+        (["--parallel.pipeline", "5", "--model.num_layers", "4"], "num_layers 4 are fewer than the 5 stages"),
+        (
+            [*DIRECT, "--parallel.pipeline", "2", "--parallel.schedule", "interleaved"],
+            "in multiples of parallel.pipeline, got 1 for 2; use 2",
+        ),
+        (
+            [
+                "--parallel.pipeline",
+                "2",
+                "--parallel.schedule",
+                "conservative-zb",
+                "--parallel.zero_stage",
+                "3",
+            ],
+            "two parts, between which ZeRO stage 3 has let its parameters go",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
@@ -119,3 +148,17 @@ def test_precision() -> None:
         config_from_dict({**half, "model": {"aggregation_backend": "torch_sparse"}})
     with pytest.raises(ValueError, match="input should be 'float32', 'float64' or 'bfloat16', got 'float16'"):
         config_from_dict({"train": {"dtype": "float16"}})
+
+
+def test_schedules_of_pipelines() -> None:
+    """`auto` is a schedule that suits the forces; a name of each kind is accepted."""
+    values: dict[str, Any] = {"parallel": {"pipeline": 2}}
+    assert config_from_dict(values).schedule == "conservative"
+    direct = {**values, "model": {"forces": "direct"}}
+    assert config_from_dict(direct).schedule == "1f1b"
+    direct["parallel"] = {"pipeline": 2, "schedule": "interleaved"}
+    assert config_from_dict({**direct, "optim": {"accumulate_steps": 4}}).schedule == "interleaved"
+    from megagnn.config import CONSERVATIVE_SCHEDULES
+    from megagnn.pipeline_parallel.pipeline import CONSERVATIVE
+
+    assert tuple(CONSERVATIVE) == CONSERVATIVE_SCHEDULES

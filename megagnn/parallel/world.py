@@ -20,10 +20,10 @@ def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
     return messages.all_reduce(tensor, context, "dp")
 
 
-def sum_over_ranks(values: Sequence[float], context: ParallelContext) -> list[float]:
-    """Sums over all ranks, of every axis, the same on each of them: a message of a few numbers."""
+def sum_over_ranks(values: Sequence[float], context: ParallelContext, axis: str = "world") -> list[float]:
+    """Sums over all ranks, or those of an axis, the same on each of them: a message of a few numbers."""
     tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
-    sums: list[float] = messages.all_reduce(tensor, context, "world").tolist()
+    sums: list[float] = messages.all_reduce(tensor, context, axis).tolist()
     return sums
 
 

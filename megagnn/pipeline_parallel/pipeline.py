@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.models.potential import build_potential
+from megagnn.data.batch import collate
+from megagnn.models.egnn import EGNN
+from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision
 from megagnn.models.statistics import Statistics
 from megagnn.parallel import messages
@@ -22,8 +24,10 @@ from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import Batch, ModelWork
 from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
 from megagnn.pipeline_parallel.stage import check_owners, make_stages, part_of
+from megagnn.pipeline_parallel.timeline import timeline_figure
 from megagnn.pipeline_parallel.validate import validate
 from megagnn.tensor_parallel.cost import PlanChoice
+from megagnn.train.gradients import Reducer
 from megagnn.train.loss import TERMS, Loss, LossCounts
 
 CONSERVATIVE: dict[str, Callable[[int, int], Schedule]] = {
@@ -52,9 +56,23 @@ def schedule_for(name: str, forces: str, num_ranks: int, num_micro_batches: int)
     return schedule
 
 
-def splits_backward(schedule: Schedule) -> bool:
-    """Whether it has backwards in two parts."""
-    return any(action.kind == "W" for _, _, action in schedule.actions())
+class StagedPotential(Potential):
+    """A part of a potential, which predicts together with the other parts: all ranks along pp must call it.
+
+    `create_graph` is not offered: a graph cannot cross stages.
+    """
+
+    def __init__(self, model: EGNN, predict: Callable[[Sequence[Batch]], list[dict[str, Tensor]]]) -> None:
+        super().__init__(model)
+        self._predict = predict
+
+    def forward(self, batch: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
+        """See `Potential.forward`; ValueError for `create_graph`."""
+        if create_graph:
+            raise ValueError(
+                "create_graph has no meaning across pipeline stages; use Pipeline.gradients, or pipeline = 1"
+            )
+        return self._predict([batch])[0]
 
 
 class Pipeline:
@@ -82,7 +100,8 @@ class Pipeline:
         self.executor = Executor(schedule, context)
         self.stages = make_stages(config, statistics.mean_neighbours, schedule.num_stages)
         part = part_of(self.stages, schedule.placement, context.pp_rank)
-        self.potential = build_potential(config, statistics, seed, precision, context, plan, deferred, part)
+        whole = build_potential(config, statistics, seed, precision, context, plan, deferred, part)
+        self.potential = StagedPotential(whole.model, self.predict)
         check_owners(self.potential.model, context)
 
     def gradients(
@@ -123,6 +142,18 @@ class Pipeline:
         present = [loss.weights[term] != 0 and getattr(counts, term) != 0 for term in TERMS]
         return total, {t: v for t, v, there in zip(TERMS, terms, present, strict=True) if there}
 
+    def accumulate(
+        self, batches: Sequence[Batch], loss: Loss, counts: LossCounts, reducer: Reducer
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `train.gradients.accumulate`; a step of fewer batches than the schedule has is filled up with
+        empty ones."""
+        missing = self.schedule.num_micro_batches - len(batches)
+        empty = collate([], self.potential.model.precision.geometry)
+        filling = [{key: value.to(self.context.device) for key, value in empty.items()}] * missing
+        result = self.gradients([*batches, *filling], loss, counts, reducer.start)
+        reducer.finish()
+        return result
+
     def predict(self, micro_batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
         """What the potential says of each micro-batch, on every rank along pp; see `Potential.forward`."""
         schedule = forward_only(self.schedule, len(micro_batches), self._is_conservative)
@@ -130,6 +161,10 @@ class Pipeline:
         with torch.no_grad():
             Executor(schedule, self.context, self.executor.channels).run(work)
         return [self._shared(batch, work.predictions.get(i)) for i, batch in enumerate(micro_batches)]
+
+    def timeline_figure(self) -> Any:
+        """A drawing of the last step as all ranks along pp ran it; a collective along pp."""
+        return timeline_figure({self.schedule.name: self.executor.timeline()}, "seconds")
 
     @cached_property
     def _is_conservative(self) -> bool:

@@ -6,13 +6,14 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megagnn.config import RunConfig, config_to_dict
 from megagnn.data.dataset import StructureDataset
-from megagnn.models.potential import build_potential
+from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.optim.average import ShardedAverage
@@ -30,7 +31,13 @@ from megagnn.optim.schedule import learning_rate
 from megagnn.optim.sharded_reducer import ShardedReducer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
-from megagnn.parallel.world import all_reduce_sum, broadcast_object, broadcast_parameters
+from megagnn.parallel.world import (
+    all_reduce_sum,
+    broadcast_object,
+    broadcast_parameters,
+    sum_over_ranks,
+)
+from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.train.bad_batch import end_of_run, save_bad_batches
 from megagnn.train.bad_steps import advance, judge
 from megagnn.train.checkpoint_folder import FolderCheckpoint
@@ -74,16 +81,7 @@ class Trainer:
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
         self.train = BatchLoader(train_set, config, context, shuffle=True)
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
-        self.potential = build_potential(
-            config.model,
-            self.statistics,
-            config.train.seed,
-            self.precision,
-            context,
-            config.parallel.plan,
-            deferred=is_sharded(config),
-        )
-        self.potential.to(context.device)
+        self._make_potential()
         self._make_optimizer()
         self.loss = Loss(config.loss)
         self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
@@ -101,6 +99,27 @@ class Trainer:
     def best_path(self) -> Path:
         """A link to the checkpoint with the lowest validation loss."""
         return self.out_dir / "checkpoints" / "best"
+
+    def _make_potential(self) -> None:
+        """The potential, or this rank's stages of it."""
+        config, context = self.config, self.context
+        settings: dict[str, Any] = {
+            "seed": config.train.seed,
+            "precision": self.precision,
+            "context": context,
+            "plan": config.parallel.plan,
+            "deferred": is_sharded(config),
+        }
+        self.pipeline: Pipeline | None = None
+        self.potential: Potential
+        if context.pp_size > 1:
+            num_batches, forces = config.optim.accumulate_steps, config.model.forces
+            schedule = schedule_for(config.schedule, forces, context.pp_size, num_batches)
+            self.pipeline = Pipeline(config.model, self.statistics, schedule, **settings)
+            self.potential = self.pipeline.potential
+        else:
+            self.potential = build_potential(config.model, self.statistics, **settings)
+        self.potential.to(context.device)
 
     def _make_optimizer(self) -> None:
         """The optimizer, what sums its gradients over ranks, and the moving average."""
@@ -195,9 +214,12 @@ class Trainer:
             group["lr"] = rate
         self.optimizer.zero_grad()
         counts = step_counts(batches, self.context)
-        loss, shares = accumulate(
-            self.gradient_method, self.potential, batches, self.loss, counts, self.reducer
-        )
+        if self.pipeline is not None:
+            loss, shares = self.pipeline.accumulate(batches, self.loss, counts, self.reducer)
+        else:
+            loss, shares = accumulate(
+                self.gradient_method, self.potential, batches, self.loss, counts, self.reducer
+            )
         norm = gradient_norm(self.optimizer, self.context)
         recent, stop = self.progress.recent_norms, bool(signals.received)
         found = judge(loss, norm, recent, optim.spike_factor, stop, self.context)
@@ -281,7 +303,7 @@ class Trainer:
         return best
 
     def _finish(self, monitor: Monitor) -> None:
-        """The best weights as one file, and the parity plot of the last validation."""
+        """The best weights as one file; the parity plot of the last validation, a pipeline's last step."""
         self.checkpoints.wait()
         if self.context.is_main and self.config.train.export_best and self.best_path.exists():
             out = self.best_path.with_suffix(".safetensors")
@@ -291,6 +313,8 @@ class Trainer:
                 monitor.say(f"warning: {out} was not written: {error}")
         if self.parity is not None:
             monitor.figure("validation", self.progress.step, self.parity.figure())
+        if self.pipeline is not None:
+            monitor.figure("pipeline", self.progress.step, self.pipeline.timeline_figure())
 
     def _pieces(self) -> list[Piece]:
         return pieces_of(self.optimizer, self.potential.model, self.average)
@@ -313,7 +337,8 @@ class Trainer:
         )
 
     def _summary(self) -> str:
-        num, threads = self.potential.model.num_parameters(), torch.get_num_threads()
+        own, threads = self.potential.model.num_parameters(), torch.get_num_threads()
+        num = int(sum_over_ranks([own], self.context, "pp")[0])
         return (
             f"{num:,} parameters on {self.context.grid}, {threads} thread(s) each; "
             f"{len(self.train.dataset):,} training and {len(self.valid.dataset):,} validation structures of "
