@@ -6,8 +6,8 @@
 
 Starts the ranks on this machine over gloo. `sleep`: an action of cost c sleeps c units, so that ranks may be
 more than cores, and its message holds a few numbers; what is measured is the order of the executor's waits.
-`work`: an EGNN's step; the simulator gets each kind's mean time on each stage as measured, so that what
-differs is waiting for messages and for the processor. The bubble is the share of ranks x makespan that no
+`work`: an EGNN's step; the simulator gets the time that each action took, so that what differs is waiting for
+messages, and for a processor to take them in. The bubble is the share of ranks x makespan that no
 action fills; of several batches the median, the first is left out.
 """
 
@@ -28,7 +28,7 @@ from megagnn.config import LossConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Expected
 from megagnn.parallel.spawn import spawn
-from megagnn.pipeline_parallel.actions import Action, Kind, Message, Schedule, sends
+from megagnn.pipeline_parallel.actions import KINDS, Action, Kind, Message, Schedule, sends
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import ModelWork
 from megagnn.pipeline_parallel.pipeline import CONSERVATIVE as CONSERVATIVE_SCHEDULES
@@ -116,19 +116,27 @@ def at_work(
 
 
 class MeasuredCosts(Costs):
-    """Costs as measured: of each kind on each stage, the mean over micro-batches."""
+    """Every action takes what it took."""
 
     def __init__(self, events: Sequence[Event]) -> None:
         super().__init__()
-        times: dict[tuple[int, Kind], list[float]] = {}
-        for e in events:
-            times.setdefault((e.action.stage, e.action.kind), []).append(e.end - e.start)
-        object.__setattr__(self, "means", {key: statistics.mean(found) for key, found in times.items()})
+        object.__setattr__(self, "seconds", {e.action: e.end - e.start for e in events})
 
     def duration(self, action: Action) -> float:
         """Of an action."""
-        means: dict[tuple[int, Kind], float] = self.means  # type: ignore[attr-defined]
-        return means[action.stage, action.kind]
+        seconds: dict[Action, float] = self.seconds  # type: ignore[attr-defined]
+        return seconds[action]
+
+
+def kinds_of(events: Sequence[Event]) -> list[Kind]:
+    """That are there, in their order."""
+    there = {e.action.kind for e in events}
+    return [kind for kind in KINDS if kind in there]
+
+
+def mean_of(kind: Kind, events: Sequence[Event]) -> float:
+    """Mean time of a kind of action."""
+    return statistics.mean(e.end - e.start for e in events if e.action.kind == kind)
 
 
 def report(name: str, num_ranks: int, schedule: Schedule, runs: list[list[Event]], slept: bool) -> str:
@@ -141,11 +149,12 @@ def report(name: str, num_ranks: int, schedule: Schedule, runs: list[list[Event]
     cells = [name, num_ranks, schedule.num_micro_batches, f"{100 * expected:.1f}", f"{100 * got:.1f}"]
     cells += [f"{100 * (got - expected):+.1f}", f"{min(spread):.1f} to {max(spread):.1f}"]
     cells.append(f"{statistics.median(max(e.end for e in events) for events in runs):.3f}")
+    if not slept:
+        cells.append(" ".join(f"{kind} {1000 * mean_of(kind, middle):.1f}" for kind in kinds_of(middle)))
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
-HEAD = """| schedule | ranks | micro-batches | simulated % | measured % | difference | all batches % | s |
-| --- | --- | --- | --- | --- | --- | --- | --- |"""
+HEAD = ["schedule", "ranks", "micro-batches", "simulated %", "measured %", "difference", "all batches %", "s"]
 
 
 def main() -> None:
@@ -163,8 +172,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--trace", type=Path, help="Chrome trace of the last schedule")
     arguments = parser.parse_args()
-    print(HEAD, flush=True)
     slept, timelines = arguments.mode == "sleep", {}
+    head = HEAD if slept else [*HEAD, "mean of an action, ms"]
+    print("| " + " | ".join(head) + " |\n" + "| --- " * len(head) + "|", flush=True)
     for ranks in arguments.ranks or ([4, 8] if slept else [2]):
         if slept:
             given: tuple[Any, ...] = (arguments.unit, arguments.batches)

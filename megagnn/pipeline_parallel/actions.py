@@ -16,7 +16,7 @@
    |---|---|---|---|
    | f | k, k+1 | | h, x |
    | b | k, k-1 | | cotangents of h, x; dE/dx0 and dE/dstrain summed so far; the energies |
-   | F | k, k+1 | h, x | h, x, h', x'; the seeds x0', strain', cell'; dLoss/dE |
+   | F | k, k+1 | h, x | h, x, h', x'; the seeds x0', cell' (of strain'); dLoss/dE |
    | B | k, k-1 | cotangents of h, x | cotangents of h, x, h', x' |
 
    Positions and strain enter every stage (through the envelope), so dE/dx0 is a sum over stages. It travels
