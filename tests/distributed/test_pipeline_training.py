@@ -1,7 +1,8 @@
-"""A run over pipeline stages is the run of one process: losses, validation, final weights."""
+"""A run over pipeline stages is the run of one process: validation, final weights, and what it saves."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ pytestmark = pytest.mark.timeout(1200)
 
 # Adam divides gradients by their own size, so that roundings of the small ones grow with every step.
 TOLERANCE = 1e-8
+NUM_STEPS = 6
 SETTINGS = {
     "train.dtype": "float64",
-    "train.num_steps": "6",
     "train.validate_every": "3",
     "train.checkpoint_every": "100",
     "train.log_every": "1",
@@ -45,18 +46,24 @@ LAYOUTS: list[dict[str, str]] = [
 ]
 
 
-def train(context: ParallelContext, store: Path, out_dir: Path, number: int) -> dict[str, Any]:
-    """A run without checkpoints: whole final weights of this rank's part, and the lowest validation loss."""
+def train(
+    context: ParallelContext, store: Path, out_dir: Path, number: int, num_steps: int = NUM_STEPS
+) -> dict[str, Any]:
+    """A run: whole final weights of this rank's part, and the lowest validation loss.
+
+    With more steps than the other runs have it continues the one in its folder.
+    """
     out_dir.mkdir(parents=True, exist_ok=True)
     file = out_dir / f"config-{context.rank}.toml"
     file.write_text(CONFIG)
     given = {"data.paths": str(store), "out_dir": str(out_dir), **SETTINGS, **MODELS[number]}
+    given["train.num_steps"] = str(num_steps)
     if context.pp_size > 1:
         given |= LAYOUTS[number]
         given |= {"parallel.pipeline": str(context.pp_size), "parallel.tensor": str(context.tp_size)}
     overrides = [part for key, value in given.items() for part in (f"--{key}", value)]
-    trainer = Trainer(load_config(file, overrides), context)
-    trainer._save = lambda *_: None  # type: ignore[method-assign]
+    trainer = Trainer(load_config(file, overrides), context, resume=num_steps > NUM_STEPS)
+    assert trainer.progress.step == (NUM_STEPS if num_steps > NUM_STEPS else 0)
     trainer.run()
     if isinstance(trainer.optimizer, ShardedAdamW):
         for unit in trainer.optimizer.units:
@@ -67,27 +74,38 @@ def train(context: ParallelContext, store: Path, out_dir: Path, number: int) -> 
 
 
 def on_rank(context: ParallelContext, store: Path, folder: Path, runs: list[int]) -> list[dict[str, Any]]:
-    """The runs with these numbers."""
-    return [train(context, store, folder / f"{context.world_size}-{k}", k) for k in runs]
+    """The runs with these numbers, and last one that one process began."""
+    found = [train(context, store, folder / f"{context.world_size}-{k}", k) for k in runs]
+    return [*found, train(context, store, folder / "begun", 0, NUM_STEPS + 2)]
 
 
-def check(ranks: list[list[dict[str, Any]]], runs: list[int], store: Path, folder: Path) -> None:
-    """Each run of the ranks against one process."""
+def check(ranks: list[dict[str, Any]], alone: dict[str, Any]) -> None:
+    """A run of the ranks against one process."""
+    weights: dict[str, Tensor] = {}
+    for rank in ranks:
+        assert rank["best"] == pytest.approx(alone["best"], rel=TOLERANCE)
+        weights |= rank["weights"]
+    assert weights.keys() == alone["weights"].keys()
+    for name, whole in alone["weights"].items():
+        assert (weights[name] - whole).abs().max() <= TOLERANCE * whole.abs().max(), name
+
+
+def check_all(world_size: int, tp: int, runs: list[int], folder: Path) -> None:
+    """Runs on both sides; then each side continues what the other has saved."""
+    store, one = write_data(folder / "store"), ParallelContext()
+    alone = {k: train(one, store, folder / f"1-{k}", k) for k in runs}
+    shutil.copytree(folder / "1-0", folder / "begun", symlinks=True)
+    more = train(one, store, folder / "1-0", 0, NUM_STEPS + 2)
+    ranks = spawn(world_size, on_rank, store, folder, runs, pp=2, tp=tp)
     for place, number in enumerate(runs):
-        alone = train(ParallelContext(), store, folder / f"1-{number}", number)
-        weights: dict[str, Tensor] = {}
-        for rank in ranks:
-            assert rank[place]["best"] == pytest.approx(alone["best"], rel=TOLERANCE)
-            weights |= rank[place]["weights"]
-        assert weights.keys() == alone["weights"].keys()
-        for name, whole in alone["weights"].items():
-            assert (weights[name] - whole).abs().max() <= TOLERANCE * whole.abs().max(), name
+        check([rank[place] for rank in ranks], alone[number])
+    check([rank[-1] for rank in ranks], more)
+    check([train(one, store, folder / f"{world_size}-0", 0, NUM_STEPS + 2)], more)
 
 
 def test_two_stages(tmp_path: Path) -> None:
-    store, runs = write_data(tmp_path / "store"), list(range(len(MODELS)))
-    check(spawn(2, on_rank, store, tmp_path, runs, pp=2), runs, store, tmp_path)
-    events = EventAccumulator(str(tmp_path / "2-0" / "tensorboard"))
+    check_all(2, 1, list(range(len(MODELS))), tmp_path)
+    events = EventAccumulator(str(tmp_path / "2-1" / "tensorboard"))
     events.Reload()
     assert "pipeline" in events.Tags()["images"]
 
@@ -96,8 +114,7 @@ def test_four_ranks(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Stages of tensor-parallel ranks."""
     if not request.config.getoption("full"):
         pytest.skip("only with --full: starts four ranks for one more run")
-    store = write_data(tmp_path / "store")
-    check(spawn(4, on_rank, store, tmp_path, [0], pp=2, tp=2), [0], store, tmp_path)
+    check_all(4, 2, [0], tmp_path)
 
 
 def test_create_graph_is_refused() -> None:
