@@ -19,4 +19,4 @@ python -m torch.distributed.run --standalone --nproc-per-node $((tensor * pipeli
   --parallel.tensor "$tensor" --parallel.pipeline "$pipeline" --parallel.data "$data" \
   --model.num_layers $((2 * pipeline)) --optim.accumulate_steps "$batches" \
   --data.max_atoms $((512 / batches)) --data.max_edges $((6000 / batches)) \
-  --optim.warmup_steps 5 --train.num_steps 40 --train.validate_every 20 --train.checkpoint_every 20 "$@"
+  --optim.warmup_steps 5 --train.num_steps 40 --train.validate_every 40 --train.checkpoint_every 20 "$@"
