@@ -28,7 +28,7 @@ class ShardedAverage:
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.decay > 0 else 0.0
         self.num_updates += 1
         for unit, shard in zip(self.optimizer.units, self.shards, strict=True):
-            shard.lerp_(unit.weight_shard, 1.0 - decay)
+            shard.lerp_(unit.weight_shard.to(shard.device), 1.0 - decay)
             self.optimizer.storage.release([shard])
 
     @contextlib.contextmanager

@@ -140,10 +140,8 @@ class ShardedAdamW(torch.optim.Optimizer):
         """Within the context the model has other weights, one shard per unit; then its own, bit for bit."""
         own = [unit.weight_shard.clone() for unit in self.units]
         self._set_weights(shards)
-        try:
-            yield
-        finally:
-            self._set_weights(own)
+        yield  # after an error nothing is put back: that takes all ranks, and the others know of none
+        self._set_weights(own)
 
     @torch.no_grad()
     def _set_weights(self, shards: Sequence[Tensor]) -> None:

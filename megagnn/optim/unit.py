@@ -159,7 +159,8 @@ class Unit:
         The tensors, which autograd may have saved, keep their storage object, and `gather` fills it again.
         """
         if self.stage == 3:
-            self.gather()  # a message under way writes into the storage
+            if self._coming is not None:
+                self.gather()  # a message under way writes into the storage
             self.full.untyped_storage().resize_(0)
             self.resident = False
 
@@ -233,11 +234,12 @@ class Unit:
         """AdamW on this rank's shard; `groups` are the optimizer's."""
         # The step runs where the state lies, which offloading may have put on the host.
         weights = self.param_shard.to(self.exp_avg.device)
+        grads = self.grad_shard.to(self.exp_avg.device)
         for run in self.runs():
             group, at = groups[run.group], slice(run.begin, run.end)
             adamw_(
                 weights[at],
-                self.grad_shard[at],
+                grads[at],
                 self.exp_avg[at],
                 self.exp_avg_sq[at],
                 None if self.master is None else self.master[at],

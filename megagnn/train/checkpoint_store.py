@@ -10,6 +10,7 @@ were killed are removed when the next run here begins.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -85,6 +86,8 @@ class CheckpointStore:
         self._buffers: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
+        self._last_step: int | None = None
+        """Of the last save of this run."""
 
     def clean(self) -> None:
         """Remove what killed saves left behind; at the beginning of a run."""
@@ -96,10 +99,16 @@ class CheckpointStore:
     ) -> None:
         """Begin to save what the pieces hold now; waits for the save before.
 
+        Of the step that was saved last, tensors are what they were: its manifest alone is replaced.
+
         Raises:
             OSError: that one failed, on any rank.
         """
         self.wait()
+        if progress.step == self._last_step:
+            self._say_again(progress)
+            return
+        self._last_step = progress.step
         parts = self._staged(share_of(pieces, self.context))
         state = random_state(self.context.device)
         parts |= whole_parts({f"random/{self.context.rank}/{name}": value for name, value in state.items()})
@@ -112,6 +121,20 @@ class CheckpointStore:
         else:
             self._run(job)
             self.wait()
+
+    def _say_again(self, progress: Progress) -> None:
+        """Another progress, such as a best loss, for the step that was saved last."""
+        if self.context.is_main:
+            folder = self.folder / folder_name(progress.step)
+            path = folder / checkpoint_manifest.NAME
+            manifest = parse_manifest(read_manifest(folder), path)
+            beside = path.with_name(f".{path.name}.tmp")
+            manifest = dataclasses.replace(manifest, progress=progress)
+            checkpoint_manifest.write_durably(beside, manifest.text())
+            os.replace(beside, path)
+            checkpoint_manifest.sync_folder(folder)
+            point_links(self.folder, progress)
+            rotate(self.folder, self.keep)
 
     def check(self) -> None:
         """Raises the error with which a save of this rank has failed meanwhile."""

@@ -19,6 +19,7 @@ from megagnn.optim.average import ShardedAverage
 from megagnn.optim.optimizer import WeightAverage, make_optimizer, make_sharded_optimizer, parameter_groups
 from megagnn.optim.sharded import ShardedAdamW
 from megagnn.optim.storage import DiskStorage
+from megagnn.optim.unit import Unit
 from megagnn.parallel.context import ParallelContext
 from tests.models.physics import STATISTICS, model_config
 
@@ -110,6 +111,14 @@ def test_stage_3_holds_nothing_between_steps() -> None:
     steps(model, optimizer, 2)
     assert all(p.untyped_storage().nbytes() == 0 for p in model.parameters())
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_of_stage_3_gathers_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Chain()
+    optimizer = make(model, 3)
+    steps(model, optimizer, 1)
+    monkeypatch.setattr(Unit, "start_gather", lambda self: pytest.fail("parameters were gathered"))
+    optimizer.step()
 
 
 def test_stage_3_holds_two_modules_at_most() -> None:

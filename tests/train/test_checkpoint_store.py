@@ -61,6 +61,29 @@ def test_the_last_and_the_best_of_each_stay(tmp_path: Path, example: FolderCheck
     assert entries(tmp_path) == ["best", "last", "step-00000005", "step-00000007", "step-00000008"]
 
 
+def test_the_same_step_again_replaces_the_manifest_alone(
+    tmp_path: Path, example: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that stops where a validation is due saves before and after it; a kill between loses nothing."""
+    store = CheckpointStore(tmp_path, ParallelContext(), keep=1)
+    save(store, example, 3)
+    store.wait()
+    files = {path: path.stat().st_ino for path in (tmp_path / "step-00000003").glob("*.safetensors")}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_store.os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(store, example, 3, best=3)
+    assert load_checkpoint(tmp_path / "last").progress.best_step is None  # the old one, whole
+    save(store, example, 3, best=3)
+    store.wait()
+    assert load_checkpoint(tmp_path / "best").progress.best_step == 3
+    assert {path: path.stat().st_ino for path in (tmp_path / "step-00000003").glob("*.safetensors")} == files
+
+
 def test_what_is_saved_is_what_was_there(
     tmp_path: Path, example: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
