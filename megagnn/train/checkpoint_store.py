@@ -147,6 +147,7 @@ class CheckpointStore:
         own, self._error = self._error, None
         for error in all_gather_objects(None if own is None else str(own), self.context):
             if error is not None:
+                self._last_step = None  # it was not written
                 raise OSError(error) from own
 
     def __enter__(self) -> CheckpointStore:
