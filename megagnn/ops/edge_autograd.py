@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import edge_reference
-from megagnn.ops.edge_runner import SERIAL, Call, EdgeRunner
+from megagnn.ops.edge_runner import SERIAL, Call, EdgeRunner, check_types
 from megagnn.ops.edge_types import NUM_INPUTS, EdgeGraph, EdgeSpec, EdgeWeights
 from megagnn.ops.recompute import current_tape
 
 
 def apply(runner: EdgeRunner, call: Call) -> tuple[Tensor | None, ...]:
     """sum and vec, and of pairs their tangents, of a call whose tensors autograd watches."""
+    check_types(call)
     graph, spec, pair, tensors = call
     return _EdgeMessage.apply(runner, graph, spec, pair, *map(_non_leaf, tensors))
 

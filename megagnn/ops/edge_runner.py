@@ -5,7 +5,7 @@ value and tangent; `ops.edge_autograd` makes a function of it that can be differ
 The runners that divide the work over tensor-parallel ranks are in megagnn/tensor_parallel.
 
 [Note: types] p, q, sum and the weights are of one type, r, f and vec of another, as wide or wider. The
-kernels know one: float64 where p is, else float32 (`edge_type`). So a runner widens bfloat16, or narrows
+kernels know one: float64 where p is, else float32 (`edge_type`); the centres have it. So a runner widens bfloat16, or narrows
 float64 geometry beside float32, for as long as it runs; what is kept for the backward has the type of p, and
 every result and gradient that of what it belongs to.
 """
@@ -30,11 +30,17 @@ from megagnn.ops.edge_types import (
     NUM_WEIGHTS,
     EdgeGraph,
     EdgeSpec,
+    EdgeWeights,
 )
 
 _OPS = torch.ops.megagnn
 
 Tensors = Sequence[Tensor | None]
+
+_INPUTS = ("p", "q", "r", "f")
+_TANGENTS = tuple(f"tangent of {name}" for name in _INPUTS)
+# What has the type of r, not of p.
+_GEOMETRY = ("r", "f", "tangent of r", "tangent of f")
 
 
 class Call(NamedTuple):
@@ -62,6 +68,28 @@ class EdgeRunner(Protocol):
         of the weights, will be used.
         """
         ...
+
+
+def check_types(call: Call) -> None:
+    """RuntimeError, with the tensor's name, for types that [Note: types] does not have."""
+    p_NH, r_E3 = call.tensors[0], call.tensors[2]
+    assert p_NH is not None
+    assert r_E3 is not None
+    narrow, wide = p_NH.dtype, r_E3.dtype
+    if torch.promote_types(narrow, wide) != wide:
+        raise RuntimeError(
+            f"edge_message (compiled): r must have the type of p, {narrow}, or a wider one, got {wide}"
+        )
+    names = (*_INPUTS, *(_TANGENTS if call.pair else ()), *EdgeWeights._fields)
+    for name, tensor in zip(names, call.tensors, strict=True):
+        owner, kind = ("r", wide) if name in _GEOMETRY else ("p", narrow)
+        if name == "centres_R":
+            owner, kind = "the kernels", edge_type(p_NH)
+        if tensor is not None and tensor.dtype != kind:
+            raise RuntimeError(
+                f"edge_message (compiled): {name.split('_')[0]} must have the type of {owner}, {kind}, "
+                f"got {tensor.dtype}"
+            )
 
 
 def has_kernels(values: Tensor) -> bool:

@@ -220,15 +220,14 @@ WEIGHTS = {"centres": 0, "w1c": 1, "w2": 2, "b2": 3, "w3": 4, "b3": 5, "w4": 6, 
 @compiled
 @pytest.mark.parametrize("name", [*list(INPUTS)[1:], *list(WEIGHTS)])
 def test_wrong_type(name: str) -> None:
-    """The type is that of p, the first one."""
+    """The type is that of p or, of what belongs to edges, of r, which must not be narrower."""
     case = random_case()
     inputs: Any = [t.float() if k == INPUTS.get(name) else t for k, t in enumerate(case.inputs)]  # type: ignore[union-attr]
     weights = EdgeWeights(
         *[t.float() if k == WEIGHTS.get(name) else t for k, t in enumerate(case.weights)]  # type: ignore[union-attr,arg-type]
     )
-    with pytest.raises(
-        RuntimeError, match=rf"edge_message \(compiled\): {name} must .*type Double, got .*Float"
-    ):
+    message = rf"edge_message \(compiled\): {name} must have the type of .*float64.* got .*float32"
+    with pytest.raises(RuntimeError, match=message):
         edge_message(*inputs, weights, case.graph, EdgeSpec())
 
 

@@ -120,7 +120,7 @@ class PeerEGNN(nn.Module):
         self.head = nn.Sequential(
             nn.RMSNorm(width, eps=1e-6), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1)
         )
-        self.to(ours.dtype)
+        self.to(ours.precision.parameters)
         self.load_state_dict(concatenated(dict(ours.named_parameters())))
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
