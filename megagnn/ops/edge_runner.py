@@ -5,9 +5,9 @@ value and tangent; `ops.edge_autograd` makes a function of it that can be differ
 The runners that divide the work over tensor-parallel ranks are in megagnn/tensor_parallel.
 
 [Note: types] p, q, sum and the weights are of one type, r, f and vec of another, as wide or wider. The
-kernels know one: float64 where p is, else float32 (`edge_type`); the centres have it. So a runner widens bfloat16, or narrows
-float64 geometry beside float32, for as long as it runs; what is kept for the backward has the type of p, and
-every result and gradient that of what it belongs to.
+kernels know one, which the centres have: float64 where p is, else float32 (`edge_type`). So a runner widens
+bfloat16, or narrows float64 geometry beside float32, for as long as it runs; what is kept for the backward
+has the type of p, and every result and gradient that of what it belongs to.
 """
 
 from __future__ import annotations
