@@ -9,7 +9,8 @@ from pathlib import Path
 
 import megagnn
 from megagnn.scaling.analysis import Analysis, analyse
-from megagnn.scaling.figures import Drawn, draw_all
+from megagnn.scaling.drawing import Drawn, save_figures, write_tensorboard
+from megagnn.scaling.figures import draw_all
 from megagnn.scaling.fit_command import add_selection, describe, options_of
 from megagnn.scaling.records import read_records
 
@@ -105,26 +106,3 @@ def _table(analysis: Analysis) -> str:
         )
         rows.append("<tr>" + "".join(f"<td>{v}</td>" for v in values) + "</tr>")
     return f"<table>{''.join(rows)}</table>"
-
-
-def save_figures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """PNG and PDF of each figure that there is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for one in drawn:
-        if one.figure is None:
-            continue
-        for suffix in ("png", "pdf"):
-            paths.append(folder / f"{one.name}.{suffix}")
-            one.figure.savefig(paths[-1], dpi=200)
-    return paths
-
-
-def write_tensorboard(drawn: Sequence[Drawn], folder: Path) -> None:
-    """The figures as images."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for one in drawn:
-            if one.figure is not None:
-                writer.add_figure(f"scaling/{one.name}", one.figure, close=False)
