@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -88,13 +87,11 @@ class ShardedAdamW(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("ShardedAdamW: closures are not supported; call the backward before step()")
         self.num_steps += 1
-        coming: deque[messages.Pending] = deque()
+        coming: list[messages.Pending] = []
         for unit in self._streamed():
             unit.update(self.param_groups, self.num_steps, grad_scale)
             coming.append(unit.weights_changed())
-            if len(coming) > 1:
-                coming.popleft().wait()
-        for pending in coming:
+        for pending in coming:  # they arrive where they belong: waiting earlier would save no memory
             pending.wait()
 
     def _streamed(self) -> Iterator[Unit]:

@@ -121,28 +121,30 @@ class ShardedReducer:
     @torch.no_grad()
     def _send(self, unit: Unit) -> None:
         fresh, unit.fresh = unit.fresh, False
-        grad = unit.grad
-        if grad is None:  # nothing arrived: zeros, as on ranks that have something
-            grad = torch.zeros(unit.layout.size, dtype=unit.state_dtype, device=unit.device)
-        rows = grad.view(unit.num_shards, unit.shard_size)
+        rows = unit.rows_to_send()
         if self.context.dp_size == 1:
-            if self.stage >= 2:
-                unit.take_reduced(slice(0, unit.shard_size), rows[0], fresh)
+            unit.take_reduced(slice(0, unit.shard_size), rows[0], fresh)
         else:
-            chunk = max(1, self.bucket_bytes // MESSAGES_UNDER_WAY // grad.element_size() // rows.shape[0])
+            chunk = max(1, self._message_bytes // rows.element_size() // rows.shape[0])
             for columns in unit.columns(chunk):
                 self._launch(unit, columns, rows[:, columns], fresh)
-        if self.stage >= 2:
-            unit.grad, unit.grad_views = None, []
+        unit.let_gradients_go()
+
+    @property
+    def _message_bytes(self) -> int:
+        return self.bucket_bytes if self.stage == 0 else self.bucket_bytes // 2
 
     def _launch(self, unit: Unit, columns: slice, rows: Tensor, fresh: bool) -> None:
-        while len(self._under_way) >= MESSAGES_UNDER_WAY:
-            self._collect()
-        if self.stage == 0:
+        if self.stage == 0:  # in place: it takes no memory, however many are under way
             pending = messages.start_all_reduce(rows, self.context, "dp")
             self._under_way.append((lambda _: None, pending))
             return
-        pending = messages.start_reduce_scatter(rows.contiguous(), self.context, "dp")
+        while len(self._under_way) >= MESSAGES_UNDER_WAY:
+            self._collect()
+        packed = (
+            rows if self.stage == 1 else rows.contiguous()
+        )  # the unit's gradients are gone before they left
+        pending = messages.start_sum_rows(packed, self.context, "dp")
         self._under_way.append((lambda values: unit.take_reduced(columns, values, fresh), pending))
 
     @torch.no_grad()

@@ -105,6 +105,8 @@ class Unit:
             self.master.copy_(self.full[self.shard])
         self.grad: Tensor | None = None
         """Gradients of the whole unit: always there in stages 0 and 1, else while they arrive."""
+        self._arrived: set[int] = set()
+        """Members of which `grad` holds something of this step; of the others what it holds is old."""
         if self.stage < 2:
             self.grad = torch.zeros(self.layout.size, dtype=self.state_dtype, device=self.device)
             self.grad_shard = self.grad[self.shard]
@@ -179,14 +181,12 @@ class Unit:
     def zero_grad(self) -> None:
         """Begins a step."""
         self.fresh = True
-        if self.stage < 2:
-            assert self.grad is not None
-            self.grad.zero_()
-        for index, member in enumerate(self.members):
-            member.parameter.grad = self._home(index)
+        self._arrived.clear()
+        for member in self.members:
+            member.parameter.grad = None
 
     def _home(self, index: int) -> Tensor | None:
-        """Where autograd may add to at once."""
+        """Where autograd may add to at once, from a step's second backward on."""
         return self.grad_views[index] if self.stage < 2 and self.state_dtype == self.dtype else None
 
     @torch.no_grad()
@@ -195,25 +195,52 @@ class Unit:
         parameter = self.members[index].parameter
         if parameter.grad is None or parameter.grad is self._home(index):
             return
+        self._make_grad()
+        if index in self._arrived:
+            self.grad_views[index].add_(parameter.grad)
+        else:
+            self.grad_views[index].copy_(parameter.grad)
+        self._arrived.add(index)
+        parameter.grad = self._home(index)
+
+    def _make_grad(self) -> Tensor:
         if self.grad is None:
             self.grad = torch.zeros(self.layout.size, dtype=self.state_dtype, device=self.device)
             self.grad_views = self.layout.views(self.grad)
-        self.grad_views[index].add_(parameter.grad)
-        parameter.grad = self._home(index)
+        return self.grad
+
+    @torch.no_grad()
+    def rows_to_send(self) -> Tensor:
+        """Gradients, (shards, elements of a shard); what has not arrived is zero, as on ranks that have it."""
+        grad = self._make_grad()
+        for index in set(range(len(self.members))) - self._arrived:
+            self.grad_views[index].zero_()
+            self.members[index].parameter.grad = self._home(index)
+        return grad.view(self.num_shards, self.shard_size)
+
+    def let_gradients_go(self) -> None:
+        """Stages 2 and 3: what was sent is kept no longer."""
+        if self.stage >= 2:
+            self.grad, self.grad_views = None, []
+            self._arrived.clear()
 
     def columns(self, chunk: int) -> list[slice]:
         """The shard in runs of at most `chunk` elements: each travels in a message of its own."""
         return [slice(a, min(a + chunk, self.shard_size)) for a in range(0, self.shard_size, chunk)]
 
     def take_reduced(self, columns: slice, values: Tensor, fresh: bool) -> None:
-        """Sums over the data-parallel ranks for a part of this rank's shard; `fresh`: the step's first."""
+        """Sums over the data-parallel ranks for a part of this rank's shard; `fresh`: the step's first.
+
+        In stage 1 they are there already.
+        """
+        if self.stage < 2:
+            return
         own = self.grad_shard[columns]
-        if fresh or self.stage < 2:
+        if fresh:
             own.copy_(values)
         else:
             own.add_(values)
-        if self.stage >= 2:
-            self.storage.release([self.grad_shard])
+        self.storage.release([self.grad_shard])
 
     # Step
 

@@ -79,6 +79,8 @@ def start_all_gather(tensor: Tensor, context: ParallelContext, axis: str) -> Pen
     return Pending(work, lambda: out)
 
 
+_SUM_TAG = 1  # other messages between two ranks have 0, and need not be in one order with these
+
 # The names without `_single` are deprecated since PyTorch 2.13.
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -111,6 +113,46 @@ def start_fill_rows(rows: Tensor, context: ParallelContext, axis: str) -> Pendin
         for each in works:
             each.wait()
         return rows
+
+    return Pending(None, finish)
+
+
+def start_sum_rows(rows: Tensor, context: ParallelContext, axis: str) -> Pending:
+    """Row r becomes the sum over ranks on rank r, in place: (ranks, n), rows that each lie in one piece.
+
+    A reduce-scatter that needs no memory but for what arrives: rows leave from where they are, and must not
+    be written before the result is there. The result is this rank's row; the others are as they were. Over
+    gloo point to point, added up in the ranks' order: no bit depends on how the whole is cut into messages.
+    """
+    ranks, rank = context.size(axis), getattr(context, f"{axis}_rank")
+    if rows.ndim != 2 or rows.shape[0] != ranks:
+        raise ValueError(f"sum_rows needs one row per rank, ({ranks}, n), got {tuple(rows.shape)}")
+    check_contiguous("sum_rows", rows[rank])
+    if ranks == 1 or rows.numel() == 0:
+        return done(rows[rank])
+    _count(context, axis, "reduce_scatter", rows.numel(), 1, rows.element_size())
+    group = context.group(axis)
+    if dist.get_backend(group) != "gloo":
+        stacked, out = rows.contiguous(), torch.empty_like(rows[rank])
+        work = _scatter_sum(out, stacked.view(-1), op=dist.ReduceOp.SUM, group=group, async_op=True)
+        return Pending(work, lambda: rows[rank].copy_(out))
+    arriving = iter(rows.new_empty(ranks - 1, rows.shape[1]))
+    others = {source: next(arriving) for source in range(ranks) if source != rank}
+    works: list[Any] = []
+    for shift in range(1, ranks):
+        to, source = (rank + shift) % ranks, (rank - shift) % ranks
+        works.append(dist.isend(rows[to], group=group, group_dst=to, tag=_SUM_TAG))
+        works.append(dist.irecv(others[source], group=group, group_src=source, tag=_SUM_TAG))
+
+    def finish() -> Tensor:
+        for each in works:
+            each.wait()
+        own, before = rows[rank], [others[source] for source in range(rank)]
+        for row in before[1:]:
+            before[0].add_(row)
+        for row in before[:1] + [others[source] for source in range(rank + 1, ranks)]:
+            own.add_(row)
+        return own
 
     return Pending(None, finish)
 
