@@ -141,10 +141,8 @@ class ShardedReducer:
             return
         while len(self._under_way) >= MESSAGES_UNDER_WAY:
             self._collect()
-        packed = (
-            rows if self.stage == 1 else rows.contiguous()
-        )  # the unit's gradients are gone before they left
-        pending = messages.start_sum_rows(packed, self.context, "dp")
+        leaving = rows if self.stage == 1 else rows.contiguous()  # the unit lets them go at once
+        pending = messages.start_sum_rows(leaving, self.context, "dp")
         self._under_way.append((lambda values: unit.take_reduced(columns, values, fresh), pending))
 
     @torch.no_grad()

@@ -211,7 +211,7 @@ class Unit:
 
     @torch.no_grad()
     def rows_to_send(self) -> Tensor:
-        """Gradients, (shards, elements of a shard); what has not arrived is zero, as on ranks that have it."""
+        """Gradients, (shards, elements of a shard); what has not arrived is zero."""
         grad = self._make_grad()
         for index in set(range(len(self.members))) - self._arrived:
             self.grad_views[index].zero_()

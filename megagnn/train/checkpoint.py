@@ -27,7 +27,7 @@ from megagnn.optim.pieces import whole_slice
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
 from megagnn.tensor_parallel.cost import PlanChoice
-from megagnn.train.checkpoint_folder import FolderCheckpoint, open_folder
+from megagnn.train.checkpoint_folder import FolderCheckpoint, follow, open_folder
 from megagnn.train.checkpoint_manifest import NAME as MANIFEST
 from megagnn.train.checkpoint_manifest import write_tensors
 from megagnn.train.progress import FORMAT, VERSION, Progress
@@ -87,8 +87,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint | FolderCheckpoint:
         FileNotFoundError: no such file.
     """
     path = Path(path)
-    if path.is_dir():
-        if not (path / MANIFEST).exists():
+    if follow(path).is_dir():
+        if not (follow(path) / MANIFEST).exists():
             raise ValueError(
                 f"{path} is a folder, not a checkpoint; did you mean {path / 'best'} or "
                 f"{path / 'checkpoints' / 'best'}?"
@@ -114,11 +114,11 @@ def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpo
 def _while_it_stays(path: Path, read: Callable[[Path], T]) -> T:
     """What is read of a folder; again, if `path` is a link to another by the time that one cannot be read."""
     while True:
-        target = path.resolve()
+        target = follow(path)
         try:
             return read(target)
         except ValueError:
-            if path.resolve() == target:
+            if follow(path) == target:
                 raise
 
 

@@ -20,6 +20,8 @@ from megagnn.train.checkpoint_manifest import NAME, Manifest, complaints, parse_
 from megagnn.train.progress import Progress
 from megagnn.train.random_state import set_random_state
 
+LINKS = ("last", "best")
+_LONGEST_NAME = 64
 _STEP = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,}|last|best)\..*\.(tmp|old)")
 
@@ -131,13 +133,25 @@ def remove_folder(path: Path) -> None:
 
 def point_links(folder: Path, progress: Progress) -> None:
     """`last` and `best` to what the newest checkpoint says they are; each changes in one go."""
-    for link, step in (("last", progress.step), ("best", progress.best_step)):
+    for link, step in zip(LINKS, (progress.step, progress.best_step), strict=True):
         if step is None or not (folder / folder_name(step)).is_dir():
             continue
         beside = folder / f".{link}.{os.getpid()}.tmp"
         beside.unlink(missing_ok=True)
-        beside.symlink_to(folder_name(step))
+        try:
+            beside.symlink_to(folder_name(step))
+        except OSError:  # a file system without links: a file that says the name
+            beside.write_text(folder_name(step) + "\n")
         os.replace(beside, folder / link)
+
+
+def follow(path: Path) -> Path:
+    """Where a link leads, or a file in a link's place (`point_links`)."""
+    path = path.resolve()
+    if path.name in LINKS and path.is_file():
+        name = path.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
+        return path.with_name(name) if _STEP.fullmatch(name) else path
+    return path
 
 
 def rotate(folder: Path, keep: int) -> None:

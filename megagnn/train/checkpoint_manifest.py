@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -145,10 +146,13 @@ def sha256_of(path: Path) -> str:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file and wait until it is on the disk."""
+    """Write a safetensors file and wait until it is on the disk; raises OSError."""
     path.touch()
     mode = path.stat().st_mode  # others may read what the umask lets them, which safetensors does not
-    save_file(tensors, path, metadata)
+    try:
+        save_file(tensors, path, metadata)
+    except SafetensorError as error:  # its own word for what the system refused, such as a full disk
+        raise OSError(f"{path} cannot be written ({error}); is there room on the disk?") from None
     os.chmod(path, mode)
     with open(path, "rb") as file:
         os.fsync(file.fileno())

@@ -239,8 +239,7 @@ class CheckpointStore:
             text = f"checkpoint {job.final} was not written: {self.context}: {error}"
             self._error = OSError(text)
             self._error.__cause__ = error
-            with contextlib.suppress(OSError):
-                _leave(marker, {"error": text})
+            _leave_word(marker, text)
 
     def _commit(self, job: _Job) -> None:
         tensors: dict[str, TensorEntry] = {}
@@ -272,6 +271,10 @@ class CheckpointStore:
                     found[name] = json.loads((folder / f"{name}.json").read_text())
                     if "error" in found[name]:
                         raise _OtherRankError(found[name]["error"])
+                if (folder / f"{name}.failed").exists():
+                    raise _OtherRankError(
+                        f"checkpoint files of {name} in {folder} were not written; {name} says why"
+                    )
             if len(found) < len(names):
                 if time.monotonic() > deadline:
                     missing = [name for name in names if name not in found]
@@ -311,6 +314,24 @@ def _leave(marker: Path, content: dict[str, Any]) -> None:
     beside = marker.with_suffix(".part")
     beside.write_text(json.dumps(content))
     os.replace(beside, marker)
+
+
+def _leave_word(marker: Path, text: str) -> None:
+    """Of a failure, so that no rank waits for this one; on a full disk, too.
+
+    What was written goes, which makes room. Where there is still none, a name says it: to change one takes no
+    room.
+    """
+    data = marker.with_suffix(".safetensors")
+    with contextlib.suppress(OSError):
+        if data.exists():
+            os.truncate(data, 0)
+        _leave(marker, {"error": text})
+        return
+    for present in (data, marker.with_suffix(".part")):
+        with contextlib.suppress(OSError):
+            os.replace(present, marker.with_suffix(".failed"))
+            return
 
 
 def _set_aside(damaged: list[tuple[Path, str]], used: Path) -> None:

@@ -11,6 +11,7 @@ from megagnn.parallel.elastic import launch_identity
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.checkpoint_folder import checkpoint_steps
+from megagnn.train.run_lock import locked
 from megagnn.train.trainer import Trainer
 
 # Of a run that a user's Ctrl-C stopped, so that a script does not go on. After SIGTERM and SIGUSR1 it is 0,
@@ -32,7 +33,10 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(arguments.config, overrides)
     train, chosen = config.train, {"--resume": arguments.resume, "--overwrite": arguments.overwrite}
     fingerprint = {**flat_config(config), **chosen}
-    with parallel_context(train.device, train.threads, config.parallel, fingerprint) as context:
+    with (
+        parallel_context(train.device, train.threads, config.parallel, fingerprint) as context,
+        locked(Path(config.out_dir), context),
+    ):
         launch = Launch(Path(config.out_dir), context)
         resume, overwrite = (True, False) if launch.again else (arguments.resume, arguments.overwrite)
         resume = _may_train(config, context, resume, overwrite)

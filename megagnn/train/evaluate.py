@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,8 @@ class Evaluation:
     """{source: metrics}, see `ErrorSums.per_source`."""
     loss: float
     """The loss over the whole split, as one batch would give it (nan without a loss)."""
+    complete: bool = True
+    """False where it was stopped; then there are no numbers."""
 
 
 def evaluate(
@@ -40,6 +43,7 @@ def evaluate(
     loss: Loss | None = None,
     progress: bool = False,
     parity: ParityPoints | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Errors over all structures of a loader, summed over ranks; the same on every rank.
 
@@ -47,6 +51,7 @@ def evaluate(
         loss: also evaluate this loss.
         progress: show a progress bar.
         parity: also collect points for a parity plot.
+        stop: asked before every batch whether to give up; the same on all ranks.
     """
     sums = ErrorSums(potential, context)
     # loss terms times their counts, and the counts, so that batches of unequal size add up exactly
@@ -57,6 +62,8 @@ def evaluate(
             batches, total=len(loader.sampler.batches(0)), desc="evaluate", unit="batch", file=sys.stderr
         )
     for batch in batches:
+        if stop():
+            return Evaluation({}, float("nan"), complete=False)
         with torch.no_grad():
             outputs = potential(batch)
             sums.add(outputs, batch)

@@ -33,3 +33,5 @@ class Progress:
     """Bad steps since the last good one."""
     skipped_steps: int = 0
     """Bad steps in all."""
+    validation_due: bool = False
+    """Whether a signal left no time for the validation of this step: a resumed run begins with it."""

@@ -1,4 +1,5 @@
-"""SIGTERM, SIGUSR1 and SIGINT: a wish to stop, which the trainer grants at the end of a step.
+"""SIGTERM, SIGUSR1 and SIGINT: a wish to stop, which the trainer grants at the end of a step, or of a
+batch of a validation.
 
 The ranks agree on it there (`train.bad_steps.judge`), so that all stop at the same step, whichever of them
 the signal reached. Who wants an end at once signals again.

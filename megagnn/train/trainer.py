@@ -170,26 +170,33 @@ class Trainer:
         ):
             monitor.say(self._summary())
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
-            for batches in self._batches():
+            stop = self.progress.validation_due and self._after_step(False, monitor, signals)
+            for batches in () if stop else self._batches():
                 stop = self._step(batches, monitor, signals)
                 self.checkpoints.check()
-                step, best = self.progress.step, False
-                done = step == train.num_steps
-                if step % train.validate_every == 0 or done:
-                    if stop:  # at once: a validation may take longer than we are given
-                        self._save()
-                        self.checkpoints.wait()
-                    best = self._validate(monitor)
-                if step % train.checkpoint_every == 0 or best or done or stop:
-                    self._save()
-                    monitor.restart_clock()
-                if done:
-                    self._finish(monitor)
-                    return ""
-                if stop:
-                    self.checkpoints.wait()
-                    return signals.received or "a signal to another rank"
+                if stop := self._after_step(stop, monitor, signals):
+                    break
+            if stop:
+                self.checkpoints.wait()
+                return signals.received or "a signal to another rank"
         return ""
+
+    def _after_step(self, stop: bool, monitor: Monitor, signals: StopSignals) -> bool:
+        """Validation and checkpoint, where they are due; whether to stop. A validation for which a signal
+        leaves no time is the first that a resumed run does, so that both end alike."""
+        step, train, best = self.progress.step, self.config.train, False
+        done = step == train.num_steps
+        if step % train.validate_every == 0 or done:
+            self.progress = dataclasses.replace(self.progress, validation_due=False)
+            if not stop:
+                best, stop = self._validate(monitor, signals)
+            self.progress = dataclasses.replace(self.progress, validation_due=stop)
+        if step % train.checkpoint_every == 0 or best or done or stop:
+            self._save()
+            monitor.restart_clock()
+        if done and not stop:
+            self._finish(monitor)
+        return stop
 
     def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
         """This rank's batches of each step from where the run stands, through as many epochs as needed."""
@@ -269,13 +276,23 @@ class Trainer:
         )
         monitor.log_throughput(self.progress.step)
 
-    def _validate(self, monitor: Monitor) -> bool:
-        """Whether the loss is the lowest so far, the same on all ranks."""
+    def _validate(self, monitor: Monitor, signals: StopSignals) -> tuple[bool, bool]:
+        """Whether the loss is the lowest so far, and whether a signal ended it before it was known; the same
+        on all ranks."""
         start = time.perf_counter()
         done = self.progress.step == self.config.train.num_steps
         self.parity = ParityPoints(self.potential, self.context) if done else None
         with self.average.applied():
-            result = evaluate(self.potential, self.valid, self.context, self.loss, parity=self.parity)
+            result = evaluate(
+                self.potential,
+                self.valid,
+                self.context,
+                self.loss,
+                parity=self.parity,
+                stop=lambda: sum_over_ranks([bool(signals.received)], self.context)[0] > 0,
+            )
+        if not result.complete:
+            return False, True
         scalars = {"loss/valid": result.loss}
         for source, metrics in result.per_source.items():
             scalars |= {
@@ -300,7 +317,7 @@ class Trainer:
             self.progress = dataclasses.replace(
                 self.progress, best_loss=result.loss, best_step=self.progress.step
             )
-        return best
+        return best, False
 
     def _finish(self, monitor: Monitor) -> None:
         """The best weights as one file; the parity plot of the last validation, a pipeline's last step."""

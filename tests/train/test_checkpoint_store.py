@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import resource
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megagnn.optim.pieces import Piece
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import ParameterLayout
 from megagnn.train import checkpoint_folder, checkpoint_storage, checkpoint_store
-from megagnn.train.checkpoint import load_checkpoint
+from megagnn.train.checkpoint import load_checkpoint, save_checkpoint
 from megagnn.train.checkpoint_folder import FolderCheckpoint, open_folder, remove_folder
 from megagnn.train.checkpoint_store import CheckpointStore
 from megagnn.train.progress import Progress
@@ -317,3 +318,67 @@ def test_files_can_be_read_by_others(tmp_path: Path, example: FolderCheckpoint) 
     assert weights.stat().st_mode == plain.stat().st_mode
     save_file({"x": torch.ones(1)}, plain)
     assert weights.stat().st_mode != plain.stat().st_mode, "safetensors by itself lets only us"
+
+
+def test_a_file_system_without_links(
+    tmp_path: Path, example: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are in small files, which change in one go, too."""
+
+    def refused(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    store = CheckpointStore(tmp_path, ParallelContext(), keep=1)
+    for step, best in [(1, 1), (2, 1), (3, 3)]:
+        save(store, example, step, best)
+        store.wait()
+        assert (tmp_path / "last").is_file()
+        assert load_checkpoint(tmp_path / "last").progress.step == step
+        assert load_checkpoint(tmp_path / "best").progress.step == best
+    (tmp_path / "last").write_text("../elsewhere\n")
+    with pytest.raises(ValueError, match="last is truncated or not a safetensors file"):
+        load_checkpoint(tmp_path / "last")
+
+
+def test_a_failed_rank_is_not_waited_for(
+    tmp_path: Path, example: FolderCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the disk has no room for a word about it."""
+    store, marker = CheckpointStore(tmp_path, ParallelContext()), tmp_path / "rank-00000.json"
+    monkeypatch.setattr(checkpoint_store, "WAIT_SECONDS", 0.1)
+    with pytest.raises(TimeoutError, match="1 of the ranks have not written"):
+        store._markers(tmp_path)
+    data = marker.with_suffix(".safetensors")
+    data.write_bytes(bytes(1000))
+    checkpoint_store._leave_word(marker, "no room")
+    assert data.stat().st_size == 0, "what was written makes room"
+    with pytest.raises(OSError, match="no room"):
+        store._markers(tmp_path)
+    marker.unlink()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_store, "_leave", full)
+    checkpoint_store._leave_word(marker, "no room")
+    with pytest.raises(OSError, match=r"files of rank-00000 in .* were not written"):
+        store._markers(tmp_path)
+
+
+def test_a_disk_without_room(tmp_path: Path, example: FolderCheckpoint) -> None:
+    """A limit on the size of files stands for it; the error is the system's, and not the library's own."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+        with pytest.raises(OSError, match=r"out\.safetensors\.\d+\.tmp cannot be written .*is there room"):
+            save_checkpoint(
+                tmp_path / "out.safetensors",
+                example.config,
+                example.statistics,
+                Progress(),
+                {"model/weight": torch.zeros(2000)},
+            )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert entries(tmp_path) == []

@@ -55,17 +55,54 @@ def test_stop_save_and_resume(
     assert load_checkpoint(last).progress.step == stop
     assert runs.train(store, tmp_path / "parts", *SHORT, "--resume") == 0
     assert runs.train(store, tmp_path / "whole", *SHORT) == 0
+    same_end(tmp_path)
+
+
+def same_end(folder: Path) -> None:
+    """Of the run in parts and of the whole one."""
     for kind in ("last", "best"):
-        a, b = (load_checkpoint(tmp_path / d / "checkpoints" / kind, EVERYTHING) for d in ("parts", "whole"))
+        a, b = (load_checkpoint(folder / d / "checkpoints" / kind, EVERYTHING) for d in ("parts", "whole"))
         assert a.progress == b.progress
         assert all(torch.equal(a.tensors[key], tensor) for key, tensor in b.tensors.items())
 
 
-def test_a_finished_run_has_not_been_stopped(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("step", [6, 12])
+def test_a_validation_is_broken_off_and_done_by_the_resumed_run(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    step: int,
 ) -> None:
-    assert interrupted(store, tmp_path / "run", monkeypatch, 12, "SIGTERM") == 0
+    """Also the one at the end; were it left out, the resumed run would have another best checkpoint."""
+    from megagnn.models.potential import Potential
+    from megagnn.train.trainer import Trainer
+
+    seen, validate, forward = [], Trainer._validate, Potential.forward
+
+    def signalled(self: Potential, batch: dict[str, torch.Tensor]) -> object:
+        seen.append(batch)
+        signal.raise_signal(signal.SIGTERM)
+        return forward(self, batch)
+
+    def watched(self: Trainer, *arguments: object) -> object:
+        with monkeypatch.context() as patch:
+            if self.progress.step == step:
+                patch.setattr(Potential, "forward", signalled)
+            return validate(self, *arguments)  # type: ignore[arg-type]
+
+    small = (*SHORT, "--data.max_atoms", "40")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_validate", watched)
+        assert runs.train(store, tmp_path / "parts", *small) == 0
+    assert len(seen) == 1, "the second batch is not begun"
+    assert f"stopped by SIGTERM after step {step} of 12" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "parts/checkpoints/last").progress.validation_due
+    assert runs.train(store, tmp_path / "parts", *small, "--resume") == 0
     assert "best checkpoint: " in capsys.readouterr().out
+    assert (tmp_path / "parts/checkpoints/best.safetensors").exists()
+    assert runs.train(store, tmp_path / "whole", *small) == 0
+    same_end(tmp_path)
 
 
 def test_a_second_signal_is_the_former_handler_s(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,62 @@
+"""One run at a time in a folder."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import broadcast_object
+
+NAME = "lock"
+PATIENCE_SECONDS = 5.0
+"""That the processes of a run that was killed may take to be gone."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, context: ParallelContext) -> Iterator[None]:
+    """The folder is this run's: the main rank holds the lock, which goes with its process, however that ends.
+
+    A POSIX lock and not flock's, for those go on in the processes that read data, which outlive a killed
+    rank by seconds. Where the file system knows no locks, a warning is all.
+
+    Raises:
+        ValueError: another run holds it; on all ranks.
+    """
+    with contextlib.ExitStack() as stack:
+        complaint = ""
+        if context.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(folder / NAME, "a+"))
+            complaint = _take(file.fileno(), folder)
+        complaint = broadcast_object(complaint, context)
+        if complaint:
+            raise ValueError(complaint)
+        yield
+
+
+def _take(number: int, folder: Path) -> str:
+    """What is in the way; empty if nothing is."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # POSIX allows either for a lock that is held
+            if time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            holder = os.pread(number, 200, 0).decode(errors="replace").strip() or "another process"
+            return (
+                f"another run is at work in {folder} ({holder}); wait for it, stop it, or choose another "
+                "folder with --out_dir DIR"
+            )
+        except OSError as error:
+            print(f"warning: {folder} cannot be locked ({error}): start no second run in it", file=sys.stderr)
+            return ""
+        os.ftruncate(number, 0)
+        os.write(number, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return ""
