@@ -174,7 +174,8 @@ class Trainer:
             for batches in () if stop else self._batches():
                 stop = self._step(batches, monitor, signals)
                 self.checkpoints.check()
-                if stop := self._after_step(stop, monitor, signals):
+                stop = self._after_step(stop, monitor, signals)
+                if stop or self.progress.step == train.num_steps:
                     break
             if stop:
                 self.checkpoints.wait()
