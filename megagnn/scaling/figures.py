@@ -91,7 +91,9 @@ def loss_against_data(analysis: Analysis) -> Drawn:
 def depth_against_width(analysis: Analysis) -> Drawn:
     """Loss against width for each depth, at the data size that most (width, depth) pairs share."""
     name, title = "depth-width", "Depth against width at fixed data"
-    records, data, losses = analysis.records, analysis.data(), analysis.losses()
+    records = [*analysis.records, *analysis.other_depths]
+    data = np.array([float(getattr(r, analysis.options.data_unit)) for r in records])
+    losses = np.array([r.losses[analysis.loss][0] for r in records])
     shapes = {
         d: {(r.width, r.depth) for r, x in zip(records, data, strict=True) if x == d} for d in set(data)
     }

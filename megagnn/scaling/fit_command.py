@@ -46,6 +46,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", metavar="NAME", help="which loss (default: the first that all runs have)")
     parser.add_argument("--recipe", metavar="NAME", help="which runs, where there are several recipes")
     parser.add_argument(
+        "--depth", type=int, metavar="L", help="laws of the runs with so many layers only (default: all)"
+    )
+    parser.add_argument(
         "--data-unit", choices=DATA_UNITS, default=DATA_UNITS[0], help="what D counts (default: structures)"
     )
     parser.add_argument("--level", type=float, default=0.9, help="of intervals (default: 0.9)")
@@ -65,7 +68,15 @@ def options_of(arguments: argparse.Namespace) -> Options:
     least = round(10 / (1 - level))
     if replicates < least:
         raise ValueError(f"--bootstrap must be at least {least} at --level {level:g}, got {replicates}")
-    return Options(arguments.loss, arguments.recipe, arguments.data_unit, level, replicates, arguments.seed)
+    return Options(
+        loss=arguments.loss,
+        recipe=arguments.recipe,
+        depth=arguments.depth,
+        data_unit=arguments.data_unit,
+        level=level,
+        replicates=replicates,
+        seed=arguments.seed,
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
