@@ -11,8 +11,10 @@ from megagnn.scaling.intervals import Bootstrap, Interval
 from megagnn.scaling.optimum import (
     ComputeLaw,
     IsoFlop,
+    IsoFlopLaw,
     fit_compute,
     frontier,
+    iso_flop_law,
     iso_flops,
     mean_of_seeds,
     optimal_exponents,
@@ -95,8 +97,8 @@ class Analysis:
     frontier_points: tuple[Array, Array] | None = None
     """Compute and loss of the frontier."""
     groups: list[IsoFlop] = field(default_factory=list)
-    iso_exponents: tuple[float, int] | None = None
-    """Slope of log N_opt in log C through iso-FLOP minima, and their number."""
+    iso_law: IsoFlopLaw | None = None
+    """N_opt against C through iso-FLOP minima."""
     missing: list[str] = field(default_factory=list)
     other_depths: list[RunRecord] = field(default_factory=list)
     """Runs that the laws leave out for their depth."""
@@ -263,8 +265,8 @@ def _iso_flop(result: Analysis) -> None:
             "enclose their minimum, and it takes two."
         )
     else:
-        x, y = np.log(np.array(minima)).T
-        result.iso_exponents = float(np.polyfit(x, y, 1)[0]), len(minima)
+        options = result.options
+        result.iso_law = iso_flop_law(result.groups, options.level, options.replicates, options.seed)
 
 
 @dataclass(frozen=True)

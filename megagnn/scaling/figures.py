@@ -168,9 +168,9 @@ def iso_flop_curves(analysis: Analysis) -> Drawn:
     ax.set(xlabel="parameters, N", ylabel=f"{analysis.loss}, {analysis.unit}")
     ax.legend(fontsize=7, frameon=False)
     text = "Runs whose compute differs by less than 20 %; stars are minima that the sizes enclose."
-    if analysis.iso_exponents is not None:
-        slope, count = analysis.iso_exponents
-        text += f" N_opt ~ C^{slope:.2f} through {count} minima."
+    if analysis.iso_law is not None:
+        found, count = analysis.iso_law.exponent, analysis.iso_law.num_minima
+        text += f" N_opt ~ C^{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] through {count} minima."
     return Drawn(name, title, figure, text)
 
 

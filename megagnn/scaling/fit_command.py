@@ -182,9 +182,10 @@ def _optimum(analysis: Analysis) -> list[str]:
     for group in analysis.groups:
         found = "not enclosed by the sizes" if group.optimum is None else f"N = {group.optimum:.3g}"
         lines.append(f"iso-FLOP at {group.flops:.3g} FLOP, {len(group.sizes)} runs: minimum {found}")
-    if analysis.iso_exponents is not None:
-        slope, count = analysis.iso_exponents
-        lines.append(f"iso-FLOP: N_opt ~ C^{slope:.3f} through {count} minima (no interval)")
+    if analysis.iso_law is not None:
+        iso = analysis.iso_law
+        lost = "" if iso.kept == 1 else f"; {100 * (1 - iso.kept):.0f} % of the replicates had no two minima"
+        lines.append(f"iso-FLOP: N_opt ~ C^{show(iso.exponent)} through {iso.num_minima} minima{lost}")
     return lines
 
 
