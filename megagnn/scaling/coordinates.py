@@ -198,6 +198,8 @@ def draw(sizes: Sequence[Size]) -> Drawn:
     figure.set_size_inches(2.5 * len(quantities) + 1.0, 2.5 * len(kinds) + 0.4)
     for index, ax in enumerate(axes):
         kind, quantity = kinds[index // len(quantities)], quantities[index % len(quantities)]
+        if index >= len(quantities):  # one scale for both parametrisations
+            ax.sharey(axes[index % len(quantities)])
         for colour, step in zip(colours(len(steps)), steps, strict=True):
             means = _means(sizes, kind, quantity, step)
             style = "--" if step == 0 else "-"
@@ -209,6 +211,6 @@ def draw(sizes: Sequence[Size]) -> Drawn:
         if index // len(quantities) == len(kinds) - 1:
             ax.set_xlabel("width", fontsize=8)
     axes[0].set_ylabel("change, rms", fontsize=8)
-    axes[-1].legend(fontsize=6, frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     text = "Change of activations since step 0, rms; dashed, their size then. Flat: width does not matter."
     return Drawn("coordinates", "Coordinate check", figure, text)

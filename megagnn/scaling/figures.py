@@ -91,7 +91,9 @@ def loss_against_data(analysis: Analysis) -> Drawn:
 def depth_against_width(analysis: Analysis) -> Drawn:
     """Loss against width for each depth, at the data size that most (width, depth) pairs share."""
     name, title = "depth-width", "Depth against width at fixed data"
-    records, data, losses = analysis.records, analysis.data(), analysis.losses()
+    records = [*analysis.records, *analysis.other_depths]
+    data = np.array([float(getattr(r, analysis.options.data_unit)) for r in records])
+    losses = np.array([r.losses[analysis.loss][0] for r in records])
     shapes = {
         d: {(r.width, r.depth) for r, x in zip(records, data, strict=True) if x == d} for d in set(data)
     }
@@ -166,9 +168,9 @@ def iso_flop_curves(analysis: Analysis) -> Drawn:
     ax.set(xlabel="parameters, N", ylabel=f"{analysis.loss}, {analysis.unit}")
     ax.legend(fontsize=7, frameon=False)
     text = "Runs whose compute differs by less than 20 %; stars are minima that the sizes enclose."
-    if analysis.iso_exponents is not None:
-        slope, count = analysis.iso_exponents
-        text += f" N_opt ~ C^{slope:.2f} through {count} minima."
+    if analysis.iso_law is not None:
+        found, count = analysis.iso_law.exponent, analysis.iso_law.num_minima
+        text += f" N_opt ~ C^{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] through {count} minima."
     return Drawn(name, title, figure, text)
 
 
