@@ -1,0 +1,48 @@
+"""Rows summed where they lie, in the ranks' order, however they are cut; only a rank's own row changes."""
+
+import pytest
+import torch
+
+from megagnn.parallel import messages
+from megagnn.parallel.context import ParallelContext
+from tests.distributed.spawn import spawn
+
+RANKS, SIZE = 4, 1001
+
+
+def terms() -> list[torch.Tensor]:
+    """What each rank has; float32, so that another order of sums is other bits."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(RANKS, SIZE, generator=generator) for _ in range(RANKS)]
+
+
+def on_rank(context: ParallelContext) -> dict[int, torch.Tensor]:
+    found = {}
+    for chunk in (SIZE, 100):
+        rows = terms()[context.rank].clone()
+        cuts = [slice(a, a + chunk) for a in range(0, SIZE, chunk)]
+        for pending in [messages.start_sum_rows(rows[:, cut], context, "dp") for cut in cuts]:
+            pending.wait()
+        found[chunk] = rows
+    return found
+
+
+def test_bits_and_the_other_rows() -> None:
+    parts = terms()
+    backwards = parts[3] + parts[2] + parts[1] + parts[0]
+    for rank, found in enumerate(spawn(RANKS, on_rank)):
+        expected = parts[rank].clone()
+        expected[rank] = parts[0][rank] + parts[1][rank] + parts[2][rank] + parts[3][rank]
+        assert not torch.equal(expected[rank], backwards[rank]), "another order would be seen"
+        for rows in found.values():
+            assert torch.equal(rows, expected)
+
+
+def test_needs_a_row_for_each_rank() -> None:
+    context = ParallelContext(tp_size=4)
+    with pytest.raises(ValueError, match=r"sum_rows needs one row per rank, \(4, n\), got \(3, 2\)"):
+        messages.start_sum_rows(torch.zeros(3, 2), context, "tp")
+    with pytest.raises(ValueError, match="sum_rows needs a contiguous tensor"):
+        messages.start_sum_rows(torch.zeros(2, 4).t(), context, "tp")
+    rows = torch.ones(1, 3)
+    assert torch.equal(messages.start_sum_rows(rows, ParallelContext(), "tp").wait(), rows[0])
