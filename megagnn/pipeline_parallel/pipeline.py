@@ -11,7 +11,6 @@ from torch import Tensor
 
 from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.data.batch import collate
 from megagnn.models.egnn import EGNN
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision
@@ -145,12 +144,8 @@ class Pipeline:
     def accumulate(
         self, batches: Sequence[Batch], loss: Loss, counts: LossCounts, reducer: Reducer
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `train.gradients.accumulate`; a step of fewer batches than the schedule has is filled up with
-        empty ones."""
-        missing = self.schedule.num_micro_batches - len(batches)
-        empty = collate([], self.potential.model.precision.geometry)
-        filling = [{key: value.to(self.context.device) for key, value in empty.items()}] * missing
-        result = self.gradients([*batches, *filling], loss, counts, reducer.start)
+        """As `train.gradients.accumulate`."""
+        result = self.gradients(batches, loss, counts, reducer.start)
         reducer.finish()
         return result
 

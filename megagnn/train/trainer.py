@@ -79,7 +79,9 @@ class Trainer:
         checkpoint = self.checkpoints.newest() if resume else None
         self.statistics = self._fit_statistics(train_set, checkpoint)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
-        self.train = BatchLoader(train_set, config, context, shuffle=True)
+        self.train = BatchLoader(
+            train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
+        )
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
         self._make_potential()
         self._make_optimizer()
@@ -199,12 +201,7 @@ class Trainer:
                 self.progress = dataclasses.replace(
                     self.progress, epoch=epoch, step_in_epoch=0, first_structure=0
                 )
-            yield from self.train.steps(
-                epoch,
-                self.progress.step_in_epoch,
-                self.config.optim.accumulate_steps,
-                self.progress.first_structure,
-            )
+            yield from self.train.steps(epoch, self.progress.step_in_epoch, self.progress.first_structure)
 
     def _step(self, batches: list[dict[str, Tensor]], monitor: Monitor, signals: StopSignals) -> bool:
         """One step; whether to stop after it, the same on every rank."""
@@ -332,9 +329,7 @@ class Trainer:
         pieces_loaded(self.optimizer, checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates
         checkpoint.restore_random_state(self.context)
-        self.progress = position_of(
-            checkpoint.progress, self.train.sampler, self.config.optim.accumulate_steps
-        )
+        self.progress = position_of(checkpoint.progress, self.train.sampler)
 
     def _summary(self) -> str:
         own, threads = self.potential.model.num_parameters(), torch.get_num_threads()
