@@ -22,7 +22,7 @@ from megagnn.pipeline_parallel.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import Batch, ModelWork
 from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
-from megagnn.pipeline_parallel.stage import check_owners, make_stages, part_of
+from megagnn.pipeline_parallel.stage import Stage, check_owners, layer_costs, part_of, stages_of
 from megagnn.pipeline_parallel.timeline import timeline_figure
 from megagnn.pipeline_parallel.validate import validate
 from megagnn.tensor_parallel.cost import PlanChoice
@@ -79,6 +79,7 @@ class Pipeline:
 
     Args:
         schedule: of a training step.
+        stages: of the schedule; by default cut by the layers' multiply-adds.
 
     Raises:
         ValueError: fewer layers than stages, or a schedule for another number of ranks.
@@ -94,10 +95,12 @@ class Pipeline:
         precision: Precision | torch.dtype = torch.float32,
         plan: PlanChoice = "auto",
         deferred: bool = False,
+        stages: Sequence[Stage] | None = None,
     ) -> None:
         self.schedule, self.context = schedule, context
         self.executor = Executor(schedule, context)
-        self.stages = make_stages(config, statistics.mean_neighbours, schedule.num_stages)
+        costs = layer_costs(config, statistics.mean_neighbours)
+        self.stages = stages_of(costs, schedule.num_stages) if stages is None else stages
         part = part_of(self.stages, schedule.placement, context.pp_rank)
         whole = build_potential(config, statistics, seed, precision, context, plan, deferred, part)
         self.potential = StagedPotential(whole.model, self.predict)

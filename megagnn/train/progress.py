@@ -33,3 +33,5 @@ class Progress:
     """Bad steps since the last good one."""
     skipped_steps: int = 0
     """Bad steps in all."""
+    stages: list[int] = field(default_factory=list)
+    """Layers of each pipeline stage, where there are any."""

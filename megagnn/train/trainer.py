@@ -38,6 +38,7 @@ from megagnn.parallel.world import (
     sum_over_ranks,
 )
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
+from megagnn.pipeline_parallel.stage_costs import run_stages
 from megagnn.train.bad_batch import end_of_run, save_bad_batches
 from megagnn.train.bad_steps import advance, judge
 from megagnn.train.checkpoint_folder import FolderCheckpoint
@@ -83,7 +84,7 @@ class Trainer:
             train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
         )
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
-        self._make_potential()
+        self._make_potential([] if checkpoint is None else checkpoint.progress.stages)
         self._make_optimizer()
         self.loss = Loss(config.loss)
         self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
@@ -102,8 +103,8 @@ class Trainer:
         """A link to the checkpoint with the lowest validation loss."""
         return self.out_dir / "checkpoints" / "best"
 
-    def _make_potential(self) -> None:
-        """The potential, or this rank's stages of it."""
+    def _make_potential(self, earlier: list[int]) -> None:
+        """The potential, or this rank's stages of it; `earlier` are those of the run that goes on."""
         config, context = self.config, self.context
         settings: dict[str, Any] = {
             "seed": config.train.seed,
@@ -117,11 +118,17 @@ class Trainer:
         if context.pp_size > 1:
             num_batches, forces = config.optim.accumulate_steps, config.model.forces
             schedule = schedule_for(config.schedule, forces, context.pp_size, num_batches)
-            self.pipeline = Pipeline(config.model, self.statistics, schedule, **settings)
+            stages = run_stages(
+                config, self.statistics, schedule.num_stages, context, self._first_step, earlier
+            )
+            self.pipeline = Pipeline(config.model, self.statistics, schedule, stages=stages, **settings)
             self.potential = self.pipeline.potential
         else:
             self.potential = build_potential(config.model, self.statistics, **settings)
         self.potential.to(context.device)
+
+    def _first_step(self) -> list[dict[str, Tensor]]:
+        return next(self.train.steps(0, 0))
 
     def _make_optimizer(self) -> None:
         """The optimizer, what sums its gradients over ranks, and the moving average."""
@@ -321,6 +328,7 @@ class Trainer:
             self.progress,
             average_updates=self.average.num_updates,
             optimizer_steps=num_steps_of(self.optimizer),
+            stages=self._stage_sizes(),
         )
         self.checkpoints.save(self._pieces(), self.config, self.statistics, progress)
 
@@ -331,11 +339,16 @@ class Trainer:
         checkpoint.restore_random_state(self.context)
         self.progress = position_of(checkpoint.progress, self.train.sampler)
 
+    def _stage_sizes(self) -> list[int]:
+        return [] if self.pipeline is None else [len(stage.layers) for stage in self.pipeline.stages]
+
     def _summary(self) -> str:
         own, threads = self.potential.model.num_parameters(), torch.get_num_threads()
         num = int(sum_over_ranks([own], self.context, "pp")[0])
+        sizes = " + ".join(map(str, self._stage_sizes()))
+        stages = f", stages of {sizes} layers" if sizes else ""
         return (
-            f"{num:,} parameters on {self.context.grid}, {threads} thread(s) each; "
+            f"{num:,} parameters on {self.context.grid}, {threads} thread(s) each{stages}; "
             f"{len(self.train.dataset):,} training and {len(self.valid.dataset):,} validation structures of "
             f"{', '.join(self.statistics.sources)}; "
             f"steps {self.progress.step} to {self.config.train.num_steps}"

@@ -11,10 +11,11 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from megagnn.config import load_config
+from megagnn.config import RunConfig, load_config
 from megagnn.optim.sharded import ShardedAdamW
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.pipeline_parallel import stage_costs
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.train.trainer import Trainer
 from tests.distributed.pipeline import CONFIGURATIONS, micro_batches
@@ -40,10 +41,31 @@ SETTINGS = {
 DIRECT = {"model.forces": "direct", "model.stress": "false", "loss.stress_weight": "0"}
 MODELS: list[dict[str, str]] = [{}, {}, DIRECT]
 LAYOUTS: list[dict[str, str]] = [
-    {},
-    {"parallel.schedule": "conservative-zb", "parallel.zero_stage": "2"},
+    {"parallel.stage_costs": "measured"},
+    {"parallel.schedule": "conservative-zb", "parallel.zero_stage": "2", "parallel.stages": "[1, 3]"},
     {"parallel.schedule": "interleaved", "parallel.zero_stage": "3"},
 ]
+
+
+def configuration(
+    context: ParallelContext,
+    store: Path,
+    out_dir: Path,
+    number: int,
+    num_steps: int,
+    more: dict[str, str] | None = None,
+) -> RunConfig:
+    """Of a run."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = out_dir / f"config-{context.rank}.toml"
+    file.write_text(CONFIG)
+    given = {"data.paths": str(store), "out_dir": str(out_dir), **SETTINGS, **MODELS[number]}
+    given["train.num_steps"] = str(num_steps)
+    if context.pp_size > 1:
+        given |= LAYOUTS[number]
+        given |= {"parallel.pipeline": str(context.pp_size), "parallel.tensor": str(context.tp_size)}
+    given |= more or {}
+    return load_config(file, [part for key, value in given.items() for part in (f"--{key}", value)])
 
 
 def train(
@@ -53,16 +75,8 @@ def train(
 
     With more steps than the other runs have it continues the one in its folder.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = out_dir / f"config-{context.rank}.toml"
-    file.write_text(CONFIG)
-    given = {"data.paths": str(store), "out_dir": str(out_dir), **SETTINGS, **MODELS[number]}
-    given["train.num_steps"] = str(num_steps)
-    if context.pp_size > 1:
-        given |= LAYOUTS[number]
-        given |= {"parallel.pipeline": str(context.pp_size), "parallel.tensor": str(context.tp_size)}
-    overrides = [part for key, value in given.items() for part in (f"--{key}", value)]
-    trainer = Trainer(load_config(file, overrides), context, resume=num_steps > NUM_STEPS)
+    config = configuration(context, store, out_dir, number, num_steps)
+    trainer = Trainer(config, context, resume=num_steps > NUM_STEPS)
     assert trainer.progress.step == (NUM_STEPS if num_steps > NUM_STEPS else 0)
     trainer.run()
     if isinstance(trainer.optimizer, ShardedAdamW):
@@ -71,6 +85,40 @@ def train(
     named = trainer.potential.named_parameters()
     weights: dict[str, Tensor] = {n: gather_whole(p, layout_of(p), context).clone() for n, p in named}
     return {"weights": weights, "best": trainer.progress.best_loss}
+
+
+class StoppedError(Exception):
+    """Ends a run in the middle."""
+
+
+def resumed(context: ParallelContext, store: Path, folder: Path) -> bool:
+    """Whether a run that was ended in the middle of an epoch and continued has the bits of one that was not,
+    though the layers' costs have changed in between."""
+    found = []
+    given = {"train.num_steps": "4", "train.checkpoint_every": "1", "train.validate_every": "9"}
+    for name in ("whole", "parts"):
+        config = configuration(context, store, folder / name, 0, NUM_STEPS, given)
+        trainer = Trainer(config, context)
+        if name == "parts":
+            stages = [len(stage.layers) for stage in trainer.pipeline.stages]  # type: ignore[union-attr]
+            original = trainer._step
+
+            def step(*arguments: Any, trainer: Trainer = trainer, original: Any = original) -> bool:
+                if trainer.progress.step == 3:
+                    raise StoppedError
+                return bool(original(*arguments))
+
+            trainer._step = step  # type: ignore[method-assign]
+            with pytest.raises(StoppedError):
+                trainer.run()
+            assert trainer.progress.step_in_epoch > 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage_costs, "measured_costs", lambda *_: [1.0, 1.0, 1.0, 9.0])
+                trainer = Trainer(config, context, resume=True)
+            assert [len(s.layers) for s in trainer.pipeline.stages] == stages  # type: ignore[union-attr]
+        trainer.run()
+        found.append([p.detach().clone() for p in trainer.potential.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def on_rank(context: ParallelContext, store: Path, folder: Path, runs: list[int]) -> list[dict[str, Any]]:
@@ -108,6 +156,10 @@ def test_two_stages(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "2-1" / "tensorboard"))
     events.Reload()
     assert "pipeline" in events.Tags()["images"]
+
+
+def test_resume_is_bit_for_bit(tmp_path: Path) -> None:
+    assert spawn(2, resumed, write_data(tmp_path / "store"), tmp_path, pp=2) == [True, True]
 
 
 def test_four_ranks(tmp_path: Path, request: pytest.FixtureRequest) -> None:
