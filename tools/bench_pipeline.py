@@ -33,7 +33,7 @@ from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import ModelWork
 from megagnn.pipeline_parallel.pipeline import CONSERVATIVE as CONSERVATIVE_SCHEDULES
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
-from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, simulate
+from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, bubble_of, simulate
 from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
 from megagnn.train.loss import Loss, step_counts
 
@@ -63,12 +63,6 @@ class SleepWork:
     def kept(self) -> list[str]:
         """Nothing."""
         return []
-
-
-def bubble(events: Sequence[Event], num_ranks: int) -> float:
-    """Share of ranks x makespan that no action fills."""
-    makespan = max(e.end for e in events) - min(e.start for e in events)
-    return 1 - sum(e.end - e.start for e in events) / (makespan * num_ranks)
 
 
 def asleep(
@@ -142,10 +136,10 @@ def mean_of(kind: Kind, events: Sequence[Event]) -> float:
 def report(name: str, num_ranks: int, schedule: Schedule, runs: list[list[Event]], slept: bool) -> str:
     """A line of the table."""
     runs = runs[1:]
-    middle = sorted(runs, key=lambda events: bubble(events, num_ranks))[len(runs) // 2]
+    middle = sorted(runs, key=lambda events: bubble_of(events, num_ranks))[len(runs) // 2]
     costs = None if slept else MeasuredCosts(middle)
-    expected, got = simulate(schedule, costs).bubble, bubble(middle, num_ranks)
-    spread = [100 * bubble(events, num_ranks) for events in runs]
+    expected, got = simulate(schedule, costs).bubble, bubble_of(middle, num_ranks)
+    spread = [100 * bubble_of(events, num_ranks) for events in runs]
     cells = [name, num_ranks, schedule.num_micro_batches, f"{100 * expected:.1f}", f"{100 * got:.1f}"]
     cells += [f"{100 * (got - expected):+.1f}", f"{min(spread):.1f} to {max(spread):.1f}"]
     cells.append(f"{statistics.median(max(e.end for e in events) for events in runs):.3f}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
 from megagnn.pipeline_parallel.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import Batch, ModelWork
+from megagnn.pipeline_parallel.record import Record, record
 from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
 from megagnn.pipeline_parallel.stage import Stage, check_owners, layer_costs, part_of, stages_of
-from megagnn.pipeline_parallel.timeline import timeline_figure
 from megagnn.pipeline_parallel.validate import validate
 from megagnn.tensor_parallel.cost import PlanChoice
 from megagnn.train.gradients import Reducer
@@ -99,8 +99,8 @@ class Pipeline:
     ) -> None:
         self.schedule, self.context = schedule, context
         self.executor = Executor(schedule, context)
-        costs = layer_costs(config, statistics.mean_neighbours)
-        self.stages = stages_of(costs, schedule.num_stages) if stages is None else stages
+        self._layer_costs = layer_costs(config, statistics.mean_neighbours)
+        self.stages = stages or stages_of(self._layer_costs, schedule.num_stages)
         part = part_of(self.stages, schedule.placement, context.pp_rank)
         whole = build_potential(config, statistics, seed, precision, context, plan, deferred, part)
         self.potential = StagedPotential(whole.model, self.predict)
@@ -160,9 +160,11 @@ class Pipeline:
             Executor(schedule, self.context, self.executor.channels).run(work)
         return [self._shared(batch, work.predictions.get(i)) for i, batch in enumerate(micro_batches)]
 
-    def timeline_figure(self) -> Any:
-        """A drawing of the last step as all ranks along pp ran it; a collective along pp."""
-        return timeline_figure({self.schedule.name: self.executor.timeline()}, "seconds")
+    def record(self, micro_batches: Sequence[Batch]) -> Record | None:
+        """The last step, which was with these micro-batches, as planned and as all ranks ran it; on the main
+        rank. All ranks must call it."""
+        costs = [sum(self._layer_costs[k] for k in stage.layers) for stage in self.stages]
+        return record(self.executor.events, self.schedule, costs, micro_batches, self.context)
 
     @cached_property
     def _is_conservative(self) -> bool:

@@ -44,6 +44,7 @@ MAY_DIFFER = (
     "train.keep_checkpoints",
     "train.async_checkpoints",
     "train.export_best",
+    "parallel.timeline_step",
 )
 
 

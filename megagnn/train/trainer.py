@@ -92,6 +92,7 @@ class Trainer:
         self.parity: ParityPoints | None = None  # of the last validation, for the plot at the end
         if checkpoint is not None:
             self._take_over(checkpoint)
+        self._timeline_step = min(self.progress.step + config.parallel.timeline_step, config.train.num_steps)
 
     @property
     def last_path(self) -> Path:
@@ -219,6 +220,7 @@ class Trainer:
         self.optimizer.zero_grad()
         counts = step_counts(batches, self.context)
         if self.pipeline is not None:
+            self.pipeline.executor.synchronised = step + 1 == self._timeline_step
             loss, shares = self.pipeline.accumulate(batches, self.loss, counts, self.reducer)
         else:
             loss, shares = accumulate(
@@ -236,6 +238,8 @@ class Trainer:
         monitor.step(counts.atoms, counts.edges)
         if (step + 1) % self.config.train.log_every == 0 and not found.fault:
             self._log(loss, shares, norm, rate, monitor)
+        if self.pipeline is not None and step + 1 == self._timeline_step:
+            self._keep_timeline(self.pipeline, batches, monitor)
         return found.stop
 
     def _leave_out(
@@ -273,6 +277,16 @@ class Trainer:
         )
         monitor.log_throughput(self.progress.step)
 
+    def _keep_timeline(self, pipeline: Pipeline, batches: list[dict[str, Tensor]], monitor: Monitor) -> None:
+        """Of the step that was just taken."""
+        found, step = pipeline.record(batches), self.progress.step
+        if found is not None:
+            planned, measured = found.bubbles
+            monitor.log(step, {"pipeline/bubble_planned": planned, "pipeline/bubble_measured": measured})
+            monitor.figure("pipeline", step, found.figure())
+            found.save_trace(self.out_dir / "timeline.json")
+        monitor.restart_clock()
+
     def _validate(self, monitor: Monitor) -> bool:
         """Whether the loss is the lowest so far, the same on all ranks."""
         start = time.perf_counter()
@@ -307,7 +321,7 @@ class Trainer:
         return best
 
     def _finish(self, monitor: Monitor) -> None:
-        """The best weights as one file; the parity plot of the last validation, a pipeline's last step."""
+        """The best weights as one file; the parity plot of the last validation."""
         self.checkpoints.wait()
         if self.context.is_main and self.config.train.export_best and self.best_path.exists():
             out = self.best_path.with_suffix(".safetensors")
@@ -317,8 +331,6 @@ class Trainer:
                 monitor.say(f"warning: {out} was not written: {error}")
         if self.parity is not None:
             monitor.figure("validation", self.progress.step, self.parity.figure())
-        if self.pipeline is not None:
-            monitor.figure("pipeline", self.progress.step, self.pipeline.timeline_figure())
 
     def _pieces(self) -> list[Piece]:
         return pieces_of(self.optimizer, self.potential.model, self.average)

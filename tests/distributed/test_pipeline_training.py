@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,16 @@ def test_two_stages(tmp_path: Path) -> None:
     check_all(2, 1, list(range(len(MODELS))), tmp_path)
     events = EventAccumulator(str(tmp_path / "2-1" / "tensorboard"))
     events.Reload()
-    assert "pipeline" in events.Tags()["images"]
+    assert [image.step for image in events.Images("pipeline")] == [NUM_STEPS]
+    for word in ("planned", "measured"):
+        assert 0 < events.Scalars(f"pipeline/bubble_{word}")[0].value < 1
+    trace = json.loads((tmp_path / "2-1" / "timeline.json").read_text())["traceEvents"]
+    names = [record["args"]["name"] for record in trace if record["ph"] == "M"]
+    assert names == ["planned pp0", "planned pp1", "dp0-pp0-tp0", "dp0-pp1-tp0"]
+    done = [[r["name"] for r in trace if r["ph"] == "X" and r["pid"] == number] for number in range(4)]
+    assert done[0] == done[2]
+    assert done[1] == done[3]
+    assert min(r["ts"] for r in trace if r["ph"] == "X" and r["pid"] >= 2) == 0
 
 
 def test_resume_is_bit_for_bit(tmp_path: Path) -> None:

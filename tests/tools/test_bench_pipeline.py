@@ -6,7 +6,7 @@ import bench_pipeline
 import pytest
 
 from megagnn.pipeline_parallel.actions import Action
-from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, simulate
+from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, bubble_of, simulate
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1", "conservative"])
@@ -16,14 +16,14 @@ def test_a_simulated_timeline_has_the_simulated_bubble(name: str) -> None:
     phase = CONSERVATIVE if schedule.conservative else ORDINARY
     found = simulate(schedule, Costs(phase, micro_batch=(1, 2, 1, 3, 1, 1, 2, 1), stage=(1, 2, 1, 1)))
     events = [e._replace(start=e.start + 7, end=e.end + 7) for e in found.events]
-    assert bench_pipeline.bubble(events, 4) == pytest.approx(found.bubble)
+    assert bubble_of(events, 4) == pytest.approx(found.bubble)
     again = simulate(schedule, bench_pipeline.MeasuredCosts(events))
     assert again.makespan == pytest.approx(found.makespan)
 
 
 def test_bubble_of_a_literal_timeline() -> None:
     events = [Event(0, Action(0, "F", 0), 1.0, 2.0), Event(1, Action(1, "F", 0), 2.0, 3.0)]
-    assert bench_pipeline.bubble(events, 2) == 0.5
+    assert bubble_of(events, 2) == 0.5
     assert bench_pipeline.mean_of("F", events) == 1.0
     assert bench_pipeline.kinds_of(events) == ["F"]
 
