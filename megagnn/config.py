@@ -253,7 +253,7 @@ class ParallelConfig:
     stages: tuple[PositiveInt, ...] | None = None
     """Layers of each stage, in their order, instead of such a cut."""
     timeline_step: PositiveInt = 10
-    """After so many steps of a pipeline the timeline of one is kept, planned and measured: in TensorBoard and,
+    """After so many steps of a pipeline the timeline of one is kept, planned and measured: in TensorBoard and
     for chrome://tracing in out_dir/timeline.json."""
     tensor: PositiveInt = 1
     """Ranks that hold one set of parameters between them and work on the same batch."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import get_args
 
@@ -29,6 +30,7 @@ from megagnn.tensor_parallel.cost import PlanChoice
 from megagnn.train.gradients import Reducer
 from megagnn.train.loss import TERMS, Loss, LossCounts
 
+WINDOW = 4  # batches for each stage that are predicted together: at most a fifth of the time is idle
 CONSERVATIVE: dict[str, Callable[[int, int], Schedule]] = {
     "two-pass": two_pass,
     "conservative": conservative,
@@ -58,12 +60,15 @@ def schedule_for(name: str, forces: str, num_ranks: int, num_micro_batches: int)
 class StagedPotential(Potential):
     """A part of a potential, which predicts together with the other parts: all ranks along pp must call it.
 
-    `create_graph` is not offered: a graph cannot cross stages.
+    `create_graph` is not offered: a graph cannot cross stages. `predictions` takes `window` batches at a time
+    through the stages, which are so all busy but for the beginning and the end of a window.
     """
 
-    def __init__(self, model: EGNN, predict: Callable[[Sequence[Batch]], list[dict[str, Tensor]]]) -> None:
+    def __init__(
+        self, model: EGNN, predict: Callable[[Sequence[Batch]], list[dict[str, Tensor]]], window: int
+    ) -> None:
         super().__init__(model)
-        self._predict = predict
+        self._predict, self._window = predict, window
 
     def forward(self, batch: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
         """See `Potential.forward`; ValueError for `create_graph`."""
@@ -72,6 +77,14 @@ class StagedPotential(Potential):
                 "create_graph has no meaning across pipeline stages; use Pipeline.gradients, or pipeline = 1"
             )
         return self._predict([batch])[0]
+
+    def predictions(
+        self, batches: Iterable[dict[str, Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """See `Potential.predictions`; every rank along pp needs as many batches."""
+        rest = iter(batches)
+        while window := list(itertools.islice(rest, self._window)):
+            yield from zip(window, self._predict(window), strict=True)
 
 
 class Pipeline:
@@ -103,7 +116,7 @@ class Pipeline:
         self.stages = stages or stages_of(self._layer_costs, schedule.num_stages)
         part = part_of(self.stages, schedule.placement, context.pp_rank)
         whole = build_potential(config, statistics, seed, precision, context, plan, deferred, part)
-        self.potential = StagedPotential(whole.model, self.predict)
+        self.potential = StagedPotential(whole.model, self.predict, WINDOW * context.pp_size)
         check_owners(self.potential.model, context)
 
     def gradients(
@@ -187,22 +200,22 @@ class Pipeline:
 def forward_only(schedule: Schedule, num_micro_batches: int, conservative_forces: bool) -> Schedule:
     """Predictions on the stages of a schedule: forwards, and for conservative forces the backward of pass 1.
 
-    One micro-batch after another enters; as in 1F1B a rank keeps p of pass 1 at most.
+    One micro-batch after another enters; as in 1F1B a rank keeps p of pass 1 at most. Where a rank has
+    several stages, as many micro-batches as there are ranks pass one of them before the next.
     """
+    p = schedule.num_ranks
     if conservative_forces:
         kinds: tuple[Kind, ...] = ("f", "b", "R")
-        rows = tuple(
-            tuple(a for a in row if a.kind in kinds)
-            for row in two_pass(schedule.num_ranks, num_micro_batches).rows
-        )
+        rows = tuple(tuple(a for a in row if a.kind in kinds) for row in two_pass(p, num_micro_batches).rows)
     else:
         rows = tuple(
             tuple(
                 Action(stage, "F", i)
-                for i in range(num_micro_batches)
+                for first in range(0, num_micro_batches, p)
                 for stage, where in enumerate(schedule.placement)
                 if where == rank
+                for i in range(first, min(first + p, num_micro_batches))
             )
-            for rank in range(schedule.num_ranks)
+            for rank in range(p)
         )
     return Schedule("predict", schedule.placement, num_micro_batches, rows)

@@ -56,9 +56,8 @@ def evaluate(
         batches = tqdm(
             batches, total=len(loader.sampler.batches(0)), desc="evaluate", unit="batch", file=sys.stderr
         )
-    for batch in batches:
-        with torch.no_grad():
-            outputs = potential(batch)
+    with torch.no_grad():
+        for batch, outputs in potential.predictions(batches):
             sums.add(outputs, batch)
             if parity is not None:
                 parity.add(outputs, batch)

@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from megagnn.cli import main
 from megagnn.config import RunConfig, load_config
 from megagnn.optim.sharded import ShardedAdamW
 from megagnn.parallel.context import ParallelContext
@@ -154,6 +155,10 @@ def check_all(world_size: int, tp: int, runs: list[int], folder: Path) -> None:
 
 def test_two_stages(tmp_path: Path) -> None:
     check_all(2, 1, list(range(len(MODELS))), tmp_path)
+    expected, found = (evaluated(tmp_path / f"{n}-1/checkpoints/best", tmp_path / "store") for n in (1, 2))
+    assert found.keys() == expected.keys()
+    for source, metrics in expected.items():
+        assert found[source] == pytest.approx(metrics, rel=1e-6), source
     events = EventAccumulator(str(tmp_path / "2-1" / "tensorboard"))
     events.Reload()
     assert [image.step for image in events.Images("pipeline")] == [NUM_STEPS]
@@ -166,6 +171,14 @@ def test_two_stages(tmp_path: Path) -> None:
     assert done[0] == done[2]
     assert done[1] == done[3]
     assert min(r["ts"] for r in trace if r["ph"] == "X" and r["pid"] >= 2) == 0
+
+
+def evaluated(best: Path, store: Path) -> dict[str, dict[str, float]]:
+    """Errors by `megagnn evaluate`, on one process."""
+    out = best.parent / "metrics.json"
+    assert main(["evaluate", str(best), str(store), "--json", str(out), "--threads", "1"]) == 0
+    sources: dict[str, dict[str, float]] = json.loads(out.read_text())["sources"]
+    return sources
 
 
 def test_resume_is_bit_for_bit(tmp_path: Path) -> None:
