@@ -2,7 +2,7 @@
 
 What travels between stages is what one process hands from layer to layer, in the same types, and gradients of
 micro-batches are added in the same order. So an ordinary step gives the same bits. With conservative forces
-each stage sums its part of dE/dx0, in float32, before the parts are added: forces agree to float32's rounding,
+each stage sums its part of dE/dx0, in float32, before the parts are added: forces agree to float32's rounding
 and what is made of them to bfloat16's. Where B is split, I and W sum parts of a gradient of their own.
 """
 

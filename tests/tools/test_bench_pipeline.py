@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import bench_pipeline
 import pytest
 
@@ -36,3 +38,14 @@ def test_a_line() -> None:
         *["1f1b", "2", "2", "33.3", "33.3", "+0.0", "33.3 to 33.3", "9.000"],
         "F 1000.0 B 2000.0",
     ]
+
+
+def test_what_layers_cost() -> None:
+    arguments = Namespace(edges=500, width=8, layers=5, ranks=[2])
+    rows = [line.split("|")[1:-1] for line in bench_pipeline.layer_table(arguments).splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["direct"] * 2 + ["conservative"] * 2
+    for row in rows:
+        shares = [float(share) for share in row[2].split()]
+        assert len(shares) == 5
+        assert shares[1:-1] == [1.0] * 3
+        assert sum(int(size) for size in row[3].split("+")) == 5
