@@ -25,6 +25,10 @@ COMMANDS = {
         "megagnn.scaling.report",
         "a page with the figures and laws of finished runs: RUNS.jsonl --out HTML",
     ),
+    "coordinate-check": (
+        "megagnn.scaling.coordinates",
+        "how much activations move in training, against width: CONFIG.toml --out DIR",
+    ),
     "sweep": ("megagnn.scaling.sweep_command", "train a table of runs, one line of results each: SWEEP.toml"),
 }
 TAKES_OVERRIDES = ("train",)

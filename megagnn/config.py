@@ -79,6 +79,13 @@ class ModelConfig:
     """Multiply each layer's node update by 1/sqrt(L) and its coordinate update by 1/L."""
     initialisation: Literal["lecun", "torch"] = "lecun"
     """Initial Linear weights: normal with variance 1/inputs and no bias, or PyTorch's default."""
+    parametrisation: Literal["standard", "mup"] = "standard"
+    """One learning rate for all parameters, or rates and initial outputs that follow width and depth, so that
+    the best learning rate stays where it is (maximal update)."""
+    base_width: PositiveInt = 64
+    """Width at which `mup` is the standard parametrisation."""
+    base_layers: PositiveInt = 4
+    """Number of layers at which it is."""
     message_hidden: PositiveInt | None = None
     """Hidden width of phi_e; `width` if not given."""
     message_width: PositiveInt | None = None

@@ -4,11 +4,11 @@ import torch
 from torch import nn
 
 from megagnn.config import ModelConfig
-from megagnn.models.layer import Activation, laws, make_norm
+from megagnn.models.layer import Activation, make_norm
+from megagnn.models.parametrisation import laws
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import Constant
-from megagnn.tensor_parallel.layers import ColumnLinear, LinearLaws, RowLinear, gather_channels
+from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels
 
 
 class EnergyHead(nn.Module):
@@ -21,7 +21,7 @@ class EnergyHead(nn.Module):
     def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         width, self.context = config.width, context
-        last = LinearLaws(laws(config, width, scale=0.1).weight, Constant(0.0))
+        last = laws(config, width, "output", scale=0.1, zero_bias=True)
         self.norm = make_norm(config, context, dtype)
         self.hidden = ColumnLinear(width, width, context, laws(config, width), dtype)
         self.activation = Activation(config)

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.config import ModelConfig
+from megagnn.models.parametrisation import branch_rate, laws
 from megagnn.models.radial import DistanceFeature
 from megagnn.ops import EdgeSpec, EdgeWeights, dual
 from megagnn.ops.backends import aggregation_backend
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import Constant, Normal, Uniform
 from megagnn.tensor_parallel.edge_operation import EdgeOperation, EdgePartition
-from megagnn.tensor_parallel.layers import ColumnLinear, LinearLaws, RMSNorm, RowLinear, gather_channels
+from megagnn.tensor_parallel.layers import ColumnLinear, RMSNorm, RowLinear, gather_channels
 
 # Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms
 # coincide, and differs from |r| by 5e-7 Å at 1 Å.
@@ -100,18 +100,13 @@ class Activation(nn.Module):
         return dual.silu(x) if self.kind == "silu" else dual.relu(x)
 
 
-def make_norm(config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> nn.Module:
+def make_norm(
+    config: ModelConfig, context: ParallelContext, dtype: torch.dtype, rate: float = 1.0
+) -> nn.Module:
     """The normalisation of node features named in the configuration."""
-    return RMSNorm(config.width, context, dtype) if config.normalisation == "rms" else nn.Identity()
-
-
-def laws(config: ModelConfig, in_features: int, scale: float = 1.0, zero_bias: bool = False) -> LinearLaws:
-    """How a Linear begins: N(0, scale^2/inputs) without bias, or PyTorch's even law (He et al. 2015)."""
-    std = in_features**-0.5
-    if config.initialisation == "lecun":
-        return LinearLaws(Normal(scale * std), Constant(0.0))
-    # U(-a, a) with a = sqrt(3) gain std and PyTorch's gain of sqrt(1/3), for weight and bias alike
-    return LinearLaws(Uniform(scale * std), Constant(0.0) if zero_bias else Uniform(std))
+    return (
+        RMSNorm(config.width, context, dtype, rate=rate) if config.normalisation == "rms" else nn.Identity()
+    )
 
 
 class EdgeMessage(nn.Module):
@@ -122,15 +117,27 @@ class EdgeMessage(nn.Module):
     ) -> None:
         super().__init__()
         width, hidden = config.width, config.message_hidden or config.width
-        at, name = laws(config, width), "model.message_hidden"
+        rate, name = branch_rate(config), "model.message_hidden"
+        at = laws(config, width, rate=rate)
         self.from_destination = ColumnLinear(width, hidden, context, at, dtype, name=name)
         self.from_source = ColumnLinear(width, hidden, context, at, dtype, bias=False, name=name)
         self.from_distance = ColumnLinear(
-            num_features, hidden, context, laws(config, num_features), dtype, bias=False, name=name
+            num_features,
+            hidden,
+            context,
+            laws(config, num_features, "input", rate=rate),
+            dtype,
+            bias=False,
+            name=name,
         )
         message = config.message_width or width
         self.out = RowLinear(
-            hidden, message, context, laws(config, hidden), dtype, names=(name, "model.message_width")
+            hidden,
+            message,
+            context,
+            laws(config, hidden, rate=rate),
+            dtype,
+            names=(name, "model.message_width"),
         )
 
 
@@ -145,11 +152,12 @@ class EdgeVector(nn.Module):
         super().__init__()
         width = config.message_width or config.width
         hidden = config.coordinate_hidden or config.width
-        last = laws(config, hidden)
+        last = laws(config, hidden, "output")
         if moves:  # the coordinate branch starts near zero
-            last = laws(config, hidden, scale=0.3, zero_bias=True)
-            if config.initialisation == "torch":  # Xavier's even law, gain 0.001, as published
-                last = LinearLaws(Uniform(0.001 * (6 / (hidden + 1)) ** 0.5), Constant(0.0))
+            # of PyTorch's laws Xavier's even one, gain 0.001, as published
+            xavier = 0.001 * (6 * hidden / (hidden + 1)) ** 0.5
+            scale = 0.3 if config.initialisation == "lecun" else xavier
+            last = laws(config, hidden, "output", scale, zero_bias=True)
         names = ("model.message_width", "model.coordinate_hidden")
         self.hidden = RowLinear(width, hidden, context, laws(config, width), dtype, names=names)
         self.out = RowLinear(
@@ -164,17 +172,21 @@ class NodeUpdate(nn.Module):
         super().__init__()
         width, message = config.width, config.message_width or config.width
         hidden, name = config.node_hidden or width, "model.node_hidden"
-        self.from_node = ColumnLinear(width, hidden, context, laws(config, width), dtype, name=name)
+        rate = branch_rate(config)
+        self.from_node = ColumnLinear(
+            width, hidden, context, laws(config, width, rate=rate), dtype, name=name
+        )
         self.from_messages = RowLinear(
             message,
             hidden,
             context,
-            laws(config, message),
+            laws(config, message, rate=rate),
             dtype,
             bias=False,
             names=("model.message_width", name),
         )
-        self.out = RowLinear(hidden, width, context, laws(config, hidden), dtype, names=(name, "model.width"))
+        last = laws(config, hidden, rate=rate)
+        self.out = RowLinear(hidden, width, context, last, dtype, names=(name, "model.width"))
         self.activation = Activation(config)
 
     def forward(self, h_NF: T, messages_NM: T) -> T:
@@ -201,7 +213,7 @@ class EGNNLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.context = context
-        self.norm = make_norm(config, context, dtype)
+        self.norm = make_norm(config, context, dtype, branch_rate(config))
         fused = config.edge_operation == "fused" and config.aggregation_backend == "own"
         backend = aggregation_backend(config.aggregation_backend)
         self.edge_operation = EdgeOperation(edge_spec(config, feature), fused, backend, context)

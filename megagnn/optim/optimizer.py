@@ -40,10 +40,17 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Matrices, which decay, and vectors, which do not."""
+    """Matrices, which decay, and vectors, which do not, each divided by their shares of the learning rate.
+
+    The product of rate and decay is the same for all matrices.
+    """
+    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {(False, 1.0): [], (True, 1.0): []}
+    for p in model.parameters():
+        kinds.setdefault((p.ndim < 2, getattr(p, "rate", 1.0)), []).append(p)
     return [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": 0.0 if vectors else config.weight_decay / rate, "rate": rate}
+        for (vectors, rate), params in sorted(kinds.items(), key=lambda kind: kind[0])
+        if params or rate == 1.0
     ]
 
 
@@ -80,6 +87,12 @@ def make_sharded_optimizer(
     if optimizer.residency is not None and model.ring is not None:
         model.ring.prepare = optimizer.residency.looker(model.layers)
     return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Each group's learning rate: its share of this one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate", 1.0)
 
 
 def _say_that_weights_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None:

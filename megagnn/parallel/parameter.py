@@ -58,20 +58,23 @@ class ParameterLayout:
 
 
 class Parameter(nn.Parameter):
-    """An nn.Parameter with its layout and its initial law."""
+    """An nn.Parameter with its layout, its initial law and its share of the learning rate."""
 
     sharding: ParameterLayout  # `layout` is a tensor's own word for strided or sparse
     initial: Initial
+    rate: float
 
-    def __new__(cls, data: Tensor, layout: ParameterLayout, initial: Initial) -> "Parameter":
-        """data: this rank's slice."""
+    def __new__(
+        cls, data: Tensor, layout: ParameterLayout, initial: Initial, rate: float = 1.0
+    ) -> "Parameter":
+        """data: this rank's slice. rate: [Note: maximal update] in models/parametrisation.py."""
         parameter = super().__new__(cls, data)
-        parameter.sharding, parameter.initial = layout, initial
+        parameter.sharding, parameter.initial, parameter.rate = layout, initial, rate
         return parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Parameter":
         if id(self) not in memo:
-            copied = type(self)(self.data.clone(), self.sharding, self.initial)
+            copied = type(self)(self.data.clone(), self.sharding, self.initial, self.rate)
             copied.requires_grad_(self.requires_grad)
             memo[id(self)] = copied
         return memo[id(self)]
@@ -84,6 +87,7 @@ def make_parameter(
     initial: Initial,
     dtype: torch.dtype,
     name: str = "a parameter",
+    rate: float = 1.0,
 ) -> Parameter:
     """A parameter divided along `dim` over the tensor-parallel ranks; `initialise` fills it.
 
@@ -98,10 +102,10 @@ def make_parameter(
         full_shape, dim, tp if dim is not None else 1, context.tp_rank if dim is not None else 0
     )
     if not _deferred.get():
-        return Parameter(torch.zeros(shape, dtype=dtype), layout, initial)
+        return Parameter(torch.zeros(shape, dtype=dtype), layout, initial, rate)
     data = torch.empty(shape, dtype=dtype, device=context.device)  # no page is touched
     data.untyped_storage().resize_(0)
-    return Parameter(data, layout, initial)
+    return Parameter(data, layout, initial, rate)
 
 
 def check_divisible(name: str, size: int, tp: int) -> None:

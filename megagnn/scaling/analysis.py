@@ -11,8 +11,10 @@ from megagnn.scaling.intervals import Bootstrap, Interval
 from megagnn.scaling.optimum import (
     ComputeLaw,
     IsoFlop,
+    IsoFlopLaw,
     fit_compute,
     frontier,
+    iso_flop_law,
     iso_flops,
     mean_of_seeds,
     optimal_exponents,
@@ -42,6 +44,8 @@ class Options:
     """Name of the loss; the first that all runs have if not given."""
     recipe: str | None = None
     """Which runs; needed where the files hold several recipes."""
+    depth: int | None = None
+    """Laws of the runs with so many layers only; the others are for depth against width."""
     data_unit: str = "structures"
     """What D counts."""
     level: float = 0.9
@@ -93,9 +97,11 @@ class Analysis:
     frontier_points: tuple[Array, Array] | None = None
     """Compute and loss of the frontier."""
     groups: list[IsoFlop] = field(default_factory=list)
-    iso_exponents: tuple[float, int] | None = None
-    """Slope of log N_opt in log C through iso-FLOP minima, and their number."""
+    iso_law: IsoFlopLaw | None = None
+    """N_opt against C through iso-FLOP minima."""
     missing: list[str] = field(default_factory=list)
+    other_depths: list[RunRecord] = field(default_factory=list)
+    """Runs that the laws leave out for their depth."""
 
     def sizes(self) -> Array:
         """Parameters of each run."""
@@ -179,10 +185,15 @@ def analyse(records: Sequence[RunRecord], options: Options) -> Analysis:
     """Every law that the runs determine.
 
     Raises:
-        ValueError: see `select`.
+        ValueError: see `select`; no run of the depth.
     """
     chosen, loss, unit = select(records, options)
-    result = Analysis(chosen, loss, unit, options)
+    of_depth = [r for r in chosen if options.depth in (None, r.depth)]
+    if not of_depth:
+        depths = ", ".join(str(d) for d in sorted({r.depth for r in chosen}))
+        raise ValueError(f"no run has {options.depth} layers; there are runs of {depths}; set --depth L")
+    others = [r for r in chosen if options.depth not in (None, r.depth)]
+    result = Analysis(of_depth, loss, unit, options, other_depths=others)
     _single_laws(result)
     _joint_law(result)
     _compute(result)
@@ -254,8 +265,8 @@ def _iso_flop(result: Analysis) -> None:
             "enclose their minimum, and it takes two."
         )
     else:
-        x, y = np.log(np.array(minima)).T
-        result.iso_exponents = float(np.polyfit(x, y, 1)[0]), len(minima)
+        options = result.options
+        result.iso_law = iso_flop_law(result.groups, options.level, options.replicates, options.seed)
 
 
 @dataclass(frozen=True)
@@ -285,6 +296,7 @@ def hold_out_largest(records: Sequence[RunRecord], options: Options) -> list[Hel
         ValueError: see `select` and `predict`.
     """
     chosen, loss, _ = select(records, options)
+    chosen = [r for r in chosen if options.depth in (None, r.depth)]
     largest = max(chosen, key=lambda r: r.flops)
     size = (largest.width, largest.depth, largest.structures)
     held = [r for r in chosen if (r.width, r.depth, r.structures) == size]

@@ -1,7 +1,6 @@
 """Figures of a scaling study, from an Analysis; where data are missing there is a sentence instead."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -13,19 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from megagnn.scaling.analysis import PUBLISHED, Analysis
+from megagnn.scaling.drawing import Drawn, colours, make_axes, short
 from megagnn.scaling.forms import Array
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure, or the sentence that says why there is none."""
-
-    name: str
-    """Of its files."""
-    title: str
-    figure: Figure | None
-    text: str
-    """Caption, or what is missing."""
 
 
 def draw_all(analysis: Analysis) -> list[Drawn]:
@@ -43,40 +31,19 @@ def draw_all(analysis: Analysis) -> list[Drawn]:
     return [make(analysis) for make in makers]
 
 
-def _axes(columns: int = 1) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(6.0 if columns == 1 else 8.4, 3.9), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
-    for ax in axes:
-        ax.grid(True, which="major", alpha=0.25, linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes)
-
-
-def _colours(count: int) -> Iterable[Any]:
-    return matplotlib.colormaps["viridis"](np.linspace(0.0, 0.88, max(count, 1)))
-
-
-def _short(value: float) -> str:
-    """1.2k, 3.4M: numbers in legends."""
-    for limit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g}{suffix}"
-    return f"{value:.3g}"
-
-
 def _curves(
     analysis: Analysis, varied: Array, fixed: Array, joint: Callable[[float, float], float] | None, name: str
 ) -> tuple[Figure, Axes]:
     """Runs as points and the joint law as lines, one colour for each value of the fixed variable."""
-    figure, (ax,) = _axes()
+    figure, (ax,) = make_axes()
     losses, values = analysis.losses(), np.unique(fixed)
-    colours = _colours(len(values))
+    shades = colours(len(values))
     if len(values) > 8:  # by value, as the colour bar says
-        colours = matplotlib.colormaps["viridis"](LogNorm(values.min(), values.max())(values))
-    for colour, value in zip(colours, values, strict=True):
+        shades = matplotlib.colormaps["viridis"](LogNorm(values.min(), values.max())(values))
+    for colour, value in zip(shades, values, strict=True):
         rows = fixed == value
         ax.loglog(
-            varied[rows], losses[rows], "o", color=colour, markersize=4, label=f"{name} = {_short(value)}"
+            varied[rows], losses[rows], "o", color=colour, markersize=4, label=f"{name} = {short(value)}"
         )
         if joint is not None:
             line = np.geomspace(varied.min(), varied.max(), 60)
@@ -124,7 +91,9 @@ def loss_against_data(analysis: Analysis) -> Drawn:
 def depth_against_width(analysis: Analysis) -> Drawn:
     """Loss against width for each depth, at the data size that most (width, depth) pairs share."""
     name, title = "depth-width", "Depth against width at fixed data"
-    records, data, losses = analysis.records, analysis.data(), analysis.losses()
+    records = [*analysis.records, *analysis.other_depths]
+    data = np.array([float(getattr(r, analysis.options.data_unit)) for r in records])
+    losses = np.array([r.losses[analysis.loss][0] for r in records])
     shapes = {
         d: {(r.width, r.depth) for r, x in zip(records, data, strict=True) if x == d} for d in set(data)
     }
@@ -132,8 +101,8 @@ def depth_against_width(analysis: Analysis) -> Drawn:
     depths = sorted({depth for _, depth in shapes[fixed]})
     if len(depths) < 2:
         return Drawn(name, title, None, f"At each data size all runs have one depth ({depths[0]} layers).")
-    figure, (ax,) = _axes()
-    for colour, depth in zip(_colours(len(depths)), depths, strict=True):
+    figure, (ax,) = make_axes()
+    for colour, depth in zip(colours(len(depths)), depths, strict=True):
         rows = [k for k, r in enumerate(records) if r.depth == depth and data[k] == fixed]
         widths = np.array([records[k].width for k in rows])
         means = [np.exp(np.log(losses[rows][widths == w]).mean()) for w in np.unique(widths)]
@@ -144,7 +113,7 @@ def depth_against_width(analysis: Analysis) -> Drawn:
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="width, channels of a node", ylabel=f"{analysis.loss}, {analysis.unit}")
     ax.legend(fontsize=7, frameon=False)
-    caption = f"D = {_short(fixed)} {analysis.options.data_unit}; lines join the means over seeds."
+    caption = f"D = {short(fixed)} {analysis.options.data_unit}; lines join the means over seeds."
     return Drawn(name, title, figure, caption)
 
 
@@ -165,7 +134,7 @@ def techniques(analysis: Analysis) -> Drawn:
         return Drawn(name, title, None, "No width and depth was run with every technique.")
     shape = max(shared, key=lambda pair: pair[0] ** 2 * pair[1])
     of = {t: [r for r in rows if r.technique == t and (r.width, r.depth) == shape] for t in names}
-    figure, (left, right) = _axes(2)
+    figure, (left, right) = make_axes(2)
     positions = np.arange(len(names))
     left.barh(positions, [np.median([r.memory_gib or 0.0 for r in of[t]]) for t in names], color="#3b6ea5")
     right.barh(
@@ -186,8 +155,8 @@ def iso_flop_curves(analysis: Analysis) -> Drawn:
     if not analysis.groups:
         missing = next((m for m in analysis.missing if "iso-FLOP" in m), "No runs of equal compute.")
         return Drawn(name, title, None, missing)
-    figure, (ax,) = _axes()
-    for colour, group in zip(_colours(len(analysis.groups)), analysis.groups, strict=True):
+    figure, (ax,) = make_axes()
+    for colour, group in zip(colours(len(analysis.groups)), analysis.groups, strict=True):
         ax.loglog(group.sizes, group.losses, "o", color=colour, markersize=4, label=f"{group.flops:.2g} FLOP")
         line = np.geomspace(group.sizes.min(), group.sizes.max(), 50)
         centre = np.log(group.sizes).mean()
@@ -199,9 +168,9 @@ def iso_flop_curves(analysis: Analysis) -> Drawn:
     ax.set(xlabel="parameters, N", ylabel=f"{analysis.loss}, {analysis.unit}")
     ax.legend(fontsize=7, frameon=False)
     text = "Runs whose compute differs by less than 20 %; stars are minima that the sizes enclose."
-    if analysis.iso_exponents is not None:
-        slope, count = analysis.iso_exponents
-        text += f" N_opt ~ C^{slope:.2f} through {count} minima."
+    if analysis.iso_law is not None:
+        found, count = analysis.iso_law.exponent, analysis.iso_law.num_minima
+        text += f" N_opt ~ C^{found.value:.2f} [{found.low:.2f}, {found.high:.2f}] through {count} minima."
     return Drawn(name, title, figure, text)
 
 
@@ -212,7 +181,7 @@ def compute_frontier(analysis: Analysis) -> Drawn:
     flops, best = analysis.frontier_points
     if len(flops) < 3:
         return Drawn(name, title, None, f"Only {len(flops)} run(s) are beaten by no cheaper one.")
-    figure, (ax,) = _axes()
+    figure, (ax,) = make_axes()
     ax.loglog(analysis.flops(), analysis.losses(), "o", color="0.75", markersize=3, label="runs")
     ax.loglog(flops, best, "o", color="#3b6ea5", markersize=4, label="frontier, means over seeds")
     text = "No cheaper run beats those on the frontier."
@@ -234,7 +203,7 @@ def residuals(analysis: Analysis) -> Drawn:
     if analysis.joint is None:
         return Drawn(name, title, None, "There is no joint law to have residuals of.")
     fit = analysis.joint.fit
-    figure, axes = _axes(2)
+    figure, axes = make_axes(2)
     percent = 100 * np.expm1(fit.residuals())
     variables = np.exp(fit.x_GV + fit.mean_V)
     for ax, v, label in zip(
@@ -263,7 +232,7 @@ def exponents(analysis: Analysis) -> Drawn:
     ]
     if not rows:
         return Drawn(name, title, None, "No law could be fitted.")
-    figure, (ax,) = _axes()
+    figure, (ax,) = make_axes()
     figure.set_size_inches(6.4, 1.2 + 0.27 * len(rows))
     for y, (_, interval) in enumerate(rows):
         low, high = max(interval.low, -9.0), min(interval.high, 9.0)

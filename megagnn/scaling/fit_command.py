@@ -46,6 +46,9 @@ def add_selection(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loss", metavar="NAME", help="which loss (default: the first that all runs have)")
     parser.add_argument("--recipe", metavar="NAME", help="which runs, where there are several recipes")
     parser.add_argument(
+        "--depth", type=int, metavar="L", help="laws of the runs with so many layers only (default: all)"
+    )
+    parser.add_argument(
         "--data-unit", choices=DATA_UNITS, default=DATA_UNITS[0], help="what D counts (default: structures)"
     )
     parser.add_argument("--level", type=float, default=0.9, help="of intervals (default: 0.9)")
@@ -65,7 +68,15 @@ def options_of(arguments: argparse.Namespace) -> Options:
     least = round(10 / (1 - level))
     if replicates < least:
         raise ValueError(f"--bootstrap must be at least {least} at --level {level:g}, got {replicates}")
-    return Options(arguments.loss, arguments.recipe, arguments.data_unit, level, replicates, arguments.seed)
+    return Options(
+        loss=arguments.loss,
+        recipe=arguments.recipe,
+        depth=arguments.depth,
+        data_unit=arguments.data_unit,
+        level=level,
+        replicates=replicates,
+        seed=arguments.seed,
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -171,9 +182,10 @@ def _optimum(analysis: Analysis) -> list[str]:
     for group in analysis.groups:
         found = "not enclosed by the sizes" if group.optimum is None else f"N = {group.optimum:.3g}"
         lines.append(f"iso-FLOP at {group.flops:.3g} FLOP, {len(group.sizes)} runs: minimum {found}")
-    if analysis.iso_exponents is not None:
-        slope, count = analysis.iso_exponents
-        lines.append(f"iso-FLOP: N_opt ~ C^{slope:.3f} through {count} minima (no interval)")
+    if analysis.iso_law is not None:
+        iso = analysis.iso_law
+        lost = "" if iso.kept == 1 else f"; {100 * (1 - iso.kept):.0f} % of the replicates had no two minima"
+        lines.append(f"iso-FLOP: N_opt ~ C^{show(iso.exponent)} through {iso.num_minima} minima{lost}")
     return lines
 
 

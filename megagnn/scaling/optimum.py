@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megagnn.scaling.forms import Array, SumOfPowers
+from megagnn.scaling.intervals import Interval
 from megagnn.scaling.robust import Functional
 
 SAME = 0.2  # runs whose compute differs by less than this (in log) are one iso-FLOP group
@@ -131,6 +132,53 @@ def _parabola(sizes: Array, flops: Array, losses: Array) -> IsoFlop:
         vertex = x.mean() - coefficients[1] / (2 * coefficients[0])
         optimum = float(np.exp(vertex)) if x.min() < vertex < x.max() else None
     return IsoFlop(float(np.exp(np.log(flops).mean())), sizes, losses, coefficients, optimum)
+
+
+@dataclass(frozen=True)
+class IsoFlopLaw:
+    """N_opt ~ C^exponent through the minima of iso-FLOP curves."""
+
+    exponent: Interval
+    """Its ends are infinite where too few runs lie beside the parabolas to judge their scatter."""
+    num_minima: int
+    kept: float
+    """Share of the replicates whose curves still enclosed two minima; the interval is of those."""
+
+
+def iso_flop_law(groups: Sequence[IsoFlop], level: float, replicates: int, seed: int) -> IsoFlopLaw | None:
+    """Slope of log N_opt in log C, and its interval by a parametric bootstrap of the curves' log losses.
+
+    Their scatter is that about the parabolas, one for all curves. That a parabola is not the law's own shape
+    is not in the interval. None with fewer than two minima.
+    """
+    found = [g for g in groups if g.optimum is not None]
+    if len(found) < 2:
+        return None
+    slope = _slope([g.flops for g in found], [g.optimum for g in found])
+    spare = sum(len(g.sizes) - 3 for g in found)
+    if spare < 2:
+        return IsoFlopLaw(Interval(slope, -np.inf, np.inf, level), len(found), 1.0)
+    fitted = [np.polyval(g.coefficients, np.log(g.sizes) - np.log(g.sizes).mean()) for g in found]
+    residuals = [np.log(g.losses) - f for g, f in zip(found, fitted, strict=True)]
+    scatter = np.sqrt(sum(float(r @ r) for r in residuals) / spare)
+    rng, slopes = np.random.default_rng(seed), []
+    for _ in range(replicates):
+        drawn = [
+            _parabola(g.sizes, np.full(len(g.sizes), g.flops), np.exp(f + scatter * rng.normal(size=len(f))))
+            for g, f in zip(found, fitted, strict=True)
+        ]
+        kept = [g for g in drawn if g.optimum is not None]
+        if len(kept) > 1:
+            slopes.append(_slope([g.flops for g in kept], [g.optimum for g in kept]))
+    if len(slopes) < replicates / 2:
+        return IsoFlopLaw(Interval(slope, -np.inf, np.inf, level), len(found), len(slopes) / replicates)
+    low, high = np.quantile(slopes, [(1 - level) / 2, (1 + level) / 2])
+    interval = Interval(slope, min(float(low), slope), max(float(high), slope), level)
+    return IsoFlopLaw(interval, len(found), len(slopes) / replicates)
+
+
+def _slope(flops: Sequence[float], sizes: Sequence[float | None]) -> float:
+    return float(np.polyfit(np.log(np.array(flops)), np.log(np.array(sizes, float)), 1)[0])
 
 
 def frontier(flops: Array, losses: Array) -> list[int]:

@@ -4,19 +4,27 @@ import argparse
 import base64
 import html
 import io
+import itertools
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import megagnn
-from megagnn.scaling.analysis import Analysis, analyse
-from megagnn.scaling.figures import Drawn, draw_all
+from megagnn.scaling import compare
+from megagnn.scaling.analysis import Analysis, Options, analyse
+from megagnn.scaling.drawing import Drawn, save_figures, write_tensorboard
+from megagnn.scaling.figures import draw_all
 from megagnn.scaling.fit_command import add_selection, describe, options_of
-from megagnn.scaling.records import read_records
+from megagnn.scaling.rates import describe as describe_rates
+from megagnn.scaling.rates import draw as draw_rates
+from megagnn.scaling.records import RunRecord, read_records
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.35rem; margin-top: 3rem; border-bottom: 1px solid #ccc; }
+h3 { font-size: 1.1rem; margin-top: 2rem; }
 figure { margin: 0; } figure img { max-width: 100%; } figcaption { color: #555; font-size: .9rem; }
 p.missing { color: #7a4a00; background: #fff6e5; padding: .5rem .8rem; border-radius: 4px; }
 pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: .82rem; line-height: 1.4; }
@@ -29,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn report`."""
     add_selection(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="HTML", help="the page")
+    parser.add_argument(
+        "--rates", type=Path, nargs="+", metavar="RUNS.jsonl", help="runs of a learning-rate search"
+    )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write every figure as PNG and PDF")
     parser.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="also write the figures as images there"
@@ -36,13 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`megagnn report RUNS.jsonl... --out report.html [--figures DIR] [--tensorboard DIR]`."""
+    """`megagnn report RUNS.jsonl... --out report.html [--rates RUNS.jsonl...] [--figures DIR] ...`."""
     options = options_of(arguments)
-    analysis = analyse(read_records(arguments.runs), options)
-    drawn = draw_all(analysis)
+    rates = read_records(arguments.rates) if arguments.rates else []
+    chapters = chapters_of(read_records(arguments.runs), rates, options)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(page(analysis, drawn), encoding="utf-8")
+    arguments.out.write_text(page(chapters), encoding="utf-8")
     print(f"wrote {arguments.out}")
+    drawn = [one for chapter in chapters for one in chapter.drawn]
     if arguments.figures is not None:
         for path in save_figures(drawn, arguments.figures):
             print(f"wrote {path}")
@@ -52,30 +64,73 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def page(analysis: Analysis, drawn: Sequence[Drawn]) -> str:
+@dataclass(frozen=True)
+class Chapter:
+    """A recipe's figures, laws and runs; or what compares recipes."""
+
+    title: str
+    drawn: Sequence[Drawn]
+    text: Sequence[str]
+    """Lines of a fixed-width block."""
+    analysis: Analysis | None = None
+
+
+def chapters_of(records: Sequence[RunRecord], rates: Sequence[RunRecord], options: Options) -> list[Chapter]:
+    """One for each recipe, of several recipes one for each pair, and one of the learning rates.
+
+    Raises:
+        ValueError: see `analyse`.
+    """
+    recipes = [options.recipe] if options.recipe else list(dict.fromkeys(r.recipe for r in records))
+    analyses = [analyse(records, replace(options, recipe=recipe)) for recipe in recipes]
+    chapters = []
+    for analysis in analyses:
+        drawn = draw_all(analysis)
+        if len(analyses) > 1:
+            slug = re.sub(r"\W+", "-", analysis.records[0].recipe)
+            drawn = [replace(one, name=f"{slug}-{one.name}") for one in drawn]
+        chapters.append(Chapter(f"Recipe {analysis.records[0].recipe}", drawn, describe(analysis), analysis))
+    for first, second in itertools.combinations(analyses, 2):
+        lines = compare.describe(first, second)
+        chapters.append(Chapter("Recipes side by side", [compare.draw(first, second)], lines))
+    if rates:
+        chapters.append(
+            Chapter("Learning rates", [draw_rates(rates, options)], describe_rates(rates, options))
+        )
+    return chapters
+
+
+def page(chapters: Sequence[Chapter]) -> str:
     """The whole page; figures are embedded, nothing is fetched."""
-    title = f"Scaling of {analysis.loss}, recipe {analysis.records[0].recipe}"
+    analyses = [c.analysis for c in chapters if c.analysis is not None]
+    recipes = ", ".join(a.records[0].recipe for a in analyses)
+    title = f"Scaling of {analyses[0].loss}, recipe {recipes}"
+    count = sum(len(a.records) + len(a.other_depths) for a in analyses)
     parts = [
         "<!doctype html>",
         f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
         f"<style>{_STYLE}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
-        f"<p>{len(analysis.records)} runs. Loss: {html.escape(analysis.loss_in_words())}. "
+        f"<p>{count} runs. Loss: {html.escape(analyses[0].loss_in_words())}. "
         f"Exponents belong to this loss. Made by megagnn {megagnn.__version__}.</p>",
     ]
-    for one in drawn:
-        parts.append(f"<h2>{html.escape(one.title)}</h2>")
-        text = html.escape(one.text)
-        if one.figure is None:
-            parts.append(f'<p class="missing">{text}</p>')
-        else:
-            parts.append(
-                f'<figure><img alt="{html.escape(one.title)}" src="{_embedded(one)}">'
-                f"<figcaption>{text}</figcaption></figure>"
-            )
-    parts.append(f"<h2>Laws</h2><pre>{html.escape(chr(10).join(describe(analysis)))}</pre>")
-    parts.append(f"<h2>Runs</h2>{_table(analysis)}")
+    for chapter in chapters:
+        if len(chapters) > 1:
+            parts.append(f"<h2>{html.escape(chapter.title)}</h2>")
+        parts += [_figure(one) for one in chapter.drawn]
+        parts.append(f"<h3>In numbers</h3><pre>{html.escape(chr(10).join(chapter.text))}</pre>")
+        if chapter.analysis is not None:
+            parts.append(f"<details><summary>Runs</summary>{_table(chapter.analysis)}</details>")
     return "\n".join([*parts, "</body></html>", ""])
+
+
+def _figure(drawn: Drawn) -> str:
+    """A figure, or the sentence that says why there is none."""
+    title, text = html.escape(drawn.title), html.escape(drawn.text)
+    if drawn.figure is None:
+        return f'<h3>{title}</h3><p class="missing">{text}</p>'
+    image = f'<img alt="{title}" src="{_embedded(drawn)}">'
+    return f"<h3>{title}</h3><figure>{image}<figcaption>{text}</figcaption></figure>"
 
 
 def _embedded(drawn: Drawn) -> str:
@@ -91,7 +146,8 @@ def _table(analysis: Analysis) -> str:
     head = ("run", "width", "depth", "parameters", analysis.options.data_unit, "FLOP", "steps", "seconds")
     cells = "".join(f"<th>{h}</th>" for h in (*head, f"{analysis.loss}, {analysis.unit}"))
     rows = [f"<tr>{cells}</tr>"]
-    for record, data, loss in zip(analysis.records, analysis.data(), analysis.losses(), strict=True):
+    for record in (*analysis.records, *analysis.other_depths):
+        data, loss = getattr(record, analysis.options.data_unit), record.losses[analysis.loss][0]
         values = (
             html.escape(record.run),
             record.width,
@@ -105,26 +161,3 @@ def _table(analysis: Analysis) -> str:
         )
         rows.append("<tr>" + "".join(f"<td>{v}</td>" for v in values) + "</tr>")
     return f"<table>{''.join(rows)}</table>"
-
-
-def save_figures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
-    """PNG and PDF of each figure that there is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for one in drawn:
-        if one.figure is None:
-            continue
-        for suffix in ("png", "pdf"):
-            paths.append(folder / f"{one.name}.{suffix}")
-            one.figure.savefig(paths[-1], dpi=200)
-    return paths
-
-
-def write_tensorboard(drawn: Sequence[Drawn], folder: Path) -> None:
-    """The figures as images."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(folder)) as writer:
-        for one in drawn:
-            if one.figure is not None:
-                writer.add_figure(f"scaling/{one.name}", one.figure, close=False)

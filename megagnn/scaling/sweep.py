@@ -19,16 +19,23 @@
     seed = 0
 
 The keys of grids and runs are width, depth, structures, seed, learning_rate, steps, or dotted configuration
-keys. Results go to out_dir/runs.jsonl.
+keys; and, which give steps in terms of the data,
+
+    epochs        train.num_steps: passes over `structures`, with data.max_structures of them in a batch
+    warmup        optim.warmup_steps: share of the steps
+    validations   train.validate_every and checkpoint_every: times in the run
+
+Results go to out_dir/runs.jsonl, or to the file that `results` names, such as one under version control.
 """
 
 import difflib
 import hashlib
 import itertools
 import json
+import math
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +55,18 @@ SHORT = {
     "learning_rate": "optim.learning_rate",
     "steps": "train.num_steps",
 }
-_LETTERS = {"width": "w", "depth": "l", "structures": "n", "seed": "s", "learning_rate": "lr", "steps": "t"}
-_KEYS = ("config", "out_dir", "recipe", "processes", "threads", "split", "set", "grid", "runs")
+# What becomes steps once the rest is known.
+RELATIVE = ("epochs", "warmup", "validations")
+_LETTERS = {
+    "width": "w",
+    "depth": "l",
+    "structures": "n",
+    "seed": "s",
+    "learning_rate": "lr",
+    "steps": "t",
+    "epochs": "e",
+}
+_KEYS = ("config", "out_dir", "recipe", "processes", "threads", "split", "results", "set", "grid", "runs")
 
 # A run made with other values of these is the same run.
 _NO_MATTER = (
@@ -98,12 +115,9 @@ class Sweep:
     """Threads of each run."""
     split: str
     """Where the losses of the results are measured."""
+    results: Path
+    """Lines of results."""
     runs: tuple[PlannedRun, ...]
-
-    @property
-    def results(self) -> Path:
-        """Lines of results."""
-        return self.out_dir / "runs.jsonl"
 
     def finished(self) -> dict[str, RunRecord]:
         """Results by name.
@@ -144,13 +158,14 @@ def load_sweep(path: str | Path) -> Sweep:
     base = _read(base_path)
     out_dir = Path(str(values["out_dir"]))
     threads = _positive(values, "threads", path)
-    common = {**values.get("set", {}), "train.threads": threads}
+    common = {**_dotted(path, values.get("set", {})), "train.threads": threads}
     runs = []
     for settings in _settings(path, values):
         name = run_name(settings)
-        config_values = _merged(base, {**common, **_dotted(path, settings), "out_dir": str(out_dir / name)})
+        dotted = {**common, **_dotted(path, settings), "out_dir": str(out_dir / name)}
+        relative = {key: dotted.pop(key) for key in RELATIVE if key in dotted}
         try:
-            config = config_from_dict(config_values)
+            config = _in_steps(config_from_dict(_merged(base, dotted)), relative)
         except ValueError as error:
             raise ValueError(f"{path}, run {name}: {error}") from None
         runs.append(PlannedRun(name, config, _digest(config)))
@@ -165,6 +180,7 @@ def load_sweep(path: str | Path) -> Sweep:
         _positive(values, "processes", path),
         threads,
         _split(path, values),
+        Path(str(values.get("results", out_dir / "runs.jsonl"))),
         tuple(runs),
     )
 
@@ -221,11 +237,34 @@ def _settings(path: Path, values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _dotted(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     for key in settings:
-        if key not in SHORT and "." not in key:
-            near = difflib.get_close_matches(key, SHORT, n=1)
-            hint = f"nearest: '{near[0]}'" if near else f"known are {', '.join(SHORT)}"
+        if key not in SHORT and key not in RELATIVE and "." not in key:
+            known = (*SHORT, *RELATIVE)
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"nearest: '{near[0]}'" if near else f"known are {', '.join(known)}"
             raise ValueError(f"{path}: unknown key '{key}' of a run; {hint}, or a dotted configuration key")
     return {SHORT.get(key, key): value for key, value in settings.items()}
+
+
+def _in_steps(config: RunConfig, relative: Mapping[str, Any]) -> RunConfig:
+    """The configuration with what was given in passes over the data and in shares of the run."""
+    for key, value in relative.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise ValueError(f"{key} must be a positive number, got {value!r}")
+    optim, train = config.optim, config.train
+    if "epochs" in relative:
+        structures, batch = config.data.num_structures, config.data.max_structures
+        if structures is None or batch is None:
+            raise ValueError(
+                "epochs needs structures, and data.max_structures for a batch; set both, or give steps"
+            )
+        steps = math.ceil(structures / batch / optim.accumulate_steps) * relative["epochs"]
+        train = replace(train, num_steps=max(1, round(steps)))
+    if "warmup" in relative:
+        optim = replace(optim, warmup_steps=round(relative["warmup"] * train.num_steps))
+    if "validations" in relative:
+        every = math.ceil(train.num_steps / relative["validations"])
+        train = replace(train, validate_every=every, checkpoint_every=every)
+    return replace(config, optim=optim, train=train)
 
 
 def _merged(base: Mapping[str, Any], dotted: Mapping[str, Any]) -> dict[str, Any]:
@@ -250,7 +289,9 @@ def run_name(settings: Mapping[str, Any]) -> str:
 
 
 def _digest(config: RunConfig) -> str:
-    flat = {k: v for k, v in flat_config(config).items() if k not in _NO_MATTER}
+    """Of what differs from the defaults: a key that a later version brings changes no digest."""
+    usual = flat_config(RunConfig())
+    flat = {k: v for k, v in flat_config(config).items() if k not in _NO_MATTER and v != usual.get(k)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -22,10 +22,12 @@ from megagnn.parallel.parameter import Constant, Initial, Normal, make_parameter
 
 @dataclass(frozen=True)
 class LinearLaws:
-    """How a Linear's weight and bias begin."""
+    """How a Linear's weight and bias begin, and their shares of the learning rate."""
 
     weight: Initial
     bias: Initial
+    weight_rate: float = 1.0
+    bias_rate: float = 1.0
 
 
 def gather_channels(x: T, context: ParallelContext) -> T:
@@ -70,8 +72,10 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         shape = (out_features, in_features)
-        self.weight = make_parameter(shape, 0, context, laws.weight, dtype, name)
-        self.bias = make_parameter(shape[:1], 0, context, laws.bias, dtype, name) if bias else None
+        self.weight = make_parameter(shape, 0, context, laws.weight, dtype, name, laws.weight_rate)
+        self.bias = None
+        if bias:
+            self.bias = make_parameter(shape[:1], 0, context, laws.bias, dtype, name, laws.bias_rate)
 
     def forward(self, x: T) -> T:
         """See the class."""
@@ -98,9 +102,11 @@ class RowLinear(nn.Module):
         super().__init__()
         self.context, self.scattered = context, out_features > 1
         shape = (out_features, in_features)
-        self.weight = make_parameter(shape, 1, context, laws.weight, dtype, names[0])
-        dim = 0 if self.scattered else None
-        self.bias = make_parameter(shape[:1], dim, context, laws.bias, dtype, names[1]) if bias else None
+        self.weight = make_parameter(shape, 1, context, laws.weight, dtype, names[0], laws.weight_rate)
+        self.bias = None
+        if bias:
+            dim = 0 if self.scattered else None
+            self.bias = make_parameter(shape[:1], dim, context, laws.bias, dtype, names[1], laws.bias_rate)
 
     def forward(self, x: T) -> T:
         """See the class."""
@@ -139,10 +145,17 @@ class RMSNorm(nn.Module):
     Of bfloat16 features the mean square, its sum over ranks and the root are float32.
     """
 
-    def __init__(self, width: int, context: ParallelContext, dtype: torch.dtype, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        width: int,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        eps: float = 1e-6,
+        rate: float = 1.0,
+    ) -> None:
         super().__init__()
         self.width, self.context, self.eps = width, context, eps
-        self.gain_F = make_parameter((width,), 0, context, Constant(1.0), dtype, "model.width")
+        self.gain_F = make_parameter((width,), 0, context, Constant(1.0), dtype, "model.width", rate)
 
     def forward(self, h_NF: T) -> T:
         """See the class."""

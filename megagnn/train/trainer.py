@@ -25,6 +25,7 @@ from megagnn.optim.optimizer import (
     is_sharded,
     make_optimizer,
     make_sharded_optimizer,
+    set_learning_rate,
 )
 from megagnn.optim.pieces import Piece
 from megagnn.optim.schedule import learning_rate
@@ -215,8 +216,7 @@ class Trainer:
         """One step; whether to stop after it, the same on every rank."""
         step, optim = self.progress.step, self.config.optim
         rate = learning_rate(step, self.config.train.num_steps, optim)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
         counts = step_counts(batches, self.context)
         if self.pipeline is not None:

@@ -1,5 +1,6 @@
 """Training by ZeRO stages on any layout, for the parity tests."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from megagnn.optim.optimizer import (
     gradient_norm,
     make_optimizer,
     make_sharded_optimizer,
+    set_learning_rate,
 )
 from megagnn.optim.sharded import ShardedAdamW
 from megagnn.parallel.context import ParallelContext
@@ -53,6 +55,7 @@ class Case(NamedTuple):
 def build(case: Case, context: ParallelContext) -> Potential:
     """The model, with the same weights on any layout."""
     config = CONFIGURATIONS[case.configuration].model_config("fused", case.recomputation)
+    config = replace(config, parametrisation="mup", base_width=6, base_layers=1)  # several rates
     return randomised(config, context=context, plan=case.plan)  # type: ignore[arg-type]
 
 
@@ -75,6 +78,7 @@ def train(case: Case, context: ParallelContext, num_steps: int, plain: bool = Fa
     else:
         optimizer = optimizer_of(potential, case, context)
         reducer = optimizer.reducer
+    set_learning_rate(optimizer, OPTIMIZER.learning_rate)
     what = CONFIGURATIONS[case.configuration]
     batch, loss = batch_of(SHARES[case.dp][context.dp_rank]), Loss(what.loss_config())
     norms, losses = [], []

@@ -1,5 +1,6 @@
 """Every layout begins with the same weights, bit for bit, and trains to the same ones, to 1e-8."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,13 @@ from torch import Tensor
 
 from megagnn.config import OptimConfig
 from megagnn.models.potential import Potential, build_potential
-from megagnn.optim.optimizer import clipped_step, gradient_buffers, gradient_norm, make_optimizer
+from megagnn.optim.optimizer import (
+    clipped_step,
+    gradient_buffers,
+    gradient_norm,
+    make_optimizer,
+    set_learning_rate,
+)
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
@@ -22,7 +29,10 @@ NUM_STEPS = 10
 TOLERANCE = 1e-8
 OPTIMIZER = OptimConfig(learning_rate=1e-3, clip_norm=0.25, weight_decay=0.1)
 CONFIGURATION = CONFIGURATIONS["stress"]
-MODEL = CONFIGURATION.model_config("fused", "none")
+# With rates that differ from group to group.
+MODEL = replace(
+    CONFIGURATION.model_config("fused", "none"), parametrisation="mup", base_width=6, base_layers=1
+)
 # With one rank along tp there are no plans.
 LAYOUTS = {
     world_size: [
@@ -47,6 +57,7 @@ def train(context: ParallelContext, plan: Any, seed: int = 0) -> dict[str, Any]:
     found: dict[str, Any] = {"initial": parameters(potential, context), "norms": [], "losses": []}
     found["count"] = num_parameters(potential)
     optimizer = make_optimizer(potential, OPTIMIZER)
+    set_learning_rate(optimizer, OPTIMIZER.learning_rate)
     reducer = GradientReducer(potential.parameters(), context, 1000, gradient_buffers(optimizer))
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
@@ -83,9 +94,11 @@ def test_training_equals_one_process(alone: dict[str, Any], world_size: int) -> 
 
 def test_the_steps_do_something(alone: dict[str, Any]) -> None:
     """Every parameter moves, gradients are clipped, the loss falls; another seed begins elsewhere."""
+    rates = {name: p.rate for name, p in build_potential(MODEL, STATISTICS).named_parameters()}  # type: ignore[attr-defined]
+    assert len(set(rates.values())) > 2
     for name, initial in alone["initial"].items():
         moved = (alone["final"][name] - initial).abs().max().item()
-        assert moved > 0.5 * OPTIMIZER.learning_rate, name
+        assert moved > 0.5 * rates[name] * OPTIMIZER.learning_rate, name
     assert min(alone["norms"]) > 1.01 * float(OPTIMIZER.clip_norm or 0)
     assert alone["losses"][-1] < 0.995 * alone["losses"][0]
     other = build_potential(MODEL, STATISTICS, 1, torch.float64)

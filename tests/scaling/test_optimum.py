@@ -6,6 +6,7 @@ from megagnn.scaling.optimum import (
     ComputeLaw,
     fit_compute,
     frontier,
+    iso_flop_law,
     iso_flops,
     mean_of_seeds,
     optimal_exponents,
@@ -56,6 +57,31 @@ def test_iso_flop_minima() -> None:
         size, _, _ = optimal_sizes(LAW, ComputeLaw(6.0, 1.0, 1.0, 0.0), group.flops)
         assert group.optimum is not None
         assert abs(np.log(group.optimum / size)) < 0.5  # a parabola over three decades is not the law
+
+
+def test_iso_flop_exponent_and_its_interval() -> None:
+    """Noisy parabolas whose minima go with C^0.6: 90 % intervals hold it in most of 80 trials."""
+    n, budgets = np.geomspace(1e4, 1e7, 6), np.array([1e14, 1e15, 1e16])
+    flops, sizes = np.repeat(budgets, 6), np.tile(n, 3)
+    minima = 10**5.4 * (flops / 1e15) ** 0.6
+    held, widths = 0, []
+    for trial in range(80):
+        noise = 0.03 * np.random.default_rng(trial).normal(size=len(sizes))
+        losses = np.exp(0.05 * np.log(sizes / minima) ** 2 + noise)
+        found = iso_flop_law(iso_flops(sizes, flops, losses), 0.9, 100, trial)
+        assert found is not None
+        assert found.num_minima == 3
+        held += found.exponent.covers(0.6)
+        widths.append(found.exponent.high - found.exponent.low)
+    assert 64 <= held <= 79, held
+    assert np.median(widths) < 0.2
+    three = np.tile(n[::2], 2)
+    exact = np.exp(0.05 * np.log(three / np.repeat([1e5, 4e5], 3)) ** 2)
+    unknown = iso_flop_law(iso_flops(three, np.repeat([1e14, 1e15], 3), exact), 0.9, 100, 0)
+    assert unknown is not None
+    assert unknown.exponent.value == pytest.approx(np.log10(4))
+    assert unknown.exponent.high == np.inf
+    assert iso_flop_law(iso_flops(n, np.full(6, 1e14), n**-0.3), 0.9, 100, 0) is None
 
 
 def test_no_minimum_is_extrapolated() -> None:

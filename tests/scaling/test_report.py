@@ -2,15 +2,19 @@
 
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
 from megagnn.cli import main
+from megagnn.scaling import compare, rates
 from megagnn.scaling.analysis import Options, analyse, hold_out_largest, select
 from megagnn.scaling.figures import draw_all
 from megagnn.scaling.intervals import Interval
+from megagnn.scaling.records import RunRecord
+from megagnn.scaling.report import chapters_of, page
 from tests.scaling.synthetic import LAW, law, study, write
 
 FAST = ("--bootstrap", "100")
@@ -149,3 +153,65 @@ def test_one_run_alone(tmp_path: Path) -> None:
     runs = write(tmp_path / "runs.jsonl", study(widths=(16,), data=(500,), seeds=1))
     assert main(["report", str(runs), "--out", str(tmp_path / "report.html"), *FAST]) == 0
     assert (tmp_path / "report.html").read_text().count('class="missing"') == 8
+
+
+def test_recipes_side_by_side(tmp_path: Path) -> None:
+    """Two recipes, one of them 10 % worse everywhere; other depths are in one figure and in no law."""
+    ours = study(widths=(16, 32, 64, 128), depths=(3,), seeds=1)
+    theirs = [
+        dataclasses.replace(
+            r, run="t" + r.run, recipe="the other", losses={k: (1.1 * v, u) for k, (v, u) in r.losses.items()}
+        )
+        for r in ours
+    ]
+    deep = [
+        dataclasses.replace(r, run=f"deep{r.run}", depth=9, losses={"force_mae": (9.0, "eV/Å")}) for r in ours
+    ]
+    options = Options(replicates=100, depth=3)
+    chapters = chapters_of([*ours, *theirs, *deep], search(), options)
+    assert [c.title for c in chapters] == [
+        "Recipe synthetic",
+        "Recipe the other",
+        "Recipes side by side",
+        "Learning rates",
+    ]
+    first, second = (c.analysis for c in chapters[:2])
+    assert first is not None
+    assert second is not None
+    assert first.joint is not None
+    alone = analyse(ours, options)
+    assert alone.joint is not None
+    assert first.joint.fit.predict((1e5, 1e4)) == alone.joint.fit.predict((1e5, 1e4))
+    found = compare.matches(first, second)
+    assert len(found) == 16
+    assert [m.ratio for m in found] == pytest.approx([1.1] * 16)
+    text = page(chapters)
+    assert text.count("data:image/svg+xml;base64,") == 7 + 6 + 2
+    assert len({one.name for c in chapters for one in c.drawn}) == 8 + 8 + 2
+    with pytest.raises(ValueError, match=r"no run has 5 layers; there are runs of 3; set --depth L"):
+        analyse(ours, dataclasses.replace(options, depth=5))
+
+
+def search(power: float = -0.5) -> list[RunRecord]:
+    """A learning-rate search whose best rate goes with a power of the width."""
+    shape = study(widths=(16, 64, 256), data=(500,), seeds=1)
+    return [
+        dataclasses.replace(
+            r,
+            run=f"{r.run}-{rate}",
+            learning_rate=rate,
+            losses={"force_mae": (1 + math.log(rate / (8e-3 * (r.width / 16) ** power)) ** 2, "eV/Å")},
+        )
+        for r in shape
+        for rate in (2.5e-4 * 2**k for k in range(10))
+    ]
+
+
+@pytest.mark.parametrize("power", [0.0, -0.5, -1.0])
+def test_best_rates(power: float) -> None:
+    records = search(power)
+    assert rates.drift(records, "force_mae") == pytest.approx(power, abs=0.02)
+    cost = rates.cost_of_transfer(records, "force_mae")
+    assert cost == pytest.approx(1 + math.log(16**power) ** 2, rel=0.1)
+    at_end = [r for r in records if r.learning_rate < 1e-3]
+    assert "16: at an end" in rates.describe(at_end, Options())[0]

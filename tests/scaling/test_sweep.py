@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megagnn.cli import main
+from megagnn.scaling import sweep as sweep_module
 from megagnn.scaling.records import read_records
 from megagnn.scaling.sweep import load_sweep, run_name
 from megagnn.train.checkpoint_folder import checkpoint_steps
@@ -62,6 +63,33 @@ def test_the_table(tmp_path: Path) -> None:
     assert run_name({"learning_rate": 3e-4, "model.edge_memory": "save"}) == "lr0.0003-edge_memory_save"
 
 
+def test_in_terms_of_the_data(tmp_path: Path) -> None:
+    """Steps, warm-up and validations follow from epochs; results go where they are wanted."""
+    text = SWEEP.split("[grid]")[0].replace('"train.num_steps" = {steps}\n"train.validate_every" = 10\n', "")
+    text = text.replace("processes = 2", 'processes = 2\nresults = "{folder}/kept.jsonl"')
+    text += '"data.max_structures" = 8\nepochs = 3\nwarmup = 0.1\nvalidations = 4\n'
+    text += "[grid]\nstructures = [100, 990]"
+    sweep = load_sweep(write_sweep(tmp_path, text))
+    small, large = (run.config for run in sweep.runs)
+    assert (small.train.num_steps, small.optim.warmup_steps, small.train.validate_every) == (39, 4, 10)
+    assert (large.train.num_steps, large.optim.warmup_steps, large.train.checkpoint_every) == (372, 37, 93)
+    assert sweep.results == tmp_path / "kept.jsonl"
+
+
+def test_new_keys_change_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results that lie under version control stay valid as long as nothing that they depend on changes."""
+    before = [run.digest for run in load_sweep(write_sweep(tmp_path)).runs]
+    flat = sweep_module.flat_config
+    monkeypatch.setattr(sweep_module, "flat_config", lambda config: {**flat(config), "model.new": 1})
+    assert [run.digest for run in load_sweep(tmp_path / "sweep.toml").runs] == before
+    other = write_sweep(tmp_path, SWEEP.replace("width = 8\n", "width = 9\n"))
+    assert [run.digest == d for run, d in zip(load_sweep(other).runs, before, strict=True)] == [
+        True,
+        True,
+        False,
+    ]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -73,6 +101,9 @@ def test_the_table(tmp_path: Path) -> None:
         ("processes = 2", "processes = 0", r"processes must be a whole number, at least 1, got 0"),
         ("processes = 2", 'split = "train"', r"split must be 'test' or 'valid', got 'train'"),
         ('config = "base.toml"', "", r"'config' is missing"),
+        ("seed = [0]", "epochs = [5]", r"run w8-e5: epochs needs structures, and data\.max_structures"),
+        ("seed = [0]", "warmup = [-1]", r"warmup must be a positive number, got -1"),
+        ("seed = [0]", "epoch = [5]", r"unknown key 'epoch' of a run; nearest: 'epochs'"),
         ("recipe =", "recipe", r"is not valid TOML"),
     ],
 )
