@@ -97,7 +97,7 @@ class ModelConfig:
     coordinate_bias: bool = False
     """Bias in the last Linear of phi_x."""
     coordinate_tanh: bool = False
-    """Bound phi_x by a tanh."""
+    """Bound phi_x by a tanh, where it moves coordinates."""
     self_edges: bool = False
     """Let every atom send a message to itself."""
     level_embedding: bool = True

@@ -57,13 +57,13 @@ def edge_distances(r_EC: T) -> T:
     return dual.distance(r_EC, DISTANCE_EPSILON)
 
 
-def edge_spec(config: ModelConfig, feature: DistanceFeature) -> EdgeSpec:
-    """The configured edge operation."""
+def edge_spec(config: ModelConfig, feature: DistanceFeature, vector_branch: str) -> EdgeSpec:
+    """The configured edge operation; only what moves coordinates is bounded, forces have no largest value."""
     return EdgeSpec(
         feature=config.distance_feature,
         direction=config.direction,
         activation=config.activation,
-        bounded=config.coordinate_tanh,
+        bounded=config.coordinate_tanh and vector_branch == "coordinates",
         epsilon=DISTANCE_EPSILON,
         cutoff=config.cutoff,
         spread=feature.spread,
@@ -216,7 +216,9 @@ class EGNNLayer(nn.Module):
         self.norm = make_norm(config, context, dtype, branch_rate(config))
         fused = config.edge_operation == "fused" and config.aggregation_backend == "own"
         backend = aggregation_backend(config.aggregation_backend)
-        self.edge_operation = EdgeOperation(edge_spec(config, feature), fused, backend, context)
+        self.edge_operation = EdgeOperation(
+            edge_spec(config, feature, vector_branch), fused, backend, context
+        )
         self.message = EdgeMessage(config, feature.num_features, context, dtype)
         self.message_divisor = Divisor(config.message_aggregation, mean_neighbours)
         self.node_update = NodeUpdate(config, context, dtype)

@@ -58,3 +58,14 @@ def test_large_totals_keep_their_mev() -> None:
     large = potential(batch)[keys.ENERGY] - potential.model.reference_energy(batch)
     assert large.dtype == torch.float64
     assert (large - small).abs() < 1e-9
+
+
+def test_direct_forces_have_no_largest_value() -> None:
+    """The tanh of the `study` preset bounds coordinate updates; a bounded force could not fit close atoms."""
+    potential = randomised(model_config(preset="study", forces="direct"))
+    before = outputs(potential)[keys.FORCES].abs().max()
+    out = potential.model.layers[-1].vector.out  # type: ignore[index]
+    with torch.no_grad():
+        out.weight.mul_(1e3)
+    assert outputs(potential)[keys.FORCES].abs().max() > 100 * before
+    assert potential.model.layers[0].edge_operation.spec.bounded  # type: ignore[index]
