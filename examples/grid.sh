@@ -2,7 +2,7 @@
 # One model over a grid of ranks on this machine: tensor x pipeline x data, here on the embedded data set. Four ranks by
 # default. Arguments are configuration overrides:
 #   TENSOR=2 PIPELINE=2 DATA=1 bash examples/grid.sh --train.num_steps 100
-# On several nodes: examples/slurm/train.sbatch with the same --parallel.* and --optim.accumulate_steps.
+# On several nodes: TENSOR=2 PIPELINE=2 sbatch examples/slurm/grid.sbatch CONFIG.toml ...
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/tools/setup_env.sh"

@@ -255,6 +255,13 @@ class ParallelConfig:
     ] = "auto"
     """In which order pipeline ranks do what (docs/pipeline.md); the last three are for conservative forces.
     `auto` is `conservative` for these, and else `1f1b`."""
+    stage_costs: Literal["modelled", "measured"] = "modelled"
+    """Layers are cut into stages of even cost: multiply-adds counted, or times on the first step's batch."""
+    stages: tuple[PositiveInt, ...] | None = None
+    """Layers of each stage, in their order, instead of such a cut."""
+    timeline_step: PositiveInt = 10
+    """After so many steps of a pipeline the timeline of one is kept, planned and measured: in TensorBoard and
+    for chrome://tracing in out_dir/timeline.json."""
     tensor: PositiveInt = 1
     """Ranks that hold one set of parameters between them and work on the same batch."""
     plan: Literal["auto", "channel", "edge"] = "auto"
@@ -313,6 +320,11 @@ class RunConfig:
                 f"parallel.schedule = '{schedule}' needs parallel.pipeline above 1; set it, or leave the "
                 "schedule out"
             )
+        if ranks == 1 and (self.parallel.stage_costs != "modelled" or self.parallel.stages is not None):
+            raise ValueError(
+                "parallel.stage_costs and parallel.stages need parallel.pipeline above 1; set it, or leave "
+                "them out"
+            )
         if ranks == 1:
             return
         conservative = self.model.forces == "conservative"
@@ -332,6 +344,12 @@ class RunConfig:
             raise ValueError(
                 f"model.num_layers {self.model.num_layers} are fewer than the {stages} stages of "
                 f"parallel.pipeline {ranks} with schedule '{schedule}'; use more layers or fewer ranks"
+            )
+        sizes = self.parallel.stages
+        if sizes is not None and (len(sizes) != stages or sum(sizes) != self.model.num_layers):
+            raise ValueError(
+                f"parallel.stages = {list(sizes)} must be {stages} numbers that add up to model.num_layers "
+                f"{self.model.num_layers}; got {len(sizes)} that add up to {sum(sizes)}"
             )
         if schedule == "interleaved" and batches % ranks:
             raise ValueError(

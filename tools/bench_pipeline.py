@@ -3,6 +3,7 @@
     python tools/bench_pipeline.py sleep --ranks 4 8            # actions that sleep their cost
     python tools/bench_pipeline.py work --ranks 2 --width 64    # real layers
     python tools/bench_pipeline.py work --trace trace.json --plot timeline.png
+    python tools/bench_pipeline.py layers --layers 8 --ranks 4  # what layers cost, counted and measured
 
 Starts the ranks on this machine over gloo. `sleep`: an action of cost c sleeps c units, so that ranks may be
 more than cores, and its message holds a few numbers; what is measured is the order of the executor's waits.
@@ -33,7 +34,9 @@ from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import ModelWork
 from megagnn.pipeline_parallel.pipeline import CONSERVATIVE as CONSERVATIVE_SCHEDULES
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
-from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, simulate
+from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, bubble_of, simulate
+from megagnn.pipeline_parallel.stage import layer_costs, stages_of
+from megagnn.pipeline_parallel.stage_costs import measured_costs
 from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
 from megagnn.train.loss import Loss, step_counts
 
@@ -63,12 +66,6 @@ class SleepWork:
     def kept(self) -> list[str]:
         """Nothing."""
         return []
-
-
-def bubble(events: Sequence[Event], num_ranks: int) -> float:
-    """Share of ranks x makespan that no action fills."""
-    makespan = max(e.end for e in events) - min(e.start for e in events)
-    return 1 - sum(e.end - e.start for e in events) / (makespan * num_ranks)
 
 
 def asleep(
@@ -142,10 +139,10 @@ def mean_of(kind: Kind, events: Sequence[Event]) -> float:
 def report(name: str, num_ranks: int, schedule: Schedule, runs: list[list[Event]], slept: bool) -> str:
     """A line of the table."""
     runs = runs[1:]
-    middle = sorted(runs, key=lambda events: bubble(events, num_ranks))[len(runs) // 2]
+    middle = sorted(runs, key=lambda events: bubble_of(events, num_ranks))[len(runs) // 2]
     costs = None if slept else MeasuredCosts(middle)
-    expected, got = simulate(schedule, costs).bubble, bubble(middle, num_ranks)
-    spread = [100 * bubble(events, num_ranks) for events in runs]
+    expected, got = simulate(schedule, costs).bubble, bubble_of(middle, num_ranks)
+    spread = [100 * bubble_of(events, num_ranks) for events in runs]
     cells = [name, num_ranks, schedule.num_micro_batches, f"{100 * expected:.1f}", f"{100 * got:.1f}"]
     cells += [f"{100 * (got - expected):+.1f}", f"{min(spread):.1f} to {max(spread):.1f}"]
     cells.append(f"{statistics.median(max(e.end for e in events) for events in runs):.3f}")
@@ -154,13 +151,29 @@ def report(name: str, num_ranks: int, schedule: Schedule, runs: list[list[Event]
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def layer_table(arguments: argparse.Namespace) -> str:
+    """What layers cost, as counted and as measured, over a middle layer, and the stages that follow."""
+    batch, cutoff = edge_workload.dense_batch(arguments.edges)
+    loss, lines = Loss(LossConfig(energy="mse", forces="mse")), []
+    for forces in ("direct", "conservative"):
+        config = edge_workload.model_config(arguments.width, forces, cutoff, num_layers=arguments.layers)
+        fitted = edge_workload.statistics()
+        counted = layer_costs(config, fitted.mean_neighbours)
+        measured = measured_costs(config, fitted, batch, loss, ParallelContext())
+        for name, costs in (("counted", counted), ("measured", measured)):
+            shares = " ".join(f"{cost / costs[1]:.2f}" for cost in costs)
+            cut = " + ".join(str(len(s.layers)) for s in stages_of(costs, (arguments.ranks or [2])[0]))
+            lines.append(f"| {forces} | {name} | {shares} | {cut} |")
+    return "| forces | costs | of each layer | stages |\n| --- | --- | --- | --- |\n" + "\n".join(lines)
+
+
 HEAD = ["schedule", "ranks", "micro-batches", "simulated %", "measured %", "difference", "all batches %", "s"]
 
 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("mode", choices=("sleep", "work"))
+    parser.add_argument("mode", choices=("sleep", "work", "layers"))
     parser.add_argument("--ranks", type=int, nargs="+", default=None)
     parser.add_argument("--schedules", nargs="+", default=[*ORDINARY_SCHEDULES, *CONSERVATIVE_SCHEDULES])
     parser.add_argument("--per-stage", type=int, default=2, help="micro-batches for each rank")
@@ -172,6 +185,9 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--trace", type=Path, help="Chrome trace of the last schedule")
     arguments = parser.parse_args()
+    if arguments.mode == "layers":
+        print(layer_table(arguments))
+        return
     slept, timelines = arguments.mode == "sleep", {}
     head = HEAD if slept else [*HEAD, "mean of an action, ms"]
     print("| " + " | ".join(head) + " |\n" + "| --- " * len(head) + "|", flush=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megagnn.data.micro_batches import hill
 from megagnn.pipeline_parallel.actions import Schedule
 from megagnn.pipeline_parallel.conservative import conservative, open_graphs, two_pass
 from megagnn.pipeline_parallel.schedules import gpipe, interleaved, one_f_one_b, zb_h1
@@ -29,7 +30,6 @@ from megagnn.pipeline_parallel.simulate import (
     peaks,
     simulate,
 )
-from megagnn.pipeline_parallel.split import hill
 from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
 from megagnn.pipeline_parallel.validate import validate
 

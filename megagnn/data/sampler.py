@@ -4,6 +4,10 @@ The plan of an epoch is a pure function of the counts, the seed and the epoch. E
 plan and takes its share, so ranks agree without talking, and a run resumes at (epoch, step) without any saved
 state. Steps are cut from the order one after the other, so that those done are a prefix of the order, and a
 plan for another number of ranks can begin where they end: `first` structures of an epoch are then left out.
+
+An optimizer step may take several batches of each rank, its micro-batches. Then the plan counts these:
+`per_step` entries of it, one after another, hold the structures of one step, dealt at once over micro-batches
+and ranks.
 """
 
 from __future__ import annotations
@@ -13,24 +17,27 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
+from megagnn.data.micro_batches import rounds_of
+
 Batch = NDArray[np.int64]
 
 
 class BudgetSampler:
-    """Plans index arrays, one for each step and rank.
+    """Plans index arrays, one for each micro-batch and rank.
 
-    A step takes structures in (shuffled) order until the budget of one of its ranks would burst, gives them
-    to the ranks so that their costs (edges + atoms) are even, and starts the next step. Every structure comes
-    exactly once an epoch, every rank has the same number of steps, and at the last step a rank may get no
-    structure.
+    A step takes structures in (shuffled) order until the budget of one of its batches would burst, gives them
+    to the batches so that their costs (edges + atoms) are even, and starts the next step. Every structure
+    comes exactly once an epoch, every rank has the same number of batches, and in the last step a batch may
+    get no structure. Several batches to a step come in the order of `micro_batches.rounds_of`.
 
     Args:
         num_atoms, num_edges: (S,) of each structure.
-        max_atoms, max_edges: budget of one rank and step.
+        max_atoms, max_edges: budget of one batch.
         dp_size, dp_rank: data-parallel ranks and this one's number.
         seed: of the order.
         shuffle: False keeps the order of the data set, for evaluation.
-        max_structures: largest number of structures of one rank and step, or None.
+        max_structures: largest number of structures of one batch, or None.
+        per_step: batches of each rank in a step.
 
     Raises:
         ValueError: a structure larger than the budget, or arguments out of range.
@@ -48,13 +55,14 @@ class BudgetSampler:
         seed: int = 0,
         shuffle: bool = True,
         max_structures: int | None = None,
+        per_step: int = 1,
     ) -> None:
         self.num_atoms = np.asarray(num_atoms, dtype=np.int64)
         self.num_edges = np.asarray(num_edges, dtype=np.int64)
         self.max_atoms, self.max_edges = int(max_atoms), int(max_edges)
         self.dp_size, self.dp_rank = dp_size, dp_rank
         self.seed, self.shuffle = seed, shuffle
-        self.max_structures = max_structures
+        self.max_structures, self.per_step = max_structures, per_step
         self._check()
         self._plan: tuple[tuple[int, int], list[list[Batch]]] | None = None
 
@@ -67,6 +75,8 @@ class BudgetSampler:
             raise ValueError(f"max_structures must be at least 1 or None, got {self.max_structures}")
         if self.dp_size < 1 or not 0 <= self.dp_rank < self.dp_size:
             raise ValueError(f"dp_rank must lie in 0..dp_size - 1, got {self.dp_rank} of {self.dp_size}")
+        if self.per_step < 1:
+            raise ValueError(f"a step needs at least 1 micro-batch, got {self.per_step}")
         over = np.flatnonzero((self.num_atoms > self.max_atoms) | (self.num_edges > self.max_edges))
         if len(over):
             k = int(over[0])
@@ -114,13 +124,14 @@ class BudgetSampler:
             max_atoms=self.max_atoms,
             max_edges=self.max_edges,
             max_structures=self.max_structures,
+            per_step=self.per_step,
             dp_size=dp_size,
             seed=self.seed,
             shuffle=self.shuffle,
         )
 
     def plan(self, epoch: int, first: int = 0) -> list[list[Batch]]:
-        """Steps of an epoch without its `first` structures, each a list of one batch for each rank."""
+        """Batches of an epoch without its `first` structures, each a list of one for each rank."""
         if self._plan is None or self._plan[0] != (epoch, first):
             order = np.arange(len(self.num_atoms))
             if self.shuffle:
@@ -138,49 +149,58 @@ class BudgetSampler:
             while dealt is None:  # evenly dealt, some rank would burst its budget: take a little less
                 size = max(1, min(size - 1, int(size * 0.97)))
                 dealt = self._deal(order[start : start + size])
-            steps.append(dealt)
+            steps += self._rounds(dealt)
             start += size
         return steps
 
+    def _rounds(self, dealt: list[Batch]) -> list[list[Batch]]:
+        """A step's batches by micro-batch and rank."""
+        if self.per_step == 1:
+            return [dealt]
+        cost = [int((self.num_edges[batch] + self.num_atoms[batch]).sum()) for batch in dealt]
+        return [[dealt[k] for k in one] for one in rounds_of(cost, self.dp_size)]
+
     def _greedy_size(self, order: NDArray[np.int64], start: int) -> int:
-        """Structures that fit the budget of all ranks together, an upper bound for a step."""
+        """Structures that fit the budget of all batches together, an upper bound for a step."""
         atoms = edges = count = 0
-        most = len(order) if self.max_structures is None else self.max_structures * self.dp_size
+        num = self.dp_size * self.per_step
+        most = len(order) if self.max_structures is None else self.max_structures * num
         for k in order[start : start + most]:
             atoms += int(self.num_atoms[k])
             edges += int(self.num_edges[k])
-            if atoms > self.max_atoms * self.dp_size or edges > self.max_edges * self.dp_size:
+            if atoms > self.max_atoms * num or edges > self.max_edges * num:
                 break
             count += 1
         return count
 
     def _deal(self, chosen: NDArray[np.int64]) -> list[Batch] | None:
-        """Give structures to ranks, the costliest first, each to the cheapest rank that has room.
+        """Give structures to batches, the costliest first, each to the cheapest one that has room.
 
         Returns None when some structure finds no room. Longest-processing-time-first is within 4/3 of the
         best balance (Graham 1969).
         """
         cost = self.num_edges[chosen] + self.num_atoms[chosen]
-        ranks: list[list[int]] = [[] for _ in range(self.dp_size)]
-        room = [(self.max_atoms, self.max_edges)] * self.dp_size
-        heap = [(0, rank) for rank in range(self.dp_size)]
+        num = self.dp_size * self.per_step
+        batches: list[list[int]] = [[] for _ in range(num)]
+        room = [(self.max_atoms, self.max_edges)] * num
+        heap = [(0, slot) for slot in range(num)]
         for k in np.argsort(-cost, kind="stable"):
             index = int(chosen[k])
             atoms, edges = int(self.num_atoms[index]), int(self.num_edges[index])
             full = []
             while heap:
-                load, rank = heapq.heappop(heap)
-                left = room[rank]
-                many = self.max_structures is not None and len(ranks[rank]) >= self.max_structures
+                load, slot = heapq.heappop(heap)
+                left = room[slot]
+                many = self.max_structures is not None and len(batches[slot]) >= self.max_structures
                 if left[0] >= atoms and left[1] >= edges and not many:
                     break
-                full.append((load, rank))
+                full.append((load, slot))
             else:
                 return None
-            ranks[rank].append(int(k))
-            room[rank] = (left[0] - atoms, left[1] - edges)
-            heapq.heappush(heap, (load + int(cost[k]), rank))
+            batches[slot].append(int(k))
+            room[slot] = (left[0] - atoms, left[1] - edges)
+            heapq.heappush(heap, (load + int(cost[k]), slot))
             for entry in full:
                 heapq.heappush(heap, entry)
         # Within a batch the drawn order is kept: it costs nothing and keeps evaluation in the data's order.
-        return [chosen[np.sort(np.array(rank, dtype=np.int64))] for rank in ranks]
+        return [chosen[np.sort(np.array(batch, dtype=np.int64))] for batch in batches]

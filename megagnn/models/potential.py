@@ -1,7 +1,7 @@
 """Forces and stress of a model: derivatives of its energy, or its own direct head."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,13 @@ class Potential(nn.Module):
             return dict(self.model(batch))
         with torch.enable_grad(), contextlib.nullcontext() if create_graph else frozen(self.model):
             return self._conservative(batch, create_graph)
+
+    def predictions(
+        self, batches: Iterable[dict[str, Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """(batch, outputs of `forward`) for each batch, in their order."""
+        for batch in batches:
+            yield batch, self(batch)
 
     def _conservative(self, batch: dict[str, Tensor], create_graph: bool) -> dict[str, Tensor]:
         moved, inputs = differentiable(batch, self.stress)

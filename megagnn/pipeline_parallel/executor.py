@@ -65,6 +65,8 @@ class Executor:
         self._proofs = proofs(program, schedule, context.pp_rank)
         self.events: list[Event] = []
         """Of the last batch: this rank's actions with their times, s, on this machine's clock."""
+        self.synchronised = False
+        """Let an action end when a GPU has done its work, to time it; else when the work is queued."""
 
     def run(self, work: Work) -> None:
         """One batch.
@@ -104,6 +106,8 @@ class Executor:
     def _timed(self, work: Work, action: Action, received: Sequence[Tensor]) -> Sequence[Tensor]:
         start = time.perf_counter()
         made = work.run(action, received)
+        if self.synchronised and self.context.device.type == "cuda":
+            torch.cuda.synchronize(self.context.device)
         self.events.append(Event(self.context.pp_rank, action, start, time.perf_counter()))
         return made
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.data.batch import collate
 from megagnn.models.egnn import EGNN
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision
@@ -22,14 +22,15 @@ from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
 from megagnn.pipeline_parallel.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import Batch, ModelWork
+from megagnn.pipeline_parallel.record import Record, record
 from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
-from megagnn.pipeline_parallel.stage import check_owners, make_stages, part_of
-from megagnn.pipeline_parallel.timeline import timeline_figure
+from megagnn.pipeline_parallel.stage import Stage, check_owners, layer_costs, part_of, stages_of
 from megagnn.pipeline_parallel.validate import validate
 from megagnn.tensor_parallel.cost import PlanChoice
 from megagnn.train.gradients import Reducer
 from megagnn.train.loss import TERMS, Loss, LossCounts
 
+WINDOW = 4  # batches for each stage that are predicted together: at most a fifth of the time is idle
 CONSERVATIVE: dict[str, Callable[[int, int], Schedule]] = {
     "two-pass": two_pass,
     "conservative": conservative,
@@ -59,12 +60,15 @@ def schedule_for(name: str, forces: str, num_ranks: int, num_micro_batches: int)
 class StagedPotential(Potential):
     """A part of a potential, which predicts together with the other parts: all ranks along pp must call it.
 
-    `create_graph` is not offered: a graph cannot cross stages.
+    `create_graph` is not offered: a graph cannot cross stages. `predictions` takes `window` batches at a time
+    through the stages, which are so all busy but for the beginning and the end of a window.
     """
 
-    def __init__(self, model: EGNN, predict: Callable[[Sequence[Batch]], list[dict[str, Tensor]]]) -> None:
+    def __init__(
+        self, model: EGNN, predict: Callable[[Sequence[Batch]], list[dict[str, Tensor]]], window: int
+    ) -> None:
         super().__init__(model)
-        self._predict = predict
+        self._predict, self._window = predict, window
 
     def forward(self, batch: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
         """See `Potential.forward`; ValueError for `create_graph`."""
@@ -74,12 +78,21 @@ class StagedPotential(Potential):
             )
         return self._predict([batch])[0]
 
+    def predictions(
+        self, batches: Iterable[dict[str, Tensor]]
+    ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """See `Potential.predictions`; every rank along pp needs as many batches."""
+        rest = iter(batches)
+        while window := list(itertools.islice(rest, self._window)):
+            yield from zip(window, self._predict(window), strict=True)
+
 
 class Pipeline:
     """This rank's part of a potential, and the schedule by which the ranks along pp work together.
 
     Args:
         schedule: of a training step.
+        stages: of the schedule; by default cut by the layers' multiply-adds.
 
     Raises:
         ValueError: fewer layers than stages, or a schedule for another number of ranks.
@@ -95,13 +108,15 @@ class Pipeline:
         precision: Precision | torch.dtype = torch.float32,
         plan: PlanChoice = "auto",
         deferred: bool = False,
+        stages: Sequence[Stage] | None = None,
     ) -> None:
         self.schedule, self.context = schedule, context
         self.executor = Executor(schedule, context)
-        self.stages = make_stages(config, statistics.mean_neighbours, schedule.num_stages)
+        self._layer_costs = layer_costs(config, statistics.mean_neighbours)
+        self.stages = stages or stages_of(self._layer_costs, schedule.num_stages)
         part = part_of(self.stages, schedule.placement, context.pp_rank)
         whole = build_potential(config, statistics, seed, precision, context, plan, deferred, part)
-        self.potential = StagedPotential(whole.model, self.predict)
+        self.potential = StagedPotential(whole.model, self.predict, WINDOW * context.pp_size)
         check_owners(self.potential.model, context)
 
     def gradients(
@@ -145,12 +160,8 @@ class Pipeline:
     def accumulate(
         self, batches: Sequence[Batch], loss: Loss, counts: LossCounts, reducer: Reducer
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `train.gradients.accumulate`; a step of fewer batches than the schedule has is filled up with
-        empty ones."""
-        missing = self.schedule.num_micro_batches - len(batches)
-        empty = collate([], self.potential.model.precision.geometry)
-        filling = [{key: value.to(self.context.device) for key, value in empty.items()}] * missing
-        result = self.gradients([*batches, *filling], loss, counts, reducer.start)
+        """As `train.gradients.accumulate`."""
+        result = self.gradients(batches, loss, counts, reducer.start)
         reducer.finish()
         return result
 
@@ -162,9 +173,11 @@ class Pipeline:
             Executor(schedule, self.context, self.executor.channels).run(work)
         return [self._shared(batch, work.predictions.get(i)) for i, batch in enumerate(micro_batches)]
 
-    def timeline_figure(self) -> Any:
-        """A drawing of the last step as all ranks along pp ran it; a collective along pp."""
-        return timeline_figure({self.schedule.name: self.executor.timeline()}, "seconds")
+    def record(self, micro_batches: Sequence[Batch]) -> Record | None:
+        """The last step, which was with these micro-batches, as planned and as all ranks ran it; on the main
+        rank. All ranks must call it."""
+        costs = [sum(self._layer_costs[k] for k in stage.layers) for stage in self.stages]
+        return record(self.executor.events, self.schedule, costs, micro_batches, self.context)
 
     @cached_property
     def _is_conservative(self) -> bool:
@@ -187,22 +200,22 @@ class Pipeline:
 def forward_only(schedule: Schedule, num_micro_batches: int, conservative_forces: bool) -> Schedule:
     """Predictions on the stages of a schedule: forwards, and for conservative forces the backward of pass 1.
 
-    One micro-batch after another enters; as in 1F1B a rank keeps p of pass 1 at most.
+    One micro-batch after another enters; as in 1F1B a rank keeps p of pass 1 at most. Where a rank has
+    several stages, as many micro-batches as there are ranks pass one of them before the next.
     """
+    p = schedule.num_ranks
     if conservative_forces:
         kinds: tuple[Kind, ...] = ("f", "b", "R")
-        rows = tuple(
-            tuple(a for a in row if a.kind in kinds)
-            for row in two_pass(schedule.num_ranks, num_micro_batches).rows
-        )
+        rows = tuple(tuple(a for a in row if a.kind in kinds) for row in two_pass(p, num_micro_batches).rows)
     else:
         rows = tuple(
             tuple(
                 Action(stage, "F", i)
-                for i in range(num_micro_batches)
+                for first in range(0, num_micro_batches, p)
                 for stage, where in enumerate(schedule.placement)
                 if where == rank
+                for i in range(first, min(first + p, num_micro_batches))
             )
-            for rank in range(schedule.num_ranks)
+            for rank in range(p)
         )
     return Schedule("predict", schedule.placement, num_micro_batches, rows)

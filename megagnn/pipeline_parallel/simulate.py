@@ -70,6 +70,13 @@ class Event(NamedTuple):
     end: float
 
 
+def bubble_of(events: Sequence[Event], num_ranks: int) -> float:
+    """Share of ranks x makespan that no action fills."""
+    makespan = max(e.end for e in events) - min(e.start for e in events)
+    busy = sum(e.end - e.start for e in events)
+    return 1 - busy / (makespan * num_ranks) if makespan else 0.0
+
+
 @dataclass(frozen=True)
 class Timeline:
     """What a simulation found.

@@ -73,8 +73,8 @@ def balanced_micro_batches(
 ) -> list[Batch]:
     """One step's structures in micro-batches of even cost (edges + atoms), each within a budget.
 
-    The data sampler deals structures to ranks by the same cost, the costliest first to the cheapest; here
-    micro-batches take the place of ranks. They come in the order of `hill`.
+    By the data sampler, the costliest structure first to the cheapest micro-batch, in the order of
+    `data.micro_batches.hill`.
 
     Args:
         num_atoms, num_edges: (S,) of the step's structures.
@@ -87,36 +87,22 @@ def balanced_micro_batches(
     Raises:
         ValueError: no micro-batches, or structures that do not fit in the budget.
     """
-    if num_micro_batches < 1:
-        raise ValueError(f"a step needs at least 1 micro-batch, got {num_micro_batches}")
     sampler = BudgetSampler(
         num_atoms,
         num_edges,
         max_atoms=int(num_atoms.sum()) if max_atoms is None else max_atoms,
         max_edges=int(num_edges.sum()) if max_edges is None else max_edges,
-        dp_size=num_micro_batches,
+        per_step=num_micro_batches,
         shuffle=False,
     )
-    steps = sampler.plan(0)
-    if len(steps) > 1:
+    batches = sampler.batches(0)
+    if len(batches) > num_micro_batches:
         raise ValueError(
             f"{num_atoms.sum()} atoms and {num_edges.sum()} edges do not fit in {num_micro_batches} "
             f"micro-batches of {sampler.max_atoms} atoms and {sampler.max_edges} edges; use "
-            f"{len(steps) * num_micro_batches}, or a larger budget"
+            f"{len(batches)}, or a larger budget"
         )
-    batches = steps[0] if steps else [np.zeros(0, dtype=np.int64)] * num_micro_batches
-    cost = num_atoms + num_edges
-    return [batches[k] for k in hill([int(cost[batch].sum()) for batch in batches])]
-
-
-def hill(costs: Sequence[float]) -> list[int]:
-    """Order with the cheapest micro-batches at both ends and the costliest in the middle.
-
-    Ranks wait for the first and after the last micro-batches, so these should be small; and neighbours should
-    be alike, because ranks work on different ones at a time (measured in docs/results/pipeline.md).
-    """
-    rising = sorted(range(len(costs)), key=lambda k: costs[k])
-    return rising[::2] + rising[1::2][::-1]
+    return batches or [np.zeros(0, dtype=np.int64)] * num_micro_batches
 
 
 def micro_batch_sizes(

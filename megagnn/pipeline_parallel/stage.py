@@ -9,6 +9,7 @@ in two stages: what tensor-parallel ranks replicate lies within one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 from torch import nn
@@ -51,19 +52,33 @@ def layer_costs(config: ModelConfig, mean_neighbours: float) -> list[float]:
     return costs
 
 
-def make_stages(config: ModelConfig, mean_neighbours: float, num_stages: int) -> list[Stage]:
-    """Stages whose costliest is as cheap as can be.
+def stages_of(costs: Sequence[float], num_stages: int) -> list[Stage]:
+    """Stages whose costliest is as cheap as can be, from (L,) costs of the layers.
 
     Raises:
         ValueError: more stages than layers.
     """
-    if num_stages > config.num_layers:
+    if num_stages > len(costs):
         raise ValueError(
-            f"{config.num_layers} layers do not fill {num_stages} pipeline stages; use at most "
-            f"{config.num_layers} stages (ranks times chunks), or more layers"
+            f"{len(costs)} layers do not fill {num_stages} pipeline stages; use at most "
+            f"{len(costs)} stages (ranks times chunks), or more layers"
         )
-    ranges = split_layers(layer_costs(config, mean_neighbours), num_stages)
-    return [Stage(layers, config.num_layers) for layers in ranges]
+    return [Stage(layers, len(costs)) for layers in split_layers(costs, num_stages)]
+
+
+def stages_of_sizes(sizes: Sequence[int], num_layers: int, num_stages: int) -> list[Stage]:
+    """Stages of so many layers each.
+
+    Raises:
+        ValueError: other numbers of stages or layers.
+    """
+    if len(sizes) != num_stages or sum(sizes) != num_layers or min(sizes, default=0) < 1:
+        raise ValueError(
+            f"parallel.stages = {list(sizes)} must be {num_stages} numbers of at least 1 that add up to "
+            f"model.num_layers {num_layers}; got {len(sizes)} that add up to {sum(sizes)}"
+        )
+    ends = list(accumulate(sizes))
+    return [Stage(range(end - size, end), num_layers) for size, end in zip(sizes, ends, strict=True)]
 
 
 def part_of(stages: Sequence[Stage], placement: Sequence[int], pp_rank: int) -> Part:

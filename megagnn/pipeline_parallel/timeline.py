@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,31 @@ def chrome_trace(events: Sequence[Event], unit: float = 1e6) -> dict[str, Any]:
 
     unit: microseconds in one unit of the events' times; 1e6 for seconds.
     """
+    ranks = sorted({event.rank for event in events})
+    rows = [(rank, f"pp{rank}", [e for e in events if e.rank == rank]) for rank in ranks]
+    return _trace(rows, unit)
+
+
+def _trace(rows: Sequence[tuple[int, str, Sequence[Event]]], unit: float) -> dict[str, Any]:
+    """Of processes with their numbers and names."""
     records: list[dict[str, Any]] = [
-        {"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": f"pp{rank}"}}
-        for rank in sorted({event.rank for event in events})
+        {"ph": "M", "name": "process_name", "pid": number, "tid": 0, "args": {"name": name}}
+        for number, name, _ in rows
     ]
-    for event in events:
-        action = event.action
-        records.append(
-            {
-                "ph": "X",
-                "name": str(action),
-                "cat": KINDS[action.kind],
-                "pid": event.rank,
-                "tid": 0,
-                "ts": event.start * unit,
-                "dur": (event.end - event.start) * unit,
-                "args": {"stage": action.stage, "micro_batch": action.micro_batch},
-            }
-        )
+    records += [
+        {
+            "ph": "X",
+            "name": str(action),
+            "cat": KINDS[action.kind],
+            "pid": number,
+            "tid": 0,
+            "ts": start * unit,
+            "dur": (end - start) * unit,
+            "args": {"stage": action.stage, "micro_batch": action.micro_batch},
+        }
+        for number, _, events in rows
+        for _, action, start, end in events
+    ]
     return {"traceEvents": records, "displayTimeUnit": "ms"}
 
 
@@ -55,7 +62,14 @@ def save_chrome_trace(path: Path, events: Sequence[Event], unit: float = 1e6) ->
     path.write_text(json.dumps(chrome_trace(events, unit)))
 
 
-def timeline_figure(timelines: dict[str, Sequence[Event]], unit: str = FORWARD_UNITS) -> Any:
+def save_trace_of(path: Path, timelines: Mapping[str, Sequence[Event]], unit: float = 1e6) -> None:
+    """The same of processes by their names, in their order."""
+    rows = [(number, name, events) for number, (name, events) in enumerate(timelines.items())]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(_trace(rows, unit)))
+
+
+def timeline_figure(timelines: Mapping[str, Sequence[Event]], unit: str = FORWARD_UNITS) -> Any:
     """A matplotlib figure, one panel for each named timeline, all on one time axis; ranks from top to bottom.
 
     unit: of the events' times, for the label.
@@ -106,7 +120,7 @@ def _draw(axes: Any, events: Sequence[Event]) -> None:
             axes.text(middle, event.rank, event.action.micro_batch, ha="center", va="center", fontsize=5)
 
 
-def save_timeline(path: Path, timelines: dict[str, Sequence[Event]], unit: str = FORWARD_UNITS) -> None:
+def save_timeline(path: Path, timelines: Mapping[str, Sequence[Event]], unit: str = FORWARD_UNITS) -> None:
     """Draw and write the figure; the file's ending chooses the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     timeline_figure(timelines, unit).savefig(path, dpi=130)

@@ -109,7 +109,7 @@ def _measured(
     data = trainer.train.dataset
     num_atoms, num_edges = int(data.num_atoms.sum()), int(data.num_edges.sum())
     progress = trainer.progress
-    batches = min(progress.step_in_epoch * config.optim.accumulate_steps, _num_batches(trainer))
+    batches = progress.step_in_epoch * config.optim.accumulate_steps
     seen = trainer.train.sampler.num_structures(progress.epoch, batches, progress.first_structure)
     epochs = progress.epoch + (progress.first_structure + seen) / len(data)
     versions = {
@@ -136,11 +136,6 @@ def _measured(
         technique=technique(model, config),
         versions={**versions, "settings": run.digest},
     )
-
-
-def _num_batches(trainer: Trainer) -> int:
-    progress = trainer.progress
-    return len(trainer.train.sampler.plan(progress.epoch, progress.first_structure))
 
 
 def losses_of(per_source: dict[str, dict[str, float]], objective: float) -> dict[str, tuple[float, str]]:

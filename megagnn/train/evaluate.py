@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,16 +61,15 @@ def evaluate(
         batches = tqdm(
             batches, total=len(loader.sampler.batches(0)), desc="evaluate", unit="batch", file=sys.stderr
         )
-    for batch in batches:
-        if stop():
-            return Evaluation({}, float("nan"), complete=False)
-        with torch.no_grad():
-            outputs = potential(batch)
+    with torch.no_grad():
+        for batch, outputs in potential.predictions(_until(stop, batches)):
             sums.add(outputs, batch)
             if parity is not None:
                 parity.add(outputs, batch)
             if loss is not None:
                 totals += _loss_totals(loss, outputs, batch, context)
+    if stop():
+        return Evaluation({}, float("nan"), complete=False)
     sums.reduce()
     value = float("nan")
     if loss is not None:
@@ -78,6 +77,15 @@ def evaluate(
         weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=context.device)
         value = float((weights * totals[0] / totals[1].clamp(min=1)).sum())
     return Evaluation(sums.per_source(), value)
+
+
+def _until(
+    stop: Callable[[], bool], batches: Iterable[dict[str, torch.Tensor]]
+) -> Iterator[dict[str, torch.Tensor]]:
+    for batch in batches:
+        if stop():
+            return
+        yield batch
 
 
 def _loss_totals(

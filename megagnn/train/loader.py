@@ -1,7 +1,6 @@
 """This rank's batches of one split, ready on its device."""
 
 import itertools
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -65,10 +64,16 @@ def open_split(
 
 
 class BatchLoader:
-    """Batches of a data set within the budget of atoms and edges, balanced over ranks (data/sampler.py)."""
+    """Batches of a data set within the budget of atoms and edges, balanced over ranks and over the `per_step`
+    batches of a step (data/sampler.py)."""
 
     def __init__(
-        self, dataset: StructureDataset, config: RunConfig, context: ParallelContext, shuffle: bool
+        self,
+        dataset: StructureDataset,
+        config: RunConfig,
+        context: ParallelContext,
+        shuffle: bool,
+        per_step: int = 1,
     ) -> None:
         data = config.data
         self.dataset, self.context, self.num_workers = dataset, context, data.num_workers
@@ -82,6 +87,7 @@ class BatchLoader:
             dp_rank=context.dp_rank,
             seed=config.train.seed,
             shuffle=shuffle,
+            per_step=per_step,
         )
         precision = precision_of(config.train.dtype, config.train.geometry)
         self.collate = partial(collate, dtype=precision.geometry)
@@ -109,13 +115,9 @@ class BatchLoader:
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
 
-    def steps(
-        self, epoch: int, first: int, size: int, first_structure: int = 0
-    ) -> Iterator[list[dict[str, Tensor]]]:
-        """The batches of an epoch by `size` for each step, from step `first` on; the last step takes what is
-        left."""
-        num_batches = len(self.sampler.plan(epoch, first_structure))
-        at_the_end = first == math.ceil(num_batches / size)
-        batches = self.batches(epoch, num_batches if at_the_end else first * size, first_structure)
+    def steps(self, epoch: int, first: int, first_structure: int = 0) -> Iterator[list[dict[str, Tensor]]]:
+        """The batches of each step of an epoch, from step `first` on."""
+        size = self.sampler.per_step
+        batches = self.batches(epoch, first * size, first_structure)
         while step := list(itertools.islice(batches, size)):
             yield step

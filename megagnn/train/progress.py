@@ -35,3 +35,5 @@ class Progress:
     """Bad steps in all."""
     validation_due: bool = False
     """Whether a signal left no time for the validation of this step: a resumed run begins with it."""
+    stages: list[int] = field(default_factory=list)
+    """Layers of each pipeline stage, where there are any."""

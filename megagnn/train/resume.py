@@ -44,6 +44,7 @@ MAY_DIFFER = (
     "train.keep_checkpoints",
     "train.async_checkpoints",
     "train.export_best",
+    "parallel.timeline_step",
 )
 
 
@@ -81,15 +82,12 @@ def check_same_run(
         print(f"warning: resumed with other settings than before: {', '.join(told)}", file=sys.stderr)
 
 
-def position_of(progress: Progress, sampler: BudgetSampler, accumulate_steps: int = 1) -> Progress:
-    """Where a run on the ranks of `sampler` goes on: of the epoch, the same structures are left.
-
-    accumulate_steps: batches of an optimizer step.
-    """
+def position_of(progress: Progress, sampler: BudgetSampler) -> Progress:
+    """Where a run on the ranks of `sampler` goes on: of the epoch, the same structures are left."""
     if progress.dp_size == sampler.dp_size:
         return progress
     then = sampler.on_ranks(progress.dp_size)
-    num_batches = progress.step_in_epoch * accumulate_steps
+    num_batches = progress.step_in_epoch * sampler.per_step
     done = then.num_structures(progress.epoch, num_batches, progress.first_structure)
     first = progress.first_structure + done
     return dataclasses.replace(progress, dp_size=sampler.dp_size, first_structure=first, step_in_epoch=0)

@@ -39,6 +39,7 @@ from megagnn.parallel.world import (
     sum_over_ranks,
 )
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
+from megagnn.pipeline_parallel.stage_costs import run_stages
 from megagnn.train.bad_batch import end_of_run, save_bad_batches
 from megagnn.train.bad_steps import advance, judge
 from megagnn.train.checkpoint_folder import FolderCheckpoint
@@ -80,9 +81,11 @@ class Trainer:
         checkpoint = self.checkpoints.newest() if resume else None
         self.statistics = self._fit_statistics(train_set, checkpoint)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
-        self.train = BatchLoader(train_set, config, context, shuffle=True)
+        self.train = BatchLoader(
+            train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
+        )
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
-        self._make_potential()
+        self._make_potential([] if checkpoint is None else checkpoint.progress.stages)
         self._make_optimizer()
         self.loss = Loss(config.loss)
         self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
@@ -90,6 +93,7 @@ class Trainer:
         self.parity: ParityPoints | None = None  # of the last validation, for the plot at the end
         if checkpoint is not None:
             self._take_over(checkpoint)
+        self._timeline_step = min(self.progress.step + config.parallel.timeline_step, config.train.num_steps)
 
     @property
     def last_path(self) -> Path:
@@ -101,8 +105,8 @@ class Trainer:
         """A link to the checkpoint with the lowest validation loss."""
         return self.out_dir / "checkpoints" / "best"
 
-    def _make_potential(self) -> None:
-        """The potential, or this rank's stages of it."""
+    def _make_potential(self, earlier: list[int]) -> None:
+        """The potential, or this rank's stages of it; `earlier` are those of the run that goes on."""
         config, context = self.config, self.context
         settings: dict[str, Any] = {
             "seed": config.train.seed,
@@ -116,11 +120,17 @@ class Trainer:
         if context.pp_size > 1:
             num_batches, forces = config.optim.accumulate_steps, config.model.forces
             schedule = schedule_for(config.schedule, forces, context.pp_size, num_batches)
-            self.pipeline = Pipeline(config.model, self.statistics, schedule, **settings)
+            stages = run_stages(
+                config, self.statistics, schedule.num_stages, context, self._first_step, earlier
+            )
+            self.pipeline = Pipeline(config.model, self.statistics, schedule, stages=stages, **settings)
             self.potential = self.pipeline.potential
         else:
             self.potential = build_potential(config.model, self.statistics, **settings)
         self.potential.to(context.device)
+
+    def _first_step(self) -> list[dict[str, Tensor]]:
+        return next(self.train.steps(0, 0))
 
     def _make_optimizer(self) -> None:
         """The optimizer, what sums its gradients over ranks, and the moving average."""
@@ -187,8 +197,8 @@ class Trainer:
         leaves no time is the first that a resumed run does, so that both end alike."""
         step, train, best = self.progress.step, self.config.train, False
         done = step == train.num_steps
+        self.progress = dataclasses.replace(self.progress, validation_due=False)
         if step % train.validate_every == 0 or done:
-            self.progress = dataclasses.replace(self.progress, validation_due=False)
             if not stop:
                 best, stop = self._validate(monitor, signals)
             self.progress = dataclasses.replace(self.progress, validation_due=stop)
@@ -208,12 +218,7 @@ class Trainer:
                 self.progress = dataclasses.replace(
                     self.progress, epoch=epoch, step_in_epoch=0, first_structure=0
                 )
-            yield from self.train.steps(
-                epoch,
-                self.progress.step_in_epoch,
-                self.config.optim.accumulate_steps,
-                self.progress.first_structure,
-            )
+            yield from self.train.steps(epoch, self.progress.step_in_epoch, self.progress.first_structure)
 
     def _step(self, batches: list[dict[str, Tensor]], monitor: Monitor, signals: StopSignals) -> bool:
         """One step; whether to stop after it, the same on every rank."""
@@ -223,6 +228,7 @@ class Trainer:
         self.optimizer.zero_grad()
         counts = step_counts(batches, self.context)
         if self.pipeline is not None:
+            self.pipeline.executor.synchronised = step + 1 == self._timeline_step
             loss, shares = self.pipeline.accumulate(batches, self.loss, counts, self.reducer)
         else:
             loss, shares = accumulate(
@@ -240,6 +246,8 @@ class Trainer:
         monitor.step(counts.atoms, counts.edges)
         if (step + 1) % self.config.train.log_every == 0 and not found.fault:
             self._log(loss, shares, norm, rate, monitor)
+        if self.pipeline is not None and step + 1 == self._timeline_step:
+            self._keep_timeline(self.pipeline, batches, monitor)
         return found.stop
 
     def _leave_out(
@@ -276,6 +284,16 @@ class Trainer:
             self.progress.step, scalars, {"loss": f"{values['loss']:.4f}", "epoch": str(self.progress.epoch)}
         )
         monitor.log_throughput(self.progress.step)
+
+    def _keep_timeline(self, pipeline: Pipeline, batches: list[dict[str, Tensor]], monitor: Monitor) -> None:
+        """Of the step that was just taken."""
+        found, step = pipeline.record(batches), self.progress.step
+        if found is not None:
+            planned, measured = found.bubbles
+            monitor.log(step, {"pipeline/bubble_planned": planned, "pipeline/bubble_measured": measured})
+            monitor.figure("pipeline", step, found.figure())
+            found.save_trace(self.out_dir / "timeline.json")
+        monitor.restart_clock()
 
     def _validate(self, monitor: Monitor, signals: StopSignals) -> tuple[bool, bool]:
         """Whether the loss is the lowest so far, and whether a signal ended it before it was known; the same
@@ -321,7 +339,7 @@ class Trainer:
         return best, False
 
     def _finish(self, monitor: Monitor) -> None:
-        """The best weights as one file; the parity plot of the last validation, a pipeline's last step."""
+        """The best weights as one file; the parity plot of the last validation."""
         self.checkpoints.wait()
         if self.context.is_main and self.config.train.export_best and self.best_path.exists():
             out = self.best_path.with_suffix(".safetensors")
@@ -331,8 +349,6 @@ class Trainer:
                 monitor.say(f"warning: {out} was not written: {error}")
         if self.parity is not None:
             monitor.figure("validation", self.progress.step, self.parity.figure())
-        if self.pipeline is not None:
-            monitor.figure("pipeline", self.progress.step, self.pipeline.timeline_figure())
 
     def _pieces(self) -> list[Piece]:
         return pieces_of(self.optimizer, self.potential.model, self.average)
@@ -342,6 +358,7 @@ class Trainer:
             self.progress,
             average_updates=self.average.num_updates,
             optimizer_steps=num_steps_of(self.optimizer),
+            stages=self._stage_sizes(),
         )
         self.checkpoints.save(self._pieces(), self.config, self.statistics, progress)
 
@@ -350,15 +367,18 @@ class Trainer:
         pieces_loaded(self.optimizer, checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates
         checkpoint.restore_random_state(self.context)
-        self.progress = position_of(
-            checkpoint.progress, self.train.sampler, self.config.optim.accumulate_steps
-        )
+        self.progress = position_of(checkpoint.progress, self.train.sampler)
+
+    def _stage_sizes(self) -> list[int]:
+        return [] if self.pipeline is None else [len(stage.layers) for stage in self.pipeline.stages]
 
     def _summary(self) -> str:
         own, threads = self.potential.model.num_parameters(), torch.get_num_threads()
         num = int(sum_over_ranks([own], self.context, "pp")[0])
+        sizes = " + ".join(map(str, self._stage_sizes()))
+        stages = f", stages of {sizes} layers" if sizes else ""
         return (
-            f"{num:,} parameters on {self.context.grid}, {threads} thread(s) each; "
+            f"{num:,} parameters on {self.context.grid}, {threads} thread(s) each{stages}; "
             f"{len(self.train.dataset):,} training and {len(self.valid.dataset):,} validation structures of "
             f"{', '.join(self.statistics.sources)}; "
             f"steps {self.progress.step} to {self.config.train.num_steps}"

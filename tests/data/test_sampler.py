@@ -55,6 +55,54 @@ def test_balance_over_ranks():
     assert (plain.max(axis=1) / plain.mean(axis=1)).mean() > 1.05
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 120), st.integers(1, 4), st.integers(1, 5), st.integers(0, 10))
+def test_several_batches_to_a_step(num_structures, dp_size, per_step, seed):
+    """Steps are prefixes of the order, of as many batches on every rank, each within its budget."""
+    atoms, edges = sizes(num_structures, seed)
+    plans = ranks(atoms, edges, dp_size, per_step=per_step)
+    assert len({len(plan) for plan in plans}) == 1
+    assert len(plans[0]) % per_step == 0
+    order = np.random.default_rng((5, 0)).permutation(num_structures)
+    start = 0
+    for k in range(0, len(plans[0]), per_step):
+        step = [batch for plan in plans for batch in plan[k : k + per_step]]
+        assert all(atoms[batch].sum() <= 100 and edges[batch].sum() <= 1200 for batch in step)
+        together = np.concatenate(step)
+        assert sorted(together) == sorted(order[start : start + len(together)])
+        start += len(together)
+    assert start == num_structures
+
+
+def test_balance_over_the_batches_of_a_step():
+    atoms, edges = sizes(3000)
+    options = {"max_atoms": 150, "max_edges": 1500}
+
+    def spread(per_step):
+        """Largest over mean cost of the 2 x 8 batches of each step but the last."""
+        plans = ranks(atoms, edges, 2, per_step=per_step, **options)
+        costs = np.array([[(atoms[b] + edges[b]).sum() for b in plan] for plan in plans])
+        whole = costs[:, : (costs.shape[1] - 1) // 8 * 8].reshape(2, -1, 8)
+        return costs, whole, (whole.max((0, 2)) / whole.mean((0, 2))).mean()
+
+    costs, whole, even = spread(8)
+    assert even < 1.02 < 1.08 < spread(1)[2]
+    assert abs(costs[0].sum() / costs[1].sum() - 1) < 0.002
+    # like beside like, and up and down a hill
+    assert np.abs(whole[0] - whole[1]).mean() < 0.01 * whole.mean()
+    for step in whole.sum(0):
+        top = step.argmax()
+        assert (np.diff(step[: top + 1]) >= 0).all()
+        assert (np.diff(step[top:]) <= 0).all()
+
+
+def test_several_batches_are_filled_as_one_is():
+    atoms, edges = sizes(3000)
+    plans = ranks(atoms, edges, 2, max_atoms=600, max_edges=6000, per_step=4)
+    fill = [max(atoms[b].sum() / 600, edges[b].sum() / 6000) for plan in plans for b in plan[:-4]]
+    assert np.mean(fill) > 0.95
+
+
 def test_batches_are_filled():
     atoms, edges = sizes(3000)
     for dp_size in (1, 4):
@@ -83,11 +131,19 @@ def test_steps_are_the_same_set_whatever_the_rank():
         start += len(together)
 
 
+@pytest.mark.parametrize("per_step", [1, 4])
 @pytest.mark.parametrize("dp_size", [1, 3])
-def test_resume_is_exact(dp_size):
+def test_resume_is_exact(dp_size, per_step):
     atoms, edges = sizes(150)
     make = lambda: BudgetSampler(  # noqa: E731
-        atoms, edges, max_atoms=60, max_edges=900, dp_size=dp_size, dp_rank=dp_size - 1, seed=3
+        atoms,
+        edges,
+        max_atoms=60,
+        max_edges=900,
+        dp_size=dp_size,
+        dp_rank=dp_size - 1,
+        seed=3,
+        per_step=per_step,
     )
     whole = [batch for epoch in range(3) for batch in make().batches(epoch)]
     steps = len(make().batches(0))
@@ -141,6 +197,7 @@ def test_a_structure_that_just_fits_passes():
     [
         ({"dp_rank": 2, "dp_size": 2}, "dp_rank"),
         ({"max_structures": 0}, "max_structures"),
+        ({"per_step": 0}, "a step needs at least 1 micro-batch, got 0"),
         ({"num_edges": np.zeros(4, int)}, "num_atoms and num_edges"),
     ],
 )

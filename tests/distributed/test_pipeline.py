@@ -17,7 +17,8 @@ from megagnn.models.potential import build_potential
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.model_work import ModelWork, Tensors
-from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
+from megagnn.pipeline_parallel.pipeline import WINDOW, Pipeline, forward_only, schedule_for
+from megagnn.pipeline_parallel.simulate import peaks, simulate
 from megagnn.pipeline_parallel.stage import check_owners
 from megagnn.train.loss import step_counts
 from tests.distributed.pipeline import (
@@ -225,3 +226,41 @@ def test_predictions_of_any_number_of_micro_batches() -> None:
         for key, value in expected.items():
             torch.testing.assert_close(got[key], value.detach(), rtol=PARITY, atol=PARITY)
             assert not got[key].requires_grad
+
+
+@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zb-h1", "conservative"])
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_predictions_overlap(name: str, num_ranks: int) -> None:
+    """A window's batches follow one another: ranks are idle for the way through the stages alone."""
+    forces = "conservative" if name == "conservative" else "direct"
+    training = schedule_for(name, forces, num_ranks, 2 * num_ranks)
+    m = WINDOW * num_ranks
+    schedule = forward_only(training, m, forces == "conservative")
+    found = simulate(schedule)
+    assert found.finished
+    chunks = schedule.num_stages // num_ranks
+    assert found.bubble == pytest.approx((num_ranks - 1) / (chunks * m + num_ranks - 1))
+    assert found.bubble < 1 / 5
+    assert max(peaks(schedule, {"f": 1})) <= num_ranks
+
+
+def test_predictions_take_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CONFIGURATIONS["stress"].model_config("fused", "none")
+    one = ParallelContext()
+    pipeline = Pipeline(
+        config, STATISTICS, schedule_for("two-pass", "conservative", 1, 4), one, precision=torch.float64
+    )
+    given = [*micro_batches(one), *micro_batches(one)[:2]]
+    sizes = []
+    run = pipeline.potential._predict
+
+    def counted(batches: Any) -> list[dict[str, Tensor]]:
+        sizes.append(len(batches))
+        return run(batches)
+
+    monkeypatch.setattr(pipeline.potential, "_predict", counted)
+    found = list(pipeline.potential.predictions(iter(given)))
+    assert sizes == [WINDOW, 2]
+    assert all(batch is wanted for (batch, _), wanted in zip(found, given, strict=True))
+    for batch, outputs in found:
+        torch.testing.assert_close(outputs[keys.ENERGY], pipeline.potential(batch)[keys.ENERGY])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from megagnn.config import load_config
+from megagnn.cli import main
+from megagnn.config import RunConfig, load_config
 from megagnn.optim.sharded import ShardedAdamW
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.pipeline_parallel import stage_costs
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.train.trainer import Trainer
 from tests.distributed.pipeline import CONFIGURATIONS, micro_batches
@@ -40,10 +43,31 @@ SETTINGS = {
 DIRECT = {"model.forces": "direct", "model.stress": "false", "loss.stress_weight": "0"}
 MODELS: list[dict[str, str]] = [{}, {}, DIRECT]
 LAYOUTS: list[dict[str, str]] = [
-    {},
-    {"parallel.schedule": "conservative-zb", "parallel.zero_stage": "2"},
+    {"parallel.stage_costs": "measured"},
+    {"parallel.schedule": "conservative-zb", "parallel.zero_stage": "2", "parallel.stages": "[1, 3]"},
     {"parallel.schedule": "interleaved", "parallel.zero_stage": "3"},
 ]
+
+
+def configuration(
+    context: ParallelContext,
+    store: Path,
+    out_dir: Path,
+    number: int,
+    num_steps: int,
+    more: dict[str, str] | None = None,
+) -> RunConfig:
+    """Of a run."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    file = out_dir / f"config-{context.rank}.toml"
+    file.write_text(CONFIG)
+    given = {"data.paths": str(store), "out_dir": str(out_dir), **SETTINGS, **MODELS[number]}
+    given["train.num_steps"] = str(num_steps)
+    if context.pp_size > 1:
+        given |= LAYOUTS[number]
+        given |= {"parallel.pipeline": str(context.pp_size), "parallel.tensor": str(context.tp_size)}
+    given |= more or {}
+    return load_config(file, [part for key, value in given.items() for part in (f"--{key}", value)])
 
 
 def train(
@@ -53,16 +77,8 @@ def train(
 
     With more steps than the other runs have it continues the one in its folder.
     """
-    out_dir.mkdir(parents=True, exist_ok=True)
-    file = out_dir / f"config-{context.rank}.toml"
-    file.write_text(CONFIG)
-    given = {"data.paths": str(store), "out_dir": str(out_dir), **SETTINGS, **MODELS[number]}
-    given["train.num_steps"] = str(num_steps)
-    if context.pp_size > 1:
-        given |= LAYOUTS[number]
-        given |= {"parallel.pipeline": str(context.pp_size), "parallel.tensor": str(context.tp_size)}
-    overrides = [part for key, value in given.items() for part in (f"--{key}", value)]
-    trainer = Trainer(load_config(file, overrides), context, resume=num_steps > NUM_STEPS)
+    config = configuration(context, store, out_dir, number, num_steps)
+    trainer = Trainer(config, context, resume=num_steps > NUM_STEPS)
     assert trainer.progress.step == (NUM_STEPS if num_steps > NUM_STEPS else 0)
     trainer.run()
     if isinstance(trainer.optimizer, ShardedAdamW):
@@ -71,6 +87,43 @@ def train(
     named = trainer.potential.named_parameters()
     weights: dict[str, Tensor] = {n: gather_whole(p, layout_of(p), context).clone() for n, p in named}
     return {"weights": weights, "best": trainer.progress.best_loss}
+
+
+class StoppedError(Exception):
+    """Ends a run in the middle."""
+
+
+def resumed(context: ParallelContext, store: Path, folder: Path) -> bool:
+    """Whether a run that was ended in the middle of an epoch and continued has the bits of one that was not,
+    though the layers' costs have changed in between."""
+    found = []
+    given = {"train.num_steps": "4", "train.checkpoint_every": "1", "train.validate_every": "9"}
+    given["data.max_atoms"] = "12"  # several steps to an epoch
+    for name in ("whole", "parts"):
+        config = configuration(context, store, folder / name, 0, NUM_STEPS, given)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stage_costs, "measured_costs", lambda *_: [9.0, 1.0, 1.0, 1.0])
+            trainer = Trainer(config, context)
+        if name == "parts":
+            original = trainer._step
+
+            def step(*arguments: Any, trainer: Trainer = trainer, original: Any = original) -> bool:
+                if trainer.progress.step == 3:
+                    trainer.checkpoints.wait()
+                    raise StoppedError
+                return bool(original(*arguments))
+
+            trainer._step = step  # type: ignore[method-assign]
+            with pytest.raises(StoppedError):
+                trainer.run()
+            assert trainer.progress.step_in_epoch > 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(stage_costs, "measured_costs", lambda *_: [1.0, 1.0, 1.0, 9.0])
+                trainer = Trainer(config, context, resume=True)
+            assert trainer._stage_sizes() == [1, 3]
+        trainer.run()
+        found.append([p.detach().clone() for p in trainer.potential.parameters()])
+    return all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def on_rank(context: ParallelContext, store: Path, folder: Path, runs: list[int]) -> list[dict[str, Any]]:
@@ -105,9 +158,34 @@ def check_all(world_size: int, tp: int, runs: list[int], folder: Path) -> None:
 
 def test_two_stages(tmp_path: Path) -> None:
     check_all(2, 1, list(range(len(MODELS))), tmp_path)
+    expected, found = (evaluated(tmp_path / f"{n}-1/checkpoints/best", tmp_path / "store") for n in (1, 2))
+    assert found.keys() == expected.keys()
+    for source, metrics in expected.items():
+        assert found[source] == pytest.approx(metrics, rel=1e-6), source
     events = EventAccumulator(str(tmp_path / "2-1" / "tensorboard"))
     events.Reload()
-    assert "pipeline" in events.Tags()["images"]
+    assert [image.step for image in events.Images("pipeline")] == [NUM_STEPS]
+    for word in ("planned", "measured"):
+        assert 0 < events.Scalars(f"pipeline/bubble_{word}")[0].value < 1
+    trace = json.loads((tmp_path / "2-1" / "timeline.json").read_text())["traceEvents"]
+    names = [record["args"]["name"] for record in trace if record["ph"] == "M"]
+    assert names == ["planned pp0", "planned pp1", "dp0-pp0-tp0", "dp0-pp1-tp0"]
+    done = [[r["name"] for r in trace if r["ph"] == "X" and r["pid"] == number] for number in range(4)]
+    assert done[0] == done[2]
+    assert done[1] == done[3]
+    assert min(r["ts"] for r in trace if r["ph"] == "X" and r["pid"] >= 2) == 0
+
+
+def evaluated(best: Path, store: Path) -> dict[str, dict[str, float]]:
+    """Errors by `megagnn evaluate`, on one process."""
+    out = best.parent / "metrics.json"
+    assert main(["evaluate", str(best), str(store), "--json", str(out), "--threads", "1"]) == 0
+    sources: dict[str, dict[str, float]] = json.loads(out.read_text())["sources"]
+    return sources
+
+
+def test_resume_is_bit_for_bit(tmp_path: Path) -> None:
+    assert spawn(2, resumed, write_data(tmp_path / "store"), tmp_path, pp=2) == [True, True]
 
 
 def test_four_ranks(tmp_path: Path, request: pytest.FixtureRequest) -> None:

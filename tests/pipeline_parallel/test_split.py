@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagnn.data.micro_batches import hill
 from megagnn.pipeline_parallel.schedules import one_f_one_b
 from megagnn.pipeline_parallel.simulate import Costs, simulate
-from megagnn.pipeline_parallel.split import balanced_micro_batches, hill, micro_batch_sizes, split_layers
+from megagnn.pipeline_parallel.split import balanced_micro_batches, micro_batch_sizes, split_layers
 
 
 def brute_force(costs: list[int], num_stages: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import bench_pipeline
 import pytest
 
 from megagnn.pipeline_parallel.actions import Action
-from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, simulate
+from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, bubble_of, simulate
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1", "conservative"])
@@ -16,14 +18,14 @@ def test_a_simulated_timeline_has_the_simulated_bubble(name: str) -> None:
     phase = CONSERVATIVE if schedule.conservative else ORDINARY
     found = simulate(schedule, Costs(phase, micro_batch=(1, 2, 1, 3, 1, 1, 2, 1), stage=(1, 2, 1, 1)))
     events = [e._replace(start=e.start + 7, end=e.end + 7) for e in found.events]
-    assert bench_pipeline.bubble(events, 4) == pytest.approx(found.bubble)
+    assert bubble_of(events, 4) == pytest.approx(found.bubble)
     again = simulate(schedule, bench_pipeline.MeasuredCosts(events))
     assert again.makespan == pytest.approx(found.makespan)
 
 
 def test_bubble_of_a_literal_timeline() -> None:
     events = [Event(0, Action(0, "F", 0), 1.0, 2.0), Event(1, Action(1, "F", 0), 2.0, 3.0)]
-    assert bench_pipeline.bubble(events, 2) == 0.5
+    assert bubble_of(events, 2) == 0.5
     assert bench_pipeline.mean_of("F", events) == 1.0
     assert bench_pipeline.kinds_of(events) == ["F"]
 
@@ -36,3 +38,14 @@ def test_a_line() -> None:
         *["1f1b", "2", "2", "33.3", "33.3", "+0.0", "33.3 to 33.3", "9.000"],
         "F 1000.0 B 2000.0",
     ]
+
+
+def test_what_layers_cost() -> None:
+    arguments = Namespace(edges=500, width=8, layers=5, ranks=[2])
+    rows = [line.split("|")[1:-1] for line in bench_pipeline.layer_table(arguments).splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["direct"] * 2 + ["conservative"] * 2
+    for row in rows:
+        shares = [float(share) for share in row[2].split()]
+        assert len(shares) == 5
+        assert shares[1:-1] == [1.0] * 3
+        assert sum(int(size) for size in row[3].split("+")) == 5

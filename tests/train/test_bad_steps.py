@@ -235,20 +235,27 @@ def test_a_spike_is_skipped_and_a_resumed_run_skips_it_too(store: Path, tmp_path
 
 
 def test_steps_of_several_batches(store: Path, tmp_path: Path) -> None:
-    """Positions count optimizer steps; an epoch's last step takes what is left; a run resumes in between."""
+    """Positions count optimizer steps; all have as many batches, the epoch's last one, too; a run resumes in
+    between."""
     options = ("--optim.accumulate_steps", "3", "--train.num_steps", "10", "--train.checkpoint_every", "3")
     trainer = runs.make_trainer(store, tmp_path / "run", *options)
     num = len(trainer.train.sampler.plan(0))
-    assert num % 3 != 0
-    sizes = [len(step) for step in trainer.train.steps(0, 0, 3)]
-    assert sizes == [3] * (num // 3) + [num % 3]
-    assert [len(step) for step in trainer.train.steps(0, 1, 3)] == sizes[1:]
-    assert list(trainer.train.steps(0, len(sizes), 3)) == []
+    assert num % 3 == 0
+    num_steps = num // 3
+    assert num_steps > 1
+    steps = [[batch[keys.STRUCTURE].tolist() for batch in step] for step in trainer.train.steps(0, 0)]
+    assert [len(step) for step in steps] == [3] * num_steps
+    assert sorted(k for step in steps for batch in step for k in batch) == list(
+        range(len(trainer.train.dataset))
+    )
+    rest = [[batch[keys.STRUCTURE].tolist() for batch in step] for step in trainer.train.steps(0, 1)]
+    assert rest == steps[1:]
+    assert list(trainer.train.steps(0, num_steps)) == []
     with pytest.raises(ValueError, match="was the run started with other data"):
-        next(trainer.train.steps(0, len(sizes) + 1, 3))
+        next(trainer.train.steps(0, num_steps + 1))
     trainer.run()
     assert trainer.progress.step == 10
-    assert trainer.progress.epoch == 9 // len(sizes)
+    assert trainer.progress.epoch == 9 // num_steps
     again = runs.make_trainer(store, tmp_path / "parts", *options)
     original = again._save
 

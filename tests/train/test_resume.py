@@ -62,14 +62,18 @@ def test_random_states_continue(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 6), st.data())
-def test_on_other_ranks_the_epoch_goes_on(then: int, now: int, epoch: int, data: st.DataObject) -> None:
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(0, 6), st.data())
+def test_on_other_ranks_the_epoch_goes_on(
+    then: int, now: int, per_step: int, epoch: int, data: st.DataObject
+) -> None:
     """Every structure of the epoch comes once, before or after the change, or after two."""
     atoms = np.random.default_rng(3).integers(1, 30, 150)
     edges = atoms * 11
 
     def sampler(dp_size: int) -> BudgetSampler:
-        return BudgetSampler(atoms, edges, max_atoms=60, max_edges=900, dp_size=dp_size, seed=7)
+        return BudgetSampler(
+            atoms, edges, max_atoms=60, max_edges=900, dp_size=dp_size, seed=7, per_step=per_step
+        )
 
     seen: list[int] = []
     progress = Progress(epoch=epoch, dp_size=then)
@@ -77,13 +81,14 @@ def test_on_other_ranks_the_epoch_goes_on(then: int, now: int, epoch: int, data:
         progress = position_of(progress, sampler(ranks))
         plan = sampler(ranks).plan(epoch, progress.first_structure)
         assert progress.dp_size == ranks
-        steps = data.draw(st.integers(0, max(0, len(plan) - progress.step_in_epoch)))
-        upto = progress.step_in_epoch + steps
-        seen += [int(k) for step in plan[progress.step_in_epoch : upto] for batch in step for k in batch]
+        assert len(plan) % per_step == 0
+        upto = data.draw(st.integers(progress.step_in_epoch, len(plan) // per_step))
+        taken = plan[progress.step_in_epoch * per_step : upto * per_step]
+        seen += [int(k) for step in taken for batch in step for k in batch]
         progress = Progress(
             epoch=epoch, dp_size=ranks, step_in_epoch=upto, first_structure=progress.first_structure
         )
-    rest = sampler(then).plan(epoch, progress.first_structure)[progress.step_in_epoch :]
+    rest = sampler(then).plan(epoch, progress.first_structure)[progress.step_in_epoch * per_step :]
     seen += [int(k) for step in rest for batch in step for k in batch]
     assert sorted(seen) == list(range(150))
 
