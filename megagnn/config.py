@@ -356,11 +356,6 @@ class RunConfig:
                 "parallel.schedule = 'interleaved' takes optim.accumulate_steps in multiples of "
                 f"parallel.pipeline, got {batches} for {ranks}; use {batches + -batches % ranks}"
             )
-        if self.parallel.zero_stage == 3 and schedule in ("zb-h1", "conservative-zb"):
-            raise ValueError(
-                f"parallel.schedule = '{schedule}' takes a layer's backward in two parts, between which ZeRO "
-                "stage 3 has let its parameters go; use parallel.zero_stage = 2, or another schedule"
-            )
 
     def _check_sharding(self) -> None:
         stage, optim = self.parallel.zero_stage, self.optim

@@ -91,17 +91,6 @@ DIRECT = ["--model.forces", "direct"]
             [*DIRECT, "--parallel.pipeline", "2", "--parallel.schedule", "interleaved"],
             "in multiples of parallel.pipeline, got 1 for 2; use 2",
         ),
-        (
-            [
-                "--parallel.pipeline",
-                "2",
-                "--parallel.schedule",
-                "conservative-zb",
-                "--parallel.zero_stage",
-                "3",
-            ],
-            "two parts, between which ZeRO stage 3 has let its parameters go",
-        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value[0],
 )

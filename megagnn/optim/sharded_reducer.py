@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class ShardedReducer:
         self.units = list(reversed(units))
         self.stage = units[0].stage
         self._under_way: deque[tuple[Callable[[Tensor], None], messages.Pending]] = deque()
-        self._last = self._in_backward = False
+        self._last = self._in_backward = self._inputs_only = False
         self._next = 0  # of `units`, the one to leave next
         self._waiting = [set(range(len(unit.members))) for unit in self.units]
         self._sent = False  # stages 0 and 1: whether this step's gradients have left
@@ -68,8 +69,20 @@ class ShardedReducer:
             self._collect()
         self._last = self._sent = False
 
+    @contextmanager
+    def inputs_only(self) -> Iterator[None]:
+        """Within the context a backward goes to inputs alone, and completes no unit: another one, to the
+        parameters, will."""
+        self._inputs_only = True
+        try:
+            yield
+        finally:
+            self._inputs_only = False
+
     def complete(self, unit: Unit) -> None:
         """The backward is through with this unit; what has not arrived counts as zero."""
+        if self._inputs_only:
+            return
         self._waiting[self.units.index(unit)].clear()
         self._leave()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -35,8 +36,18 @@ class Kept(NamedTuple):
 class Split(NamedTuple):
     """Between I and W."""
 
+    inputs: list[Tensor]
     outputs: list[Tensor]
     bars: list[Tensor | None]
+
+
+class Sharding(NamedTuple):
+    """What an optimizer that lets parameters go (ZeRO stage 3) wants of split backwards."""
+
+    inputs_only: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Around I: gradients of no parameter are complete after it."""
+    through_inputs: bool = False
+    """Whether W goes to the inputs, too: there the optimizer sees that a layer's backward is over."""
 
 
 class ModelWork:
@@ -48,6 +59,7 @@ class ModelWork:
         micro_batches: of the step, the same on every pipeline rank.
         loss, counts: counts are global, over micro-batches and data-parallel ranks.
         before_last: called before this rank's last backward to parameters.
+        sharding: see there.
     """
 
     def __init__(
@@ -60,11 +72,12 @@ class ModelWork:
         loss: Loss | None = None,
         counts: LossCounts | None = None,
         before_last: Callable[[], None] = lambda: None,
+        sharding: Sharding = Sharding(),  # noqa: B008 (a constant)
     ) -> None:
         self.potential, self.model, self.stages = potential, potential.model, stages
         self.conservative, self.context = potential.forces == "conservative", context
         self.micro_batches, self.loss, self.counts = micro_batches, loss, counts
-        self.before_last = before_last
+        self.before_last, self.sharding = before_last, sharding
         backwards = [a for a in schedule.rows[context.pp_rank] if a.kind in "BW"]
         self._last_backward = backwards[-1] if backwards else None
         self.total = torch.zeros(1 + len(TERMS), dtype=torch.float64, device=context.device)
@@ -252,22 +265,26 @@ class ModelWork:
         """I: to the inputs alone; the graph is kept for W."""
         leaves, _, outputs = self._kept.pop(Action(stage, "F", i))
         bars = self._bars(stage, received)
-        self._split[Action(stage, "I", i)] = Split(outputs, bars)
+        self._split[Action(stage, "I", i)] = Split(leaves, outputs, bars)
         if not leaves:
             return []
-        return torch.autograd.grad(
-            outputs,
-            leaves,
-            bars,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        with self.sharding.inputs_only():
+            return torch.autograd.grad(
+                outputs,
+                leaves,
+                bars,
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
 
     def _weight_backward(self, stage: int, i: int, _: Tensors) -> Tensors:
-        """W: to the parameters alone."""
-        outputs, bars = self._split.pop(Action(stage, "I", i))
-        torch.autograd.backward(outputs, bars, inputs=self._parameters(stage))
+        """W: to the parameters alone, or with the inputs."""
+        leaves, outputs, bars = self._split.pop(Action(stage, "I", i))
+        goals: list[Tensor] = [*self._parameters(stage)]
+        if self.sharding.through_inputs:
+            goals += leaves
+        torch.autograd.backward(outputs, bars, inputs=goals)
         return []
 
     def _parameters(self, stage: int) -> list[nn.Parameter]:

@@ -16,12 +16,13 @@ from megagnn.models.egnn import EGNN
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision
 from megagnn.models.statistics import Statistics
+from megagnn.optim.sharded_reducer import ShardedReducer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
 from megagnn.pipeline_parallel.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.executor import Executor
-from megagnn.pipeline_parallel.model_work import Batch, ModelWork
+from megagnn.pipeline_parallel.model_work import Batch, ModelWork, Sharding
 from megagnn.pipeline_parallel.record import Record, record
 from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
 from megagnn.pipeline_parallel.stage import Stage, check_owners, layer_costs, part_of, stages_of
@@ -125,6 +126,7 @@ class Pipeline:
         loss: Loss,
         counts: LossCounts,
         before_last: Callable[[], None] = lambda: None,
+        sharding: Sharding = Sharding(),  # noqa: B008 (a constant)
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add to the parameters' `.grad`; the share of these micro-batches in the loss and in its terms.
 
@@ -133,6 +135,7 @@ class Pipeline:
 
         Args:
             before_last: called before the last backward, such as a reducer's `start`.
+            sharding: for an optimizer that lets parameters go.
 
         Raises:
             ValueError: another number of micro-batches than the schedule has.
@@ -151,6 +154,7 @@ class Pipeline:
             loss,
             counts,
             before_last,
+            sharding,
         )
         self.executor.run(work)
         total, *terms = messages.all_reduce(work.total, self.context, "pp").unbind()
@@ -161,7 +165,10 @@ class Pipeline:
         self, batches: Sequence[Batch], loss: Loss, counts: LossCounts, reducer: Reducer
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """As `train.gradients.accumulate`."""
-        result = self.gradients(batches, loss, counts, reducer.start)
+        sharding = Sharding()
+        if isinstance(reducer, ShardedReducer) and not reducer.by_arrival:
+            sharding = Sharding(reducer.inputs_only, through_inputs=True)
+        result = self.gradients(batches, loss, counts, reducer.start, sharding)
         reducer.finish()
         return result
 

@@ -75,14 +75,12 @@ AXES: tuple[tuple[Any, ...], ...] = (
 
 
 def allowed(cell: tuple[Any, ...]) -> bool:
-    """Schedules of the model's kind of step, as many layers as stages, and no split backward in ZeRO-3."""
-    pp, (tp, dp), schedule, configuration, optimizer, _ = cell
+    """Schedules of the model's kind of step, and as many layers as stages."""
+    pp, (tp, dp), schedule, configuration, _, _ = cell
     conservative = CONFIGURATIONS[configuration].model.get("forces", "conservative") == "conservative"
     if schedule not in SCHEDULES[conservative]:
         return False
-    if pp * tp * dp not in (1, 2, 4) or (schedule == "interleaved" and pp == 4):
-        return False
-    return not (optimizer == "zero3" and schedule in ("zb-h1", "conservative-zb"))
+    return pp * tp * dp in (1, 2, 4) and not (schedule == "interleaved" and pp == 4)
 
 
 def all_cells() -> list[tuple[Any, ...]]:
@@ -147,8 +145,7 @@ def measure(cell: Cell, context: ParallelContext) -> dict[str, Any]:
     batches, loss = micro_batches(context), Loss(what.loss_config())
     counts = step_counts(batches, context)
     optimizer.zero_grad()
-    total, _ = pipeline.gradients(batches, loss, counts, reducer.start)
-    reducer.finish()
+    total, _ = pipeline.accumulate(batches, loss, counts, reducer)
     all_reduce_sum(total, context)
     gradients = gradients_of(pipeline, optimizer, context)
     expected = reference(cell.configuration)
