@@ -6,8 +6,9 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
@@ -22,7 +23,8 @@ def locked(folder: Path, context: ParallelContext) -> Iterator[None]:
     """The folder is this run's: the main rank holds the lock, which goes with its process, however that ends.
 
     A POSIX lock and not flock's, for those go on in the processes that read data, which outlive a killed
-    rank by seconds. Where the file system knows no locks, a warning is all.
+    rank by seconds. Where the file system knows no locks, a warning is all. A run that fails before it has
+    written anything leaves no folder.
 
     Raises:
         ValueError: another run holds it; on all ranks.
@@ -30,13 +32,26 @@ def locked(folder: Path, context: ParallelContext) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         complaint = ""
         if context.is_main:
+            made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(folder / NAME, "a+"))
+            stack.push(_forget(folder, made))  # before the lock goes
             complaint = _take(file.fileno(), folder)
         complaint = broadcast_object(complaint, context)
         if complaint:
             raise ValueError(complaint)
         yield
+
+
+def _forget(folder: Path, made: bool) -> Callable[..., None]:
+    """What to do at the end with a folder that was `made` for this run."""
+
+    def forget(kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is not None and made and [path.name for path in folder.iterdir()] == [NAME]:
+            (folder / NAME).unlink()
+            folder.rmdir()
+
+    return forget
 
 
 def _take(number: int, folder: Path) -> str:

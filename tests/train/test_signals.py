@@ -108,6 +108,7 @@ def test_a_validation_is_broken_off_and_done_by_the_resumed_run(
 def test_a_second_signal_is_the_former_handler_s(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: now[0])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with StopSignals(speaks=False) as stop:
         assert stop.received == ""
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -119,6 +120,7 @@ def test_a_second_signal_is_the_former_handler_s(monkeypatch: pytest.MonkeyPatch
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert stop.received == "SIGUSR1"
+    signal.signal(signal.SIGINT, before)
 
 
 SLEEPER = """
