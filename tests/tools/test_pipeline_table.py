@@ -29,7 +29,7 @@ def test_ordinary_and_forces() -> None:
 
 def test_small_tables() -> None:
     args = Namespace(stages=[2], per_stage=[2])
-    assert cells(pipeline_table.recomputed_table(args))[0][:4] == ["2", "4", "1.08", "36.4"]
+    assert cells(pipeline_table.recomputed_table(args))[0][:5] == ["2", "4", "1.08", "0.59", "36.4"]
 
 
 def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
