@@ -1,5 +1,6 @@
 """Maximal update: the table of variances and rates, and that activations move alike at every width."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,12 +8,14 @@ import pytest
 import torch
 from ase.build import molecule
 
+from megagnn.cli import main
 from megagnn.config import OptimConfig, RunConfig, config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import build_potential
 from megagnn.optim.optimizer import make_optimizer, parameter_groups, set_learning_rate
 from megagnn.scaling import coordinates
+from tests import runs
 from tests.models.physics import STATISTICS, model_config, rattled
 
 BASE = {"width": 16, "base_width": 16, "base_layers": 4, "num_layers": 4}
@@ -136,3 +139,18 @@ def test_figure(tmp_path: Path) -> None:
     assert len(sizes) == 2 * 2 * 6 * 4
     for path in coordinates.save_figures([drawn], tmp_path):
         assert path.stat().st_size > 1000
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.write_data(tmp_path / "store")
+    config = runs.CONFIG.replace("[data]", f'[data]\npaths = ["{tmp_path / "store"}"]')
+    (tmp_path / "config.toml").write_text(config)
+    command = ["coordinate-check", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")]
+    assert main([*command, "--widths", "8", "16", "--steps", "1", "--seeds", "1"]) == 0
+    assert "Slope of log change in log width" in capsys.readouterr().out
+    found = json.loads((tmp_path / "out" / "coordinates.json").read_text())
+    assert set(found["slopes"]) == {"standard", "mup"}
+    assert len(found["sizes"]) == 2 * 2 * 2 * 4
+    assert (tmp_path / "out" / "coordinates.png").stat().st_size > 1000
+    assert main([*command, "--widths", "8"]) == 2
+    assert "--widths must be two or more different widths, got [8]" in capsys.readouterr().err
