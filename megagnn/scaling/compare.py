@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from megagnn.scaling.analysis import Analysis
 from megagnn.scaling.drawing import Drawn, colours, make_axes, short
-from megagnn.scaling.records import RunRecord
+from megagnn.scaling.records import RunRecord, geometric_mean
 
 Shape = tuple[int, int, int, int]
 
@@ -35,8 +33,8 @@ def matches(first: Analysis, second: Analysis) -> list[Match]:
     found = []
     for shape in sorted(set(of[0]) & set(of[1]), key=lambda s: (s[2], s[1], s[0])):
         pair = [group[shape] for group in of]
-        losses = [_mean([r.losses[first.loss][0] for r in runs]) for runs in pair]
-        flops = [_mean([r.flops for r in runs]) for runs in pair]
+        losses = [geometric_mean([r.losses[first.loss][0] for r in runs]) for runs in pair]
+        flops = [geometric_mean([r.flops for r in runs]) for runs in pair]
         parameters = [runs[0].parameters for runs in pair]
         width, depth, structures, _ = shape
         found.append(
@@ -50,10 +48,6 @@ def _by_shape(records: Sequence[RunRecord]) -> dict[Shape, list[RunRecord]]:
     for r in records:
         found.setdefault((r.width, r.depth, r.structures, r.steps), []).append(r)
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.exp(np.log(values).mean()))
 
 
 def describe(first: Analysis, second: Analysis) -> list[str]:

@@ -25,6 +25,7 @@ from megagnn.models.statistics import Statistics
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer, set_learning_rate
 from megagnn.parallel.context import ParallelContext
 from megagnn.scaling.drawing import Drawn, colours, make_axes, save_figures, write_tensorboard
+from megagnn.scaling.records import geometric_mean
 from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loader import BatchLoader, open_split
@@ -160,7 +161,7 @@ def _means(sizes: Sequence[Size], parametrisation: str, quantity: str, step: int
     for s in sizes:
         if (s.parametrisation, s.quantity, s.step) == (parametrisation, quantity, step):
             found.setdefault(s.width, []).append(s.change if step else s.value)
-    return {w: float(np.exp(np.log(np.maximum(v, 1e-30)).mean())) for w, v in sorted(found.items())}
+    return {w: geometric_mean([max(x, 1e-30) for x in v]) for w, v in sorted(found.items())}
 
 
 def slopes(sizes: Sequence[Size]) -> dict[str, dict[str, float]]:

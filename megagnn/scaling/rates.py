@@ -7,7 +7,7 @@ from matplotlib.ticker import NullLocator
 
 from megagnn.scaling.analysis import Options, select
 from megagnn.scaling.drawing import Drawn, colours, make_axes
-from megagnn.scaling.records import RunRecord
+from megagnn.scaling.records import RunRecord, geometric_mean
 
 Curve = Mapping[float, float]
 """Loss by learning rate, the geometric mean over seeds."""
@@ -19,7 +19,7 @@ def curves(records: Sequence[RunRecord], loss: str) -> dict[int, Curve]:
     for r in records:
         found.setdefault(r.width, {}).setdefault(r.learning_rate, []).append(r.losses[loss][0])
     return {
-        width: {rate: float(np.exp(np.log(values).mean())) for rate, values in sorted(of.items())}
+        width: {rate: geometric_mean(values) for rate, values in sorted(of.items())}
         for width, of in sorted(found.items())
     }
 

@@ -59,6 +59,11 @@ class RunRecord:
         return json.dumps(values, ensure_ascii=False)
 
 
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of losses over seeds: laws are fitted to logarithms."""
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 _NUMBERS = ("width", "depth", "parameters", "flops", "steps", "epochs", "learning_rate")
 _WHOLE = ("width", "depth", "parameters", "seed", "steps")
 _NEEDED = ("run", "recipe", "data", "losses", "seed", *_NUMBERS)
