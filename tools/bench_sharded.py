@@ -11,6 +11,7 @@ largest of the ranks:
   resident  how far the process has grown, after the allocator gave back what is free
 
 beside what the arithmetic says: bytes per parameter of parameters, gradients, moments and master copies.
+DeepSpeed is a peer where it is installed, with its clipping of gradients, a default, switched off.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +45,15 @@ from megagnn.train.loss import Loss, LossCounts, label_counts
 
 OPTIMIZER = OptimConfig(learning_rate=1e-3, clip_norm=None)
 DDP, ZERO_1, FSDP = "torch DDP, AdamW", "torch DDP, ZeroRedundancyOptimizer", "torch FSDP2"
+DEEPSPEED = {"DeepSpeed ZeRO 1": 1, "DeepSpeed ZeRO 3": 3}
 OURS = [f"megagnn stage {stage}" for stage in range(4)]
 # Bytes per parameter that a rank of P keeps: what is whole, what is divided by P.
 FLOOR = {
     "float32": {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 16)},
     "bfloat16": {0: (18, 0), 1: (6, 12), 2: (2, 16), 3: (0, 18)},
 }
-FLOOR_OF_PEER = {DDP: 0, ZERO_1: 1, FSDP: 3}
+BUCKET = 25 * 2**20 // 4  # elements: the 25 MiB of torch's DDP, and of ours
+FLOOR_OF_PEER = {DDP: 0, ZERO_1: 1, FSDP: 3, **DEEPSPEED}
 
 
 def stage_of(name: str) -> int:
@@ -83,31 +88,44 @@ class Work:
         def step() -> Tensor:
             optimizer.zero_grad()
             optimizer.reducer.start()
-            loss = self._backward(self.potential, 1.0)
+            loss = self._forward(self.potential)
+            loss.backward()
             optimizer.reducer.finish()
             optimizer.step()  # without a norm, which the peers do not compute, either
-            return loss
+            return loss.detach()
 
         return step
 
     def _peer(self, dtype: str) -> Callable[[], Tensor]:
+        if self.name in DEEPSPEED:
+            return self._deepspeed()
         model, optimizer = (_fsdp if self.name == FSDP else _ddp)(self.name, self.potential, dtype)
 
         def step() -> Tensor:
             optimizer.zero_grad(set_to_none=True)
             # both average over ranks, our loss is a sum over global counts
-            loss = self._backward(model, float(self.context.dp_size))
+            loss = self._forward(model)
+            (loss * self.context.dp_size).backward()
             optimizer.step()
-            return loss
+            return loss.detach()
 
         return step
 
-    def _backward(self, model: nn.Module, factor: float) -> Tensor:
+    def _deepspeed(self) -> Callable[[], Tensor]:
+        engine = _deepspeed(self.potential, DEEPSPEED[self.name], self.context)
+
+        def step() -> Tensor:
+            loss = self._forward(engine)
+            engine.backward(loss * self.context.dp_size)
+            engine.step()
+            return loss.detach()
+
+        return step
+
+    def _forward(self, model: nn.Module) -> Tensor:
         counts: LossCounts = label_counts(self.batch, self.context)
-        outputs = model(self.batch)
-        total, _ = self.loss(outputs, self.batch, counts)
-        (total * factor).backward()
-        return total.detach()
+        total, _ = self.loss(model(self.batch), self.batch, counts)
+        return total
 
 
 def _settings() -> dict[str, Any]:
@@ -139,6 +157,25 @@ def _fsdp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
     return model, torch.optim.AdamW(model.parameters(), **_settings())
+
+
+def _deepspeed(model: nn.Module, stage: int, context: ParallelContext) -> Any:
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(context.rank))
+    import deepspeed
+
+    optimizer = torch.optim.AdamW(model.parameters(), **_settings())
+    buckets = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+    zero = {"stage": stage, "overlap_comm": False, **dict.fromkeys(buckets, BUCKET)}
+    if stage < 3:
+        zero["compute_grad_norm"] = False
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,  # its default is 1
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": zero,
+    }
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
 
 
 def measure(context: ParallelContext, name: str, dtype: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -217,15 +254,17 @@ def main() -> None:
     parser.add_argument("--edges", type=int, default=400)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
     parser.add_argument("--dtypes", nargs="+", choices=list(FLOOR), default=list(FLOOR))
-    parser.add_argument("--only", nargs="+", choices=[*OURS, DDP, ZERO_1, FSDP], default=None)
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *FLOOR_OF_PEER], default=None)
     parser.add_argument("--json", type=Path, help="also write the records here")
     arguments = parser.parse_args()
     records: list[dict[str, Any]] = []
     for ranks in arguments.ranks:
         for dtype in arguments.dtypes:
-            peers = [DDP, ZERO_1, FSDP] if dtype == "float32" else [FSDP]
+            peers = [DDP, ZERO_1, FSDP, *DEEPSPEED] if dtype == "float32" else [FSDP]
             for name in arguments.only or [*OURS, *peers]:
-                if name in OURS or name in peers:
+                if name in DEEPSPEED and find_spec("deepspeed") is None:
+                    print(f"{name}: not installed (docs/results/sharding.md)", flush=True)
+                elif name in OURS or name in peers:
                     records.append(largest(spawn(ranks, measure, name, dtype, arguments)))
                     print(row_of(records[-1], records), flush=True)
     check(records)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import megagnn
-from megagnn.scaling import compare
+from megagnn.scaling import ablation, compare
 from megagnn.scaling.analysis import Analysis, Options, analyse
 from megagnn.scaling.drawing import Drawn, save_figures, write_tensorboard
 from megagnn.scaling.figures import draw_all
@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rates", type=Path, nargs="+", metavar="RUNS.jsonl", help="runs of a learning-rate search"
     )
+    parser.add_argument(
+        "--ablation", type=Path, nargs="+", metavar="RUNS.jsonl", help="runs of recipes between two others"
+    )
     parser.add_argument("--figures", type=Path, metavar="DIR", help="also write every figure as PNG and PDF")
     parser.add_argument(
         "--tensorboard", type=Path, metavar="DIR", help="also write the figures as images there"
@@ -47,10 +50,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`megagnn report RUNS.jsonl... --out report.html [--rates RUNS.jsonl...] [--figures DIR] ...`."""
+    """`megagnn report RUNS.jsonl... --out report.html [--rates RUNS.jsonl...] [--ablation ...] ...`."""
     options = options_of(arguments)
-    rates = read_records(arguments.rates) if arguments.rates else []
-    chapters = chapters_of(read_records(arguments.runs), rates, options)
+    chapters = chapters_of(read_records(arguments.runs), options)
+    if arguments.ablation:
+        between = read_records(arguments.ablation)
+        lines = ablation.describe(between, options)
+        chapters.append(Chapter("Between the recipes", [ablation.draw(between, options)], lines))
+    if arguments.rates:
+        rates = read_records(arguments.rates)
+        chapters.append(
+            Chapter("Learning rates", [draw_rates(rates, options)], describe_rates(rates, options))
+        )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(page(chapters), encoding="utf-8")
     print(f"wrote {arguments.out}")
@@ -75,8 +86,8 @@ class Chapter:
     analysis: Analysis | None = None
 
 
-def chapters_of(records: Sequence[RunRecord], rates: Sequence[RunRecord], options: Options) -> list[Chapter]:
-    """One for each recipe, of several recipes one for each pair, and one of the learning rates.
+def chapters_of(records: Sequence[RunRecord], options: Options) -> list[Chapter]:
+    """One for each recipe, and of several recipes one for each pair.
 
     Raises:
         ValueError: see `analyse`.
@@ -93,10 +104,6 @@ def chapters_of(records: Sequence[RunRecord], rates: Sequence[RunRecord], option
     for first, second in itertools.combinations(analyses, 2):
         lines = compare.describe(first, second)
         chapters.append(Chapter("Recipes side by side", [compare.draw(first, second)], lines))
-    if rates:
-        chapters.append(
-            Chapter("Learning rates", [draw_rates(rates, options)], describe_rates(rates, options))
-        )
     return chapters
 
 

@@ -18,8 +18,10 @@
     structures = 2000
     seed = 0
 
-The keys of grids and runs are width, depth, structures, seed, learning_rate, steps, or dotted configuration
-keys; and, which give steps in terms of the data,
+Several grids are tables of an array, [[grid]]. A grid or a run can have a recipe of its own, which begins the
+names of its runs; keys of one value are then not in the names. The other keys of grids and runs are width,
+depth, structures, seed, learning_rate, steps, or dotted configuration keys; and, which give steps in terms of
+the data,
 
     epochs        train.num_steps: passes over `structures`, with data.max_structures of them in a batch
     warmup        optim.warmup_steps: share of the steps
@@ -33,6 +35,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -90,6 +93,7 @@ class PlannedRun:
     config: RunConfig
     digest: str
     """Of the configuration, but for where it runs."""
+    recipe: str
 
     @property
     def out_dir(self) -> Path:
@@ -108,7 +112,6 @@ class Sweep:
     """A table of runs."""
 
     path: Path
-    recipe: str
     out_dir: Path
     processes: int
     threads: int
@@ -159,23 +162,24 @@ def load_sweep(path: str | Path) -> Sweep:
     out_dir = Path(str(values["out_dir"]))
     threads = _positive(values, "threads", path)
     common = {**_dotted(path, values.get("set", {})), "train.threads": threads}
-    runs = []
-    for settings in _settings(path, values):
-        name = run_name(settings)
+    usual, runs = str(values.get("recipe", base_path.stem)), []
+    for recipe, settings, told in _settings(path, values):
+        name = run_name({key: settings[key] for key in told})
+        if recipe is not None:
+            name = "-".join([_slug(recipe), *([name] if name else [])])
         dotted = {**common, **_dotted(path, settings), "out_dir": str(out_dir / name)}
         relative = {key: dotted.pop(key) for key in RELATIVE if key in dotted}
         try:
             config = _in_steps(config_from_dict(_merged(base, dotted)), relative)
         except ValueError as error:
             raise ValueError(f"{path}, run {name}: {error}") from None
-        runs.append(PlannedRun(name, config, _digest(config)))
+        runs.append(PlannedRun(name, config, _digest(config), usual if recipe is None else recipe))
     names = [run.name for run in runs]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
         raise ValueError(f"{path}: two runs are '{twice}'; take one out of [grid] or [[runs]]")
     return Sweep(
         path,
-        str(values.get("recipe", base_path.stem)),
         out_dir,
         _positive(values, "processes", path),
         threads,
@@ -221,18 +225,32 @@ def _split(path: Path, values: Mapping[str, Any]) -> str:
     return str(split)
 
 
-def _settings(path: Path, values: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What each run has of its own: the grid's combinations, then the single runs."""
-    grid, single = values.get("grid", {}), values.get("runs", [])
-    for key, choices in grid.items():
-        if not isinstance(choices, list) or not choices:
-            raise ValueError(f"{path}: grid.{key} must be a list of values, got {choices!r}")
-    combined = (
-        [dict(zip(grid, row, strict=True)) for row in itertools.product(*grid.values())] if grid else []
-    )
-    if not combined and not single:
+def _settings(path: Path, values: Mapping[str, Any]) -> list[tuple[str | None, dict[str, Any], list[str]]]:
+    """Own recipe and settings of each run, and which settings its name tells: grids, then single runs."""
+    grids, single = values.get("grid", []), values.get("runs", [])
+    found: list[tuple[str | None, dict[str, Any], list[str]]] = []
+    for grid in [grids] if isinstance(grids, dict) else grids:
+        recipe, choices = _own_recipe(path, grid)
+        for key, value in choices.items():
+            if not isinstance(value, list) or not value:
+                raise ValueError(f"{path}: grid.{key} must be a list of values, got {value!r}")
+        told = [key for key, value in choices.items() if recipe is None or len(value) > 1]
+        rows = itertools.product(*choices.values()) if choices else []
+        found += [(recipe, dict(zip(choices, row, strict=True)), told) for row in rows]
+    if not found and not single:
         raise ValueError(f"{path}: no runs; give [grid] or [[runs]]")
-    return [*combined, *single]
+    return found + [(recipe, own, list(own)) for recipe, own in (_own_recipe(path, run) for run in single)]
+
+
+def _own_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    recipe = settings.get("recipe")
+    if recipe is not None and (not isinstance(recipe, str) or not _slug(recipe)):
+        raise ValueError(f"{path}: recipe must be a name, got {recipe!r}")
+    return recipe, {key: value for key, value in settings.items() if key != "recipe"}
+
+
+def _slug(recipe: str) -> str:
+    return re.sub(r"\W+", "-", recipe).strip("-")
 
 
 def _dotted(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

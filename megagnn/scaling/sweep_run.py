@@ -119,7 +119,7 @@ def _measured(
     }
     return RunRecord(
         run=run.name,
-        recipe=sweep.recipe,
+        recipe=run.recipe,
         width=model.width,
         depth=model.num_layers,
         parameters=trainer.potential.model.num_parameters(),

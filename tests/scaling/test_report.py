@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megagnn.cli import main
-from megagnn.scaling import compare, rates
+from megagnn.scaling import ablation, compare, rates
 from megagnn.scaling.analysis import Options, analyse, hold_out_largest, select
 from megagnn.scaling.figures import draw_all
 from megagnn.scaling.intervals import Interval
@@ -168,12 +168,11 @@ def test_recipes_side_by_side(tmp_path: Path) -> None:
         dataclasses.replace(r, run=f"deep{r.run}", depth=9, losses={"force_mae": (9.0, "eV/Å")}) for r in ours
     ]
     options = Options(replicates=100, depth=3)
-    chapters = chapters_of([*ours, *theirs, *deep], search(), options)
+    chapters = chapters_of([*ours, *theirs, *deep], options)
     assert [c.title for c in chapters] == [
         "Recipe synthetic",
         "Recipe the other",
         "Recipes side by side",
-        "Learning rates",
     ]
     first, second = (c.analysis for c in chapters[:2])
     assert first is not None
@@ -186,8 +185,8 @@ def test_recipes_side_by_side(tmp_path: Path) -> None:
     assert len(found) == 16
     assert [m.ratio for m in found] == pytest.approx([1.1] * 16)
     text = page(chapters)
-    assert text.count("data:image/svg+xml;base64,") == 7 + 6 + 2
-    assert len({one.name for c in chapters for one in c.drawn}) == 8 + 8 + 2
+    assert text.count("data:image/svg+xml;base64,") == 7 + 6 + 1
+    assert len({one.name for c in chapters for one in c.drawn}) == 8 + 8 + 1
     with pytest.raises(ValueError, match=r"no run has 5 layers; there are runs of 3; set --depth L"):
         analyse(ours, dataclasses.replace(options, depth=5))
 
@@ -215,3 +214,34 @@ def test_best_rates(power: float) -> None:
     assert cost == pytest.approx(1 + math.log(16**power) ** 2, rel=0.1)
     at_end = [r for r in records if r.learning_rate < 1e-3]
     assert "16: at an end" in rates.describe(at_end, Options())[0]
+
+
+def test_search_and_ablation_on_the_page(tmp_path: Path) -> None:
+    """Two recipes that differ in their best rate and loss, each in a line and a point; ends are marked."""
+    first = search()
+    second = [
+        dataclasses.replace(
+            r,
+            run="b" + r.run,
+            recipe="with a part",
+            losses={"force_mae": (r.losses["force_mae"][0] / 2, "eV/Å")},
+        )
+        for r in first
+        if r.learning_rate <= 4e-3
+    ]
+    found, loss, unit = ablation.best_of([*first, *second], Options())
+    assert (loss, unit, len(found)) == ("force_mae", "eV/Å", 6)
+    assert [b.rate for b in found[:3]] == pytest.approx([8e-3, 4e-3, 2e-3])
+    assert [b.at_end for b in found] == [False, False, False, True, True, False]
+    lines = ablation.describe([*first, *second], Options())
+    assert lines[1].split()[-1] == "1.00"
+    assert lines[-2].split()[-1] == "0.50"
+    assert lines[-1].startswith("*")
+    grid, made = write(tmp_path / "grid.jsonl", study(seeds=1)), write(tmp_path / "search.jsonl", first)
+    between = write(tmp_path / "between.jsonl", [*first, *second])
+    page = tmp_path / "report.html"
+    extra = ["--rates", str(made), "--ablation", str(between), "--figures", str(tmp_path / "figures")]
+    assert main(["report", str(grid), "--out", str(page), *extra, *FAST]) == 0
+    text = page.read_text(encoding="utf-8")
+    assert text.index("Between the recipes") < text.index("Learning rates")
+    assert {"ablation.png", "rates.png"} <= {p.name for p in (tmp_path / "figures").iterdir()}

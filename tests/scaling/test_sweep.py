@@ -63,6 +63,21 @@ def test_the_table(tmp_path: Path) -> None:
     assert run_name({"learning_rate": 3e-4, "model.edge_memory": "save"}) == "lr0.0003-edge_memory_save"
 
 
+def test_recipes_of_their_own(tmp_path: Path) -> None:
+    """Several grids, some with a recipe; it names their runs and goes into their results."""
+    text = SWEEP.split("[grid]")[0]
+    text += '[[grid]]\nrecipe = "small, no norm"\nwidth = [8, 16]\n"model.normalisation" = ["none"]\n'
+    text += '[[grid]]\nwidth = [8]\n[[runs]]\nrecipe = "single"\nwidth = 8\n'
+    sweep = load_sweep(write_sweep(tmp_path, text))
+    names = ["small-no-norm-w8", "small-no-norm-w16", "w8", "single-w8"]
+    assert [run.name for run in sweep.runs] == names
+    assert [run.recipe for run in sweep.runs] == ["small, no norm"] * 2 + ["tiny", "single"]
+    assert [run.config.model.normalisation for run in sweep.runs] == ["none", "none", "rms", "rms"]
+    for wrong in ("3", '""', '"-"'):
+        with pytest.raises(ValueError, match="recipe must be a name, got"):
+            load_sweep(write_sweep(tmp_path, text.replace('"single"', wrong)))
+
+
 def test_in_terms_of_the_data(tmp_path: Path) -> None:
     """Steps, warm-up and validations follow from epochs; results go where they are wanted."""
     text = SWEEP.split("[grid]")[0].replace('"train.num_steps" = {steps}\n"train.validate_every" = 10\n', "")
