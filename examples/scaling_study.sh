@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The scaling study of docs/results/scaling.md on the embedded data: learning rates of two recipes and of one rate for all
-# widths, then our recipe. The tables of the other recipe need the rate that its search will find, and are not there yet.
+# The scaling study of docs/results/scaling.md on the embedded data: our recipe and the study's, learning rates first, what
+# lies between the two recipes, then size and data, depth, conservative forces, and the largest runs, predicted before.
 #   bash examples/scaling_study.sh                     everything that has no result yet; hours on two cores
-#   bash examples/scaling_study.sh rates grid          some parts: rates grid depth conservative predict largest report
+#   bash examples/scaling_study.sh rates grid          some parts, of those named below
 # Each run's line of results is written when it ends, to docs/results/scaling: killed or interrupted, call it again, today or
 # on another machine. `predict` writes what the largest run should give from all smaller ones; commit it before `largest`.
 set -euo pipefail
@@ -10,38 +10,42 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 . "$root/tools/setup_env.sh"
 cd "$root"
 
+parts="rates ablation grid predict largest depth conservative report"
 data=runs/data/three-sources sweeps=examples/sweeps/study results=docs/results/scaling
 [ -f "$data/header.json" ] || megagnn prepare examples/data/three-sources.tar.xz --out "$data" >/dev/null
-[ $# -gt 0 ] || set -- rates grid depth conservative predict largest report
+# shellcheck disable=SC2086
+[ $# -gt 0 ] || set -- $parts
 
 sweep() { megagnn sweep "$sweeps/$1.toml"; }
 
-# All runs of the recipe, but for the learning-rate searches and the conservative ones.
+# All runs of both recipes, but for the learning-rate searches and the conservative ones.
 runs() {
   local name
-  for name in ours depth-ours largest-ours; do
+  for name in {ours,depth-ours,largest-ours,study,depth-study,largest-study}; do
     [ ! -f "$results/$name.jsonl" ] || echo "$results/$name.jsonl"
   done
 }
 
-predict() { # from the smaller runs, for the size and data of the largest; once
-  local file=$results/prediction-ours.json
-  [ -f "$file" ] || megagnn fit "$results/ours.jsonl" --predict 1004881,9600 --json "$file"
+predict() { # from the smaller runs of a recipe, for the size and data of the largest; once
+  local file=$results/prediction-$1.json
+  [ -f "$file" ] || megagnn fit "$results/$1.jsonl" --predict "$2" --json "$file"
 }
 
 for part in "$@"; do
   case $part in
     rates) sweep rates-mup && sweep rates-standard && sweep rates-study ;;
-    grid) sweep ours ;;
-    depth) sweep depth-ours ;;
-    conservative) sweep conservative-ours ;;
-    predict) predict ;;
-    largest) sweep largest-ours ;;
+    ablation) sweep ablation ;;
+    grid) sweep ours && sweep study ;;
+    predict) predict ours 1004881,9600 && predict study 997037,9600 ;;
+    largest) sweep largest-ours && sweep largest-study ;;
+    depth) sweep depth-ours && sweep depth-study ;;
+    conservative) sweep conservative-ours && sweep conservative-study ;;
     report)
       # shellcheck disable=SC2046
-      megagnn report $(runs) --depth 3 --rates "$results"/rates-*.jsonl --out "$results/report.html" \
-        --figures "$results/figures" --tensorboard runs/study/tensorboard
+      megagnn report $(runs) --depth 3 --rates "$results"/rates-*.jsonl \
+        --ablation "$results"/{rates-study,ablation,rates-standard,rates-mup}.jsonl \
+        --out "$results/report.html" --figures "$results/figures" --tensorboard runs/study/tensorboard
       ;;
-    *) echo "scaling_study.sh: no part '$part'; there are rates grid depth conservative predict largest report" >&2 && exit 2 ;;
+    *) echo "scaling_study.sh: no part '$part'; there are $parts" >&2 && exit 2 ;;
   esac
 done
