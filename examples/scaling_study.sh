@@ -26,9 +26,10 @@ runs() {
   done
 }
 
-predict() { # from the smaller runs of a recipe, for the size and data of the largest; once
-  local file=$results/prediction-$1.json
-  [ -f "$file" ] || megagnn fit "$results/$1.jsonl" --predict "$2" --json "$file"
+predict() { # from the smaller runs of a recipe, the nearer and all of them, for the size and data of the largest; once
+  local file=$results/prediction-$1.json all=$results/prediction-$1-all.json
+  [ -f "$file" ] || megagnn fit "$results/$1.jsonl" --at-least 25000,960 --predict "$2" --json "$file"
+  [ -f "$all" ] || megagnn fit "$results/$1.jsonl" --predict "$2" --json "$all"
 }
 
 for part in "$@"; do

@@ -19,7 +19,7 @@ from megagnn.scaling.analysis import (
 )
 from megagnn.scaling.intervals import Interval
 from megagnn.scaling.optimum import optimal_sizes
-from megagnn.scaling.records import read_records, squared
+from megagnn.scaling.records import RunRecord, read_records, squared
 
 FEW = 3  # spare points, below which a bootstrap has little to draw from
 
@@ -36,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hold-out-largest", action="store_true", help="predict the runs of most compute from the others"
+    )
+    parser.add_argument(
+        "--at-least",
+        metavar="N,D",
+        help="laws of runs of at least N parameters and D data: where one law does not hold for all sizes",
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the results here")
 
@@ -82,8 +87,10 @@ def options_of(arguments: argparse.Namespace) -> Options:
 def run(arguments: argparse.Namespace) -> int:
     """`megagnn fit RUNS.jsonl... [--predict N,D] [--hold-out-largest] [--json OUT]`."""
     options = options_of(arguments)
-    points = [_point(text) for text in arguments.predict]
+    points = [_point("--predict", text) for text in arguments.predict]
     records = read_records(arguments.runs)
+    if arguments.at_least is not None:
+        records = _of_at_least(records, _point("--at-least", arguments.at_least), options)
     analysis = analyse(records, options)
     predictions = {point: predict(analysis, point) for point in points}
     held = hold_out_largest(records, options) if arguments.hold_out_largest else []
@@ -101,14 +108,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _point(text: str) -> tuple[float, float]:
+def _of_at_least(records: list[RunRecord], limits: tuple[float, float], options: Options) -> list[RunRecord]:
+    size, data = limits
+    chosen = [r for r in records if r.parameters >= size and getattr(r, options.data_unit) >= data]
+    if not chosen:
+        largest = max(r.parameters for r in records), max(getattr(r, options.data_unit) for r in records)
+        raise ValueError(
+            f"no run has at least {size:g} parameters and {data:g} {options.data_unit}; the runs reach "
+            f"{largest[0]:,} and {largest[1]:,}"
+        )
+    return chosen
+
+
+def _point(option: str, text: str) -> tuple[float, float]:
     try:
         size, data = map(float, text.split(","))
     except ValueError:
         size = data = -1.0
     if not (0 < size < math.inf and 0 < data < math.inf):
         raise ValueError(
-            f"--predict takes two positive numbers, parameters and data, as 1e7,1e5; got '{text}'"
+            f"{option} takes two positive numbers, parameters and data, as 1e7,1e5; got '{text}'"
         )
     return size, data
 

@@ -89,6 +89,8 @@ def test_a_squared_loss_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) 
         (("--level", "90"), "--level must lie between 0 and 1, got 90"),
         (("--bootstrap", "20"), "--bootstrap must be at least 100 at --level 0.9, got 20"),
         (("--predict", "1e7"), "--predict takes two positive numbers"),
+        (("--at-least", "1e4"), "--at-least takes two positive numbers"),
+        (("--at-least", "1e9,1"), "no run has at least 1e\\+09 parameters and 1 structures; the runs reach"),
     ],
 )
 def test_wrong_options(
@@ -96,6 +98,25 @@ def test_wrong_options(
 ) -> None:
     assert main(["fit", str(runs), *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_laws_of_the_larger_runs_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs below the limits, on which the error is another, change nothing."""
+    records = study(widths=(16, 32, 64, 128, 256), data=(500, 4000, 32000, 256000), seeds=1)
+    least = sorted({r.parameters for r in records})[1]
+    small = {"force_mae": (7.0, "eV/Å"), "energy_mse": (7.0, "(eV/atom)^2")}
+    spoilt = [
+        dataclasses.replace(r, losses=small) if r.parameters < least or r.structures < 4000 else r
+        for r in records
+    ]
+    told = []
+    for name, chosen in (("whole", records), ("spoilt", spoilt)):
+        runs = write(tmp_path / f"{name}.jsonl", chosen)
+        extra = ["--at-least", f"{least},4000", "--predict", "1e8,1e6"]
+        assert main(["fit", str(runs), *extra, *FAST]) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+    assert f"{4 * 3} runs of the recipe" in told[0]
 
 
 def test_recipes_and_units_are_not_mixed() -> None:
