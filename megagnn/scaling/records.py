@@ -142,23 +142,24 @@ def read_records(paths: Sequence[str | Path]) -> list[RunRecord]:
     A last line without an end, as a killed process leaves it, is left out.
 
     Raises:
-        ValueError: see `parse_record`; also two runs of one name, and files without a run.
+        ValueError: see `parse_record`; also two runs of one name and recipe, and files without a run.
         FileNotFoundError: no such file.
     """
     records: list[RunRecord] = []
-    seen: dict[str, str] = {}
+    seen: dict[tuple[str, str], str] = {}
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"no file of runs at {path}")
         for number, line in _lines(path):
             where = f"{path}, line {number}"
             record = parse_record(line, where)
-            if record.run in seen:
+            key = (record.recipe, record.run)
+            if key in seen:
                 raise ValueError(
-                    f"{where}: the run '{record.run}' is there already ({seen[record.run]}); name runs "
-                    "apart, or remove one of the lines"
+                    f"{where}: the run '{record.run}' of the recipe '{record.recipe}' is there already "
+                    f"({seen[key]}); name runs apart, or remove one of the lines"
                 )
-            seen[record.run] = where
+            seen[key] = where
             records.append(record)
     if not records:
         raise ValueError(f"no runs in {', '.join(map(str, paths))}")

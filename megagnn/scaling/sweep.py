@@ -130,7 +130,8 @@ class Sweep:
         """
         if not self.results.is_file() or not self.results.stat().st_size:
             return {}
-        records = {r.run: r for r in read_records([self.results])}
+        recipes = {run.name: run.recipe for run in self.runs}
+        records = {r.run: r for r in read_records([self.results]) if recipes.get(r.run) == r.recipe}
         for run in self.runs:
             record = records.get(run.name)
             if record is not None and record.versions.get("settings") != run.digest:

@@ -52,8 +52,12 @@ def test_a_missing_field_and_no_json() -> None:
 def test_files(tmp_path: Path) -> None:
     path = write(tmp_path / "runs.jsonl", study(widths=(16, 32), data=(500,), seeds=1))
     assert [r.width for r in read_records([path])] == [16, 32]
-    with pytest.raises(ValueError, match=r"runs\.jsonl, line 1: the run 'w16-l3-n500-s0' is there already"):
+    told = r"runs\.jsonl, line 1: the run 'w16-l3-n500-s0' of the recipe 'synthetic' is there already"
+    with pytest.raises(ValueError, match=told):
         read_records([path, path])
+    other = [dataclasses.replace(r, recipe="other") for r in read_records([path])]
+    both = read_records([path, write(tmp_path / "others.jsonl", other)])
+    assert [(r.recipe, r.width) for r in both[1:3]] == [("synthetic", 32), ("other", 16)]
     with pytest.raises(FileNotFoundError, match="no file of runs at"):
         read_records([tmp_path / "other.jsonl"])
     (tmp_path / "empty.jsonl").touch()
