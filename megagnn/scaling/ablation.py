@@ -1,10 +1,11 @@
 """What the parts of a recipe do: recipes between two others, each at the best of its learning rates."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megagnn.scaling.analysis import Options, select
-from megagnn.scaling.drawing import Drawn, colours, make_axes
+from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks
 from megagnn.scaling.rates import curves
 from megagnn.scaling.records import RunRecord
 
@@ -64,16 +65,26 @@ def draw(records: Sequence[RunRecord], options: Options) -> Drawn:
     found, loss, unit = best_of(records, options)
     recipes, widths = list(dict.fromkeys(b.recipe for b in found)), sorted({b.width for b in found})
     figure, (ax,) = make_axes()
-    figure.set_size_inches(7.0, 1.2 + 0.32 * len(recipes))
-    for colour, width in zip(colours(len(widths)), widths, strict=True):
-        of = [b for b in found if b.width == width]
-        rows = [recipes.index(b.recipe) for b in of]
-        ax.plot([b.loss for b in of], rows, "o-", color=colour, linewidth=0.8, label=f"width {width}")
-        for row, best in zip(rows, of, strict=True):
-            ax.annotate(f"{best.rate:.2g}", (best.loss, row), (6, -3), textcoords="offset points", fontsize=7)
+    figure.set_size_inches(7.0, 1.2 + 0.36 * len(recipes))
+    for k, (colour, width) in enumerate(zip(colours(len(widths)), widths, strict=True)):
+        losses = [math.nan] * len(recipes)  # no line passes a recipe that was not run at the width
+        for best in (b for b in found if b.width == width):
+            row = recipes.index(best.recipe)
+            losses[row] = best.loss
+            at = 3 * (len(widths) - 1) - 6 * k - 2
+            ax.annotate(
+                f"{best.rate:.2g}",
+                (best.loss, row),
+                (5, at),
+                textcoords="offset points",
+                fontsize=6,
+                color=colour,
+            )
+        ax.plot(losses, range(len(recipes)), "o-", color=colour, linewidth=0.8, label=f"width {width}")
     ax.set_yticks(range(len(recipes)), recipes, fontsize=8)
     ax.invert_yaxis()
     ax.set(xscale="log", xlabel=f"{loss}, {unit}")
+    plain_ticks(ax.xaxis)
     ax.legend(fontsize=7, frameon=False)
     data = sorted({r.structures for r in records})
     text = (

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megagnn.scaling.analysis import Analysis
-from megagnn.scaling.drawing import Drawn, colours, make_axes, short
+from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks, short
 from megagnn.scaling.records import RunRecord, geometric_mean
 
 Shape = tuple[int, int, int, int]
@@ -99,6 +99,7 @@ def draw(first: Analysis, second: Analysis) -> Drawn:
             label=analysis.records[0].recipe,
         )
     right.set(xlabel="compute of the training, FLOP", ylabel=f"{first.loss}, {first.unit}")
+    plain_ticks(right.yaxis)
     right.legend(fontsize=7, frameon=False)
     worse = sum(m.ratio < 1 for m in found)
     text = (

@@ -8,7 +8,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,20 @@ def short(value: float) -> str:
         if value >= limit:
             return f"{value / limit:.3g}{suffix}"
     return f"{value:.3g}"
+
+
+class _Plain(LogFormatter):  # type: ignore[misc,unused-ignore]
+    """Its choice of ticks that have a label, in plain numbers."""
+
+    def _num_to_string(self, x: float, vmin: float, vmax: float) -> str:
+        return f"{x:.3g}"
+
+
+def plain_ticks(axis: Axis) -> None:
+    """0.2, 0.4 in place of powers of ten, on a logarithmic axis that may hold no whole decade."""
+    axis.set_major_formatter(_Plain())
+    axis.set_minor_formatter(_Plain(minor_thresholds=(2.0, 0.5)))
+    axis.set_tick_params(which="minor", labelsize="small")
 
 
 def save_figures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:

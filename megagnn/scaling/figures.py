@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from megagnn.scaling.analysis import PUBLISHED, Analysis
-from megagnn.scaling.drawing import Drawn, colours, make_axes, short
+from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks, short
 from megagnn.scaling.forms import Array
 
 
@@ -49,6 +49,7 @@ def _curves(
             line = np.geomspace(varied.min(), varied.max(), 60)
             ax.loglog(line, [joint(x, value) for x in line], "-", color=colour, linewidth=1)
     ax.set_ylabel(f"{analysis.loss}, {analysis.unit}")
+    plain_ticks(ax.yaxis)
     if len(values) <= 8:
         ax.legend(fontsize=7, frameon=False)
     else:
@@ -112,6 +113,7 @@ def depth_against_width(analysis: Analysis) -> Drawn:
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="width, channels of a node", ylabel=f"{analysis.loss}, {analysis.unit}")
+    plain_ticks(ax.yaxis)
     ax.legend(fontsize=7, frameon=False)
     caption = f"D = {short(fixed)} {analysis.options.data_unit}; lines join the means over seeds."
     return Drawn(name, title, figure, caption)
@@ -166,6 +168,7 @@ def iso_flop_curves(analysis: Analysis) -> Drawn:
             best = np.exp(np.polyval(group.coefficients, np.log(group.optimum) - centre))
             ax.loglog([group.optimum], [best], "*", color="crimson", markersize=9)
     ax.set(xlabel="parameters, N", ylabel=f"{analysis.loss}, {analysis.unit}")
+    plain_ticks(ax.yaxis)
     ax.legend(fontsize=7, frameon=False)
     text = "Runs whose compute differs by less than 20 %; stars are minima that the sizes enclose."
     if analysis.iso_law is not None:
@@ -193,6 +196,7 @@ def compute_frontier(analysis: Analysis) -> Drawn:
         )
         text += f" Exponent {a.value:.3f} [{a.low:.3f}, {a.high:.3f}]."
     ax.set(xlabel="compute of the training, FLOP", ylabel=f"{analysis.loss}, {analysis.unit}")
+    plain_ticks(ax.yaxis)
     ax.legend(fontsize=7, frameon=False)
     return Drawn(name, title, figure, text)
 

@@ -159,6 +159,10 @@ def describe(analysis: Analysis) -> list[str]:
     return [*lines, "", *exponents_note(analysis)]
 
 
+def _of_seeds(spread: float | None) -> str:
+    return "" if spread is None else f", of seeds {100 * spread:.1f} %"
+
+
 def describe_law(result: LawResult) -> list[str]:
     """The chosen law with intervals, and by how much the others lose."""
     best = result.choices[0]
@@ -171,7 +175,7 @@ def describe_law(result: LawResult) -> list[str]:
         f"{result.what}: {law.name}, {law.formula}",
         f"    {', '.join(parts)}",
         f"    {best.fit.num_runs} runs at {len(best.fit.x_GV)} points, scatter of a run "
-        f"{100 * best.fit.spread():.1f} %",
+        f"{100 * best.fit.spread():.1f} %" + _of_seeds(best.fit.seed_spread()),
     ]
     if best.fit.spare < FEW:
         lines.append(f"    only {best.fit.spare} more point(s) than parameters: take the intervals as rough")

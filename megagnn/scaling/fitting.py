@@ -71,6 +71,14 @@ class Fit:
         left = max(self.num_runs - len(self.theta), 1)
         return float(np.sqrt(np.nansum(self.residuals() ** 2) / left))
 
+    def seed_spread(self) -> float | None:
+        """Standard deviation of log losses between runs of one point; None where no point has two runs."""
+        left = self.num_runs - len(self.y_GS)
+        if not left:
+            return None
+        deviations = self.y_GS - np.nanmean(self.y_GS, 1, keepdims=True)
+        return float(np.sqrt(np.nansum(deviations**2) / left))
+
 
 def group_variance(residual_BGS: Array, delta: float, num_parameters: int) -> Array:
     """Variance of a run as the points' mean residuals show it, (B,): seeds' scatter and lack of fit both."""

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.ticker import NullLocator
 
 from megagnn.scaling.analysis import Options, select
-from megagnn.scaling.drawing import Drawn, colours, make_axes
+from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks
 from megagnn.scaling.records import RunRecord, geometric_mean
 
 Curve = Mapping[float, float]
@@ -86,7 +85,7 @@ def draw(records: Sequence[RunRecord], options: Options) -> Drawn:
             best = min(curve, key=lambda rate: curve[rate])
             ax.loglog([best], [curve[best]], "*", color="crimson", markersize=8)
         ax.set(title=recipe, xlabel="learning rate")
-        ax.yaxis.set_minor_locator(NullLocator())
+        plain_ticks(ax.yaxis)
     axes[0].set_ylabel(f"{loss}, {unit}")
     axes[0].legend(fontsize=7, frameon=False)
     text = "Stars: the best rate of each width. " + " ".join(

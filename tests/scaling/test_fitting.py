@@ -47,6 +47,15 @@ def test_units_do_not_matter() -> None:
     assert other.parameters()["L_inf"] == pytest.approx(1e3 * one.parameters()["L_inf"], rel=1e-5)
 
 
+def test_scatter_of_seeds_and_of_the_law() -> None:
+    """Two seeds 2 % apart around a curve that is no power: the law's residuals are more than the seeds'."""
+    sizes, losses = np.repeat(SIZES, 2), np.repeat(0.2 + 3 * SIZES**-0.2, 2)
+    fit = fit_law(POWER, sizes, losses * np.exp(np.tile([0.01, -0.01], len(SIZES))))
+    assert fit.seed_spread() == pytest.approx(0.01 * 2**0.5)
+    assert fit.spread() > 1.5 * 0.01 * 2**0.5
+    assert fit_law(POWER, SIZES, losses[::2]).seed_spread() is None
+
+
 def test_squared_losses_have_twice_the_exponent() -> None:
     losses = 3 * SIZES**-0.26
     assert fit_law(POWER, SIZES, losses**2).parameters()["a"] == pytest.approx(0.52)
