@@ -21,7 +21,7 @@ sweep() { megagnn sweep "$sweeps/$1.toml"; }
 # All runs of both recipes, but for the learning-rate searches and the conservative ones.
 runs() {
   local name
-  for name in {ours,depth-ours,largest-ours,study,depth-study,largest-study}; do
+  for name in {ours,depth-ours,largest-ours,study,depth-study,largest-study,basis}; do
     [ ! -f "$results/$name.jsonl" ] || echo "$results/$name.jsonl"
   done
 }
@@ -36,7 +36,7 @@ for part in "$@"; do
   case $part in
     rates) sweep rates-mup && sweep rates-standard && sweep rates-study ;;
     ablation) sweep ablation ;;
-    grid) sweep ours && sweep study ;;
+    grid) sweep ours && sweep study && sweep basis ;;
     predict) predict ours 1004881,9600 && predict study 997037,9600 ;;
     largest) sweep largest-ours && sweep largest-study ;;
     depth) sweep depth-ours && sweep depth-study ;;
