@@ -98,13 +98,19 @@ def chapters_of(records: Sequence[RunRecord], options: Options) -> list[Chapter]
     for analysis in analyses:
         drawn = draw_all(analysis)
         if len(analyses) > 1:
-            slug = re.sub(r"\W+", "-", analysis.records[0].recipe)
-            drawn = [replace(one, name=f"{slug}-{one.name}") for one in drawn]
+            drawn = [replace(one, name=f"{_slug(analysis)}-{one.name}") for one in drawn]
         chapters.append(Chapter(f"Recipe {analysis.records[0].recipe}", drawn, describe(analysis), analysis))
     for first, second in itertools.combinations(analyses, 2):
-        lines = compare.describe(first, second)
-        chapters.append(Chapter("Recipes side by side", [compare.draw(first, second)], lines))
+        pair = compare.draw(first, second)
+        if len(analyses) > 2:
+            pair = replace(pair, name=f"{pair.name}-{_slug(first)}-{_slug(second)}")
+        names = " and ".join(a.records[0].recipe for a in (first, second))
+        chapters.append(Chapter(f"Side by side: {names}", [pair], compare.describe(first, second)))
     return chapters
+
+
+def _slug(analysis: Analysis) -> str:
+    return re.sub(r"\W+", "-", analysis.records[0].recipe)
 
 
 def page(chapters: Sequence[Chapter]) -> str:

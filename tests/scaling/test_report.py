@@ -193,7 +193,7 @@ def test_recipes_side_by_side(tmp_path: Path) -> None:
     assert [c.title for c in chapters] == [
         "Recipe synthetic",
         "Recipe the other",
-        "Recipes side by side",
+        "Side by side: synthetic and the other",
     ]
     first, second = (c.analysis for c in chapters[:2])
     assert first is not None
@@ -208,6 +208,9 @@ def test_recipes_side_by_side(tmp_path: Path) -> None:
     text = page(chapters)
     assert text.count("data:image/svg+xml;base64,") == 7 + 6 + 1
     assert len({one.name for c in chapters for one in c.drawn}) == 8 + 8 + 1
+    third = [dataclasses.replace(r, recipe="a third") for r in ours]
+    names = [one.name for c in chapters_of([*ours, *theirs, *third], options) for one in c.drawn]
+    assert len(set(names)) == len(names)
     with pytest.raises(ValueError, match=r"no run has 5 layers; there are runs of 3; set --depth L"):
         analyse(ours, dataclasses.replace(options, depth=5))
 
