@@ -109,7 +109,10 @@ def depth_against_width(analysis: Analysis) -> Drawn:
         means = [np.exp(np.log(losses[rows][widths == w]).mean()) for w in np.unique(widths)]
         ax.loglog(widths, losses[rows], "o", color=colour, markersize=3, alpha=0.5)
         ax.loglog(np.unique(widths), means, "-", color=colour, label=f"{depth} layers")
-    ticks = sorted({r.width for r, d in zip(records, data, strict=True) if d == fixed})
+    ticks: list[int] = []
+    for width in sorted({r.width for r, d in zip(records, data, strict=True) if d == fixed}):
+        if not ticks or width > 1.15 * ticks[-1]:  # else their numbers would lie on each other
+            ticks.append(width)
     ax.set_xticks(ticks, [str(t) for t in ticks])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="width, channels of a node", ylabel=f"{analysis.loss}, {analysis.unit}")
