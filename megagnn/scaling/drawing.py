@@ -71,7 +71,10 @@ def save_figures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
             continue
         for suffix in ("png", "pdf"):
             paths.append(folder / f"{one.name}.{suffix}")
-            one.figure.savefig(paths[-1], dpi=200)
+            # without a date the file of the same runs is the same
+            one.figure.savefig(
+                paths[-1], dpi=200, metadata={"CreationDate": None} if suffix == "pdf" else None
+            )
     return paths
 
 

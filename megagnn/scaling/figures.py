@@ -108,7 +108,7 @@ def depth_against_width(analysis: Analysis) -> Drawn:
         widths = np.array([records[k].width for k in rows])
         means = [np.exp(np.log(losses[rows][widths == w]).mean()) for w in np.unique(widths)]
         ax.loglog(widths, losses[rows], "o", color=colour, markersize=3, alpha=0.5)
-        ax.loglog(np.unique(widths), means, "-", color=colour, label=f"{depth} layers")
+        ax.loglog(np.unique(widths), means, "-", color=colour, label=f"{depth} layer{'s' * (depth > 1)}")
     ticks: list[int] = []
     for width in sorted({r.width for r, d in zip(records, data, strict=True) if d == fixed}):
         if not ticks or width > 1.15 * ticks[-1]:  # else their numbers would lie on each other
