@@ -12,6 +12,7 @@
 import fcntl
 import json
 import math
+import re
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -134,6 +135,11 @@ def _losses(values: Any, where: str) -> dict[str, tuple[float, str]]:
         )
         for name, loss in values.items()
     }
+
+
+def slug(recipe: str) -> str:
+    """A recipe in the names of runs and files: words joined by hyphens."""
+    return re.sub(r"\W+", "-", recipe).strip("-")
 
 
 def read_records(paths: Sequence[str | Path]) -> list[RunRecord]:

@@ -5,7 +5,6 @@ import base64
 import html
 import io
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from megagnn.scaling.figures import draw_all
 from megagnn.scaling.fit_command import add_selection, describe, options_of
 from megagnn.scaling.rates import describe as describe_rates
 from megagnn.scaling.rates import draw as draw_rates
-from megagnn.scaling.records import RunRecord, read_records
+from megagnn.scaling.records import RunRecord, read_records, slug
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
@@ -98,19 +97,16 @@ def chapters_of(records: Sequence[RunRecord], options: Options) -> list[Chapter]
     for analysis in analyses:
         drawn = draw_all(analysis)
         if len(analyses) > 1:
-            drawn = [replace(one, name=f"{_slug(analysis)}-{one.name}") for one in drawn]
+            drawn = [replace(one, name=f"{slug(analysis.records[0].recipe)}-{one.name}") for one in drawn]
         chapters.append(Chapter(f"Recipe {analysis.records[0].recipe}", drawn, describe(analysis), analysis))
     for first, second in itertools.combinations(analyses, 2):
-        pair = compare.draw(first, second)
+        pair, names = compare.draw(first, second), [a.records[0].recipe for a in (first, second)]
         if len(analyses) > 2:
-            pair = replace(pair, name=f"{pair.name}-{_slug(first)}-{_slug(second)}")
-        names = " and ".join(a.records[0].recipe for a in (first, second))
-        chapters.append(Chapter(f"Side by side: {names}", [pair], compare.describe(first, second)))
+            pair = replace(pair, name="-".join([pair.name, *map(slug, names)]))
+        chapters.append(
+            Chapter(f"Side by side: {' and '.join(names)}", [pair], compare.describe(first, second))
+        )
     return chapters
-
-
-def _slug(analysis: Analysis) -> str:
-    return re.sub(r"\W+", "-", analysis.records[0].recipe)
 
 
 def page(chapters: Sequence[Chapter]) -> str:

@@ -35,7 +35,6 @@ import hashlib
 import itertools
 import json
 import math
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -43,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from megagnn.config import RunConfig, config_from_dict, flat_config
-from megagnn.scaling.records import RunRecord, read_records
+from megagnn.scaling.records import RunRecord, read_records, slug
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -167,7 +166,7 @@ def load_sweep(path: str | Path) -> Sweep:
     for recipe, settings, told in _settings(path, values):
         name = run_name({key: settings[key] for key in told})
         if recipe is not None:
-            name = "-".join([_slug(recipe), *([name] if name else [])])
+            name = "-".join([slug(recipe), *([name] if name else [])])
         dotted = {**common, **_dotted(path, settings), "out_dir": str(out_dir / name)}
         relative = {key: dotted.pop(key) for key in RELATIVE if key in dotted}
         try:
@@ -245,13 +244,9 @@ def _settings(path: Path, values: Mapping[str, Any]) -> list[tuple[str | None, d
 
 def _own_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
     recipe = settings.get("recipe")
-    if recipe is not None and (not isinstance(recipe, str) or not _slug(recipe)):
+    if recipe is not None and (not isinstance(recipe, str) or not slug(recipe)):
         raise ValueError(f"{path}: recipe must be a name, got {recipe!r}")
     return recipe, {key: value for key, value in settings.items() if key != "recipe"}
-
-
-def _slug(recipe: str) -> str:
-    return re.sub(r"\W+", "-", recipe).strip("-")
 
 
 def _dotted(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
