@@ -12,8 +12,8 @@
 import fcntl
 import json
 import math
-import re
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
