@@ -54,10 +54,8 @@ struct EdgeBlock {
   int64_t first_row, num_rows;  // destinations of its edges
   T *d[2], *d_bar[2];           // (count): the distance, and its cotangents
   T* rho;                       // (planes * count, R)
-  T* a;  // in: W1c rho, or a itself if a_complete. Left as a if a_keep, which may be a, too
-  T* a_keep;
-  bool a_complete;
-  T *z, *a_slope;  // slope: act'(a) and, below, act''(a) a'; null where no backward follows
+  const T* a;                   // W1c rho, of a
+  T *z, *a_slope;               // slope: act'(a) and, below, act''(a) a'; null where no backward follows
   T* c;
   T *m, *c_slope;  // m null where nothing reads it
   T* g;

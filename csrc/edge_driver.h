@@ -25,7 +25,7 @@ struct EdgeWeightSums {
 // kept.
 template <class T>
 struct EdgeSaved {
-  T *a, *c, *g;
+  T *c, *g;
 };
 
 // One row of the plan.
@@ -110,15 +110,13 @@ class EdgeWorker {
     return saved ? saved + block_.begin * (pair_ ? 2 : 1) * width : scratch;
   }
 
-  // a and z; slope is null in the forward. In a backward with kept a, that is read and not made again.
+  // z, and of a backward the slopes. They are made again where c and g are kept, too: p and q are at hand.
   void before(T* slope) {
-    const bool complete = slope && saved_.a;
-    block_.a = kept(saved_.a, in_.hidden, buffer_[1]);
-    block_.a_keep = !slope && saved_.a ? block_.a : nullptr;
-    block_.a_complete = complete;
+    T* a = buffer_[1];
+    product(block_.rho, in_.radial, weights_.w1c, in_.hidden, a);
+    block_.a = a;
     block_.z = buffer_[0];
     block_.a_slope = slope;
-    if (!complete) product(block_.rho, in_.radial, weights_.w1c, in_.hidden, block_.a);
     kernels_.before(in_, block_);
   }
 

@@ -93,11 +93,11 @@ Tensors forward(const EdgeCall& call, bool save) {
   Tensors out;
   EdgeProblem<T> in = problem_of<T>(call);
   add_outputs(call, in, true, out);
-  for (const int64_t width : {call.hidden, call.message, call.vector}) {
+  for (const int64_t width : {call.message, call.vector}) {
     out.push_back(save && width ? new_tensor(call.inputs[kP], {call.planes() * call.num_edges, width})
                                 : call.none);
   }
-  const EdgeSaved<T> saved{out_data<T>(out[4]), out_data<T>(out[5]), out_data<T>(out[6])};
+  const EdgeSaved<T> saved{out_data<T>(out[4]), out_data<T>(out[5])};
   run_workers<T>(
       call, in, saved, [](int64_t) {},
       [](auto& worker, int64_t, int64_t block, const EdgeRange& range) { worker.forward(block, range); });
@@ -222,8 +222,7 @@ Tensors backward(const EdgeCall& call, const Tensors& saved_tensors, const Tenso
   }
   WorkerSums<T> sums(call, weights, q_bar);
   add_outputs(call, in, outputs, out);
-  const EdgeSaved<T> saved{out_data<T>(saved_tensors[0]), out_data<T>(saved_tensors[1]),
-                           out_data<T>(saved_tensors[2])};
+  const EdgeSaved<T> saved{out_data<T>(saved_tensors[0]), out_data<T>(saved_tensors[1])};
   run_workers<T>(
       call, in, saved, [&](int64_t w) { sums.prepare(w); },
       [&](auto& worker, int64_t w, int64_t block, const EdgeRange& range) {
@@ -247,8 +246,8 @@ Tensors edge_backward(Tensors inputs, Tensors weights, Tensors graph, std::vecto
                       bool outputs) {
   const EdgeCall call =
       check_edges(std::move(inputs), std::move(weights), std::move(graph), std::move(spec), std::move(reals));
-  check(saved.size() == 3 && bars.size() == kNumBars, kName, kAny,
-        "there must be 3 kept tensors and 4 cotangents, got ", saved.size(), " and ", bars.size());
+  check(saved.size() == 2 && bars.size() == kNumBars, kName, kAny,
+        "there must be 2 kept tensors and 4 cotangents, got ", saved.size(), " and ", bars.size());
   for (Tensor& bar : bars) bar = make_contiguous(bar);
   for (int plane = 0; plane < call.planes(); ++plane) {
     check_shape(call, "sum_bar", bars[size_t(2 * plane)], {call.num_atoms, call.message});

@@ -32,7 +32,6 @@ enum Wide {
   kRho = kNumNarrow,
   kRhoBar,
   kA,
-  kAKeep,
   kZ,
   kASlope,
   kZBar,
@@ -45,9 +44,9 @@ enum Wide {
   kGBar,
   kNumBuffers
 };
-constexpr const char* kBufferNames[kNumBuffers] = {"d", "d_bar",   "w",     "w_bar",   "rho",   "rho_bar",
-                                                   "a", "a_keep",  "z",     "a_slope", "z_bar", "c",
-                                                   "m", "c_slope", "m_bar", "g",       "u",     "g_bar"};
+constexpr const char* kBufferNames[kNumBuffers] = {"d",       "d_bar", "w",       "w_bar", "rho",  "rho_bar",
+                                                   "a",       "z",     "a_slope", "z_bar", "c",    "m",
+                                                   "c_slope", "m_bar", "g",       "u",     "g_bar"};
 
 // Gradients of the inputs come first, in the order of Input, those of the tangents below them.
 enum Result {
@@ -92,7 +91,6 @@ struct StageCall {
   EdgeCall call;
   Stage stage;
   Tensors buffers, results, bars;
-  bool complete;
   int64_t index;
   EdgeRange range;
 };
@@ -189,9 +187,8 @@ EdgeBlock<T> stage_block(const StageCall& stage) {
     block.d[plane] = plane_of(kD, plane), block.d_bar[plane] = plane_of(kDBar, plane);
     block.w[plane] = plane_of(kW, plane), block.w_bar[plane] = plane_of(kWBar, plane);
   }
-  block.a_complete = stage.complete;
   block.rho = of(kRho), block.rho_bar = of(kRhoBar);
-  block.a = of(kA), block.a_keep = of(kAKeep), block.z = of(kZ), block.a_slope = of(kASlope);
+  block.a = of(kA), block.z = of(kZ), block.a_slope = of(kASlope);
   block.z_bar = of(kZBar), block.c = of(kC), block.m = of(kM), block.c_slope = of(kCSlope);
   block.m_bar = of(kMBar), block.g = of(kG), block.u = of(kU), block.g_bar = of(kGBar);
   return block;
@@ -240,15 +237,14 @@ void run_stage(const StageCall& stage) {
 }
 
 void edge_stage(int64_t stage, Tensors inputs, Tensors weights, Tensors graph, std::vector<int64_t> spec,
-                std::vector<double> reals, Tensors buffers, Tensors results, Tensors bars, bool complete,
-                int64_t block) {
+                std::vector<double> reals, Tensors buffers, Tensors results, Tensors bars, int64_t block) {
   EdgeCall call = take_lists(kName, std::move(inputs), std::move(weights), std::move(graph), std::move(spec),
                              std::move(reals));
   const Tensor &b2 = call.weights[kB2], &b3 = call.weights[kB3];
   call.message = b2.size(0), call.vector = absent(b3) ? 0 : b3.size(0);
   check_inputs(call);
   check(buffers.size() == kNumBuffers && results.size() == kNumResults && bars.size() == kNumBars, kName,
-        kAny, "there must be 18 buffers, 16 results and 4 cotangents, got ", buffers.size(), ", ",
+        kAny, "there must be 17 buffers, 16 results and 4 cotangents, got ", buffers.size(), ", ",
         results.size(), " and ", bars.size());
   check(stage >= 0 && stage < kNumStages, kName, kAny, "there are stages 0 to 8, got ", stage);
   const bool of_vector = stage == kScalar || stage == kVector || stage == kVectorBackward;
@@ -257,9 +253,8 @@ void edge_stage(int64_t stage, Tensors inputs, Tensors weights, Tensors graph, s
   check(block >= 0 && block < num_blocks, kName, kAny, "the block must lie in [0, ", num_blocks, "), got ",
         block);
   const EdgeRange range = range_of(call, block);
-  const StageCall all{
-      std::move(call), Stage(stage), std::move(buffers), std::move(results), std::move(bars), complete,
-      block,           range};
+  const StageCall all{std::move(call), Stage(stage), std::move(buffers), std::move(results), std::move(bars),
+                      block,           range};
   check_buffers(all);
   check_results(all);
   check_needs(all);
@@ -272,7 +267,7 @@ void edge_stage(int64_t stage, Tensors inputs, Tensors weights, Tensors graph, s
 STABLE_TORCH_LIBRARY_FRAGMENT(megagnn, library) {
   library.def(
       "edge_stage(int stage, Tensor[] inputs, Tensor[] weights, Tensor[] graph, int[] spec, float[] reals, "
-      "Tensor(a!)[] buffers, Tensor(b!)[] results, Tensor[] bars, bool complete, int block) -> ()");
+      "Tensor(a!)[] buffers, Tensor(b!)[] results, Tensor[] bars, int block) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megagnn, CPU, library) {

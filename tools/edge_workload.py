@@ -281,6 +281,8 @@ UNITS = {
     "one_backward": dict(zip(MEMORY, (8, 11, 11, 11, 9, 16), strict=True)),
     "create_graph": dict(zip(("plain", *MEMORY), (6, 10, 12, 12, 12, 6, 8), strict=True)),
 }
+# Of the distance features' products as many more, for blocks that are kept are so without their first layer.
+RADIAL_AGAIN = {"direct": 1, "one_backward": 3, "create_graph": 2}
 # The same of atom rows, which only a layer makes again, and of which no backward drops anything.
 ATOM_UNITS = {"direct": (3, 4), "one_backward": (8, 11), "create_graph": (6, 8)}
 
@@ -289,17 +291,21 @@ def step_flops(
     name: str, forces: str, width: int, num_atoms: int, num_edges: int, num_layers: int = DEPTH
 ) -> float:
     """The matrix products of a step, multiply-adds counted as 2: what this formulation takes."""
-    edges, atoms = 0.0, float(width * width + width)
+    edges, radial, atoms = 0.0, 0.0, float(width * width + width)
     for layer in range(num_layers):
         vector = layer < num_layers - 1 or forces == "direct"
         branch = width * width + width if vector else 0
-        first = NUM_RADIAL * width + (0 if name.startswith("megagnn") else 2 * width * width)
-        edges += first + width * width + branch
+        radial += NUM_RADIAL * width
+        concatenated_atoms = 0 if name.startswith("megagnn") else 2 * width * width
+        edges += NUM_RADIAL * width + concatenated_atoms + width * width + branch
         atoms += (5 if name.startswith("megagnn") else 3) * width * width
     memory, method = variant(name)
     method = method if forces == "conservative" else "direct"
     again = memory in ("layers", "both", "unfused layers")
-    return 2.0 * (UNITS[method][memory] * edges * num_edges + ATOM_UNITS[method][again] * atoms * num_atoms)
+    edges *= UNITS[method][memory]
+    if memory in ("save", "layers"):
+        edges += RADIAL_AGAIN[method] * radial
+    return 2.0 * (edges * num_edges + ATOM_UNITS[method][again] * atoms * num_atoms)
 
 
 def step_evaluations(forces: str, width: int, num_edges: int) -> float:

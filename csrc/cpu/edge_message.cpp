@@ -110,25 +110,20 @@ inline void prefetch_source(const EdgeProblem<T>& in, const EdgeBlock<T>& block,
 template <class T, bool PAIR, int ACTIVATION, bool SLOPE>
 void before_rows(const EdgeProblem<T>& in, const EdgeBlock<T>& block) {
   const int64_t width = in.hidden, plane = block.count * width;
-  const bool complete = block.a_complete;
-  T *const keep = block.a_keep, *const z = block.z, *const slope = block.a_slope;
+  T *const z = block.z, *const slope = block.a_slope;
   for (int64_t k = 0; k < block.count; ++k) {
     const int64_t e = block.begin + k, to = in.destination[e] * width, from = in.source[e] * width;
     const T *const a_row = block.a + k * width, *const p = in.p[0] + to, *const q = in.q[0] + from;
     const T *const p_t = PAIR ? in.p[1] + to : nullptr, *const q_t = PAIR ? in.q[1] + from : nullptr;
-    if (!complete) prefetch_source<T, PAIR>(in, block, k);
+    prefetch_source<T, PAIR>(in, block, k);
     for_columns<T>(width, [=](int64_t c, auto lanes) {
       const int64_t at = k * width + c;
-      Vec<T> a = load(a_row + c, lanes);
-      if (!complete) a += load(p + c, lanes) + load(q + c, lanes);
-      if (keep) store(keep + at, a, lanes);
+      const Vec<T> a = load(a_row + c, lanes) + (load(p + c, lanes) + load(q + c, lanes));
       const Jet<T> jet = activate<T, ACTIVATION>(a);
       store(z + at, jet.value, lanes);
       if (SLOPE) store(slope + at, jet.first, lanes);
       if constexpr (PAIR) {
-        Vec<T> a_t = load(a_row + plane + c, lanes);
-        if (!complete) a_t += load(p_t + c, lanes) + load(q_t + c, lanes);
-        if (keep) store(keep + plane + at, a_t, lanes);
+        const Vec<T> a_t = load(a_row + plane + c, lanes) + (load(p_t + c, lanes) + load(q_t + c, lanes));
         store(z + plane + at, Vec<T>(jet.first * a_t), lanes);
         if (SLOPE) store(slope + plane + at, Vec<T>(jet.second * a_t), lanes);
       }

@@ -129,13 +129,11 @@ __global__ void __launch_bounds__(kBlockThreads)
   if (k >= block.count || c >= width) return;
   const int64_t e = block.begin + k, at = k * width + c;
   const int64_t to = in.destination[e] * width + c, from = in.source[e] * width + c;
-  const T a = block.a[at] + (block.a_complete ? T(0) : in.p[0][to] + in.q[0][from]);
+  const T a = block.a[at] + (in.p[0][to] + in.q[0][from]);
   const Jet<T> jet = activate<T, ACTIVATION>(a);
-  if (block.a_keep) block.a_keep[at] = a;
   block.z[at] = jet.value;
   if constexpr (PAIR) {
-    const T a_t = block.a[plane + at] + (block.a_complete ? T(0) : in.p[1][to] + in.q[1][from]);
-    if (block.a_keep) block.a_keep[plane + at] = a_t;
+    const T a_t = block.a[plane + at] + (in.p[1][to] + in.q[1][from]);
     block.z[plane + at] = jet.first * a_t;
     if (block.a_slope) block.a_slope[plane + at] = jet.second * a_t;
   }

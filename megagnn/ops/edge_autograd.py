@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megagnn.ops import edge_reference
 from megagnn.ops.edge_runner import SERIAL, Call, EdgeRunner, check_types
-from megagnn.ops.edge_types import NUM_INPUTS, EdgeGraph, EdgeSpec, EdgeWeights
+from megagnn.ops.edge_types import NUM_INPUTS, NUM_WEIGHTS, EdgeGraph, EdgeSpec, EdgeWeights
 from megagnn.ops.recompute import current_tape
 
 
@@ -51,15 +51,16 @@ class _EdgeMessage(torch.autograd.Function):
     def backward(ctx: Any, *bars: Tensor | None) -> Any:
         saved = ctx.saved_tensors  # once: a layer that is computed again is computed here
         if all(bar is None for bar in bars):
-            return (None,) * (len(saved) + 1)
-        wanted = _wanted(ctx, saved[:-3], NUM_INPUTS * (2 if ctx.pair else 1))
+            return (None,) * len(ctx.needs_input_grad)
+        num_inputs = NUM_INPUTS * (2 if ctx.pair else 1)
+        tensors, kept = saved[: num_inputs + NUM_WEIGHTS], saved[num_inputs + NUM_WEIGHTS :]
+        wanted = _wanted(ctx, tensors, num_inputs)
         if torch.is_grad_enabled() and not ctx.pair:
             where = (ctx.runner, ctx.graph, ctx.spec, wanted)
             gradients = _EdgeBackward.apply(*where, *bars, *saved)
         else:
-            *tensors, a, c, g = saved
             call = Call(ctx.graph, ctx.spec, ctx.pair, tensors)
-            gradients = ctx.runner.backward(call, (a, c, g), bars, wanted)[0]
+            gradients = ctx.runner.backward(call, kept, bars, wanted)[0]
             gradients = _last_derivative(gradients, (*bars, *saved))
         return (None, None, None, None, *gradients)
 
@@ -73,7 +74,7 @@ def _run_forward(
         return runner.forward(call, save)
     if tape.replaying and differentiated:
         like = next(t for t in call.tensors if t is not None)
-        return list(tape.take()), [like.new_empty(0) for _ in range(3)]
+        return list(tape.take()), [like.new_empty(0) for _ in range(2)]
     outputs, kept = runner.forward(call, False)
     if differentiated and not save:
         tape.put([None if t is None else t.detach() for t in outputs])
@@ -123,8 +124,11 @@ def _is_used(node: Any) -> bool:
     return node is not None and torch._C._will_engine_execute_node(node)
 
 
+_MADE_OF = 2 + NUM_INPUTS + NUM_WEIGHTS  # bars, inputs, weights
+
+
 class _EdgeBackward(torch.autograd.Function):
-    """runner, graph, spec, wanted, bars (2), inputs (4), weights (8), kept (3) -> gradients."""
+    """runner, graph, spec, wanted, bars (2), inputs (4), weights (8), what is kept -> gradients."""
 
     @staticmethod
     def forward(
@@ -136,17 +140,19 @@ class _EdgeBackward(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Any:
         ctx.runner, ctx.graph, ctx.spec = runner, graph, spec
-        ctx.save_for_backward(*tensors[:-3])
+        bars, given, kept = tensors[:2], tensors[2:_MADE_OF], tensors[_MADE_OF:]
+        ctx.save_for_backward(*tensors[:_MADE_OF])
+        ctx.num_kept = len(kept)
         ctx.set_materialize_grads(False)
-        call = Call(graph, spec, False, tensors[2:-3])
-        return tuple(runner.backward(call, tensors[-3:], tensors[:2], wanted)[0])
+        return tuple(runner.backward(Call(graph, spec, False, given), kept, bars, wanted)[0])
 
     @staticmethod
     def backward(ctx: Any, *tangents: Tensor | None) -> Any:
         saved = ctx.saved_tensors
         if all(t is None for t in tangents):
-            return (None,) * (len(saved) + 7)
+            return (None,) * len(ctx.needs_input_grad)
         bars, tensors = saved[:2], saved[2:]
+        no_kept = (None,) * ctx.num_kept
         made_of = (*saved, *tangents)
         if any(t is not None for t in tangents[NUM_INPUTS:]):
             if ctx.runner is not SERIAL:
@@ -155,7 +161,7 @@ class _EdgeBackward(torch.autograd.Function):
                     "use model.edge_operation = 'unfused'"
                 )
             gradients = _double_backward_reference(ctx.graph, ctx.spec, bars, tensors, tangents)
-            return (None,) * 4 + (*_last_derivative(gradients, made_of), None, None, None)
+            return (None,) * 4 + (*_last_derivative(gradients, made_of), *no_kept)
         values = tensors[:NUM_INPUTS]
         filled = [
             None if x is None else torch.zeros_like(x) if t is None else t
@@ -164,12 +170,12 @@ class _EdgeBackward(torch.autograd.Function):
         none = torch.empty(0)
         call = Call(ctx.graph, ctx.spec, True, (*values, *filled, *tensors[NUM_INPUTS:]))
         gradients, outputs = ctx.runner.backward(
-            call, (none, none, none), (None, None, *bars), (True, True), outputs=True
+            call, (none, none), (None, None, *bars), (True, True), outputs=True
         )
         bar_gradients = [None if bar is None else out for bar, out in zip(bars, outputs[2:], strict=True)]
         of_values = [*gradients[:NUM_INPUTS], *gradients[2 * NUM_INPUTS :]]
         second = _last_derivative([*bar_gradients, *of_values], made_of)
-        return (None,) * 4 + (*second, None, None, None)
+        return (None,) * 4 + (*second, *no_kept)
 
 
 def _double_backward_reference(

@@ -5,7 +5,7 @@
 
 for edges e from j to i, sorted by i; with `bounded`, tanh(w_e) in place of w_e. Blocks of edges go through
 the stages one after another and stay in the cache; the backward makes them again (`memory = "recompute"`) or
-reads a, c = W2 act(a) and g = W3 m kept by the forward (`"save"`). The derivation is in docs/kernels.md.
+reads c = W2 act(a) and g = W3 m kept by the forward (`"save"`). The derivation is in docs/kernels.md.
 Runners of megagnn/tensor_parallel divide it over ranks.
 """
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension
-from megagnn.ops.dispatch import DTYPES, accumulator_type
+from megagnn.ops.dispatch import DTYPES, accumulator_type, below_autograd
 from megagnn.ops.edge_types import (
     ACTIVATIONS,
     DIRECTIONS,
@@ -56,7 +56,10 @@ class EdgeRunner(Protocol):
     """See [Note: runners]."""
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
-        """sum, vec, and of pairs their tangents; and a, c, g of all edges with `save`, else empty ones."""
+        """sum, vec, and of pairs their tangents; and what `backward` is to be given as `kept`.
+
+        That is c and g of all edges with `save`, else empty tensors, and what else the runner may want.
+        """
         ...
 
     def backward(
@@ -110,7 +113,12 @@ def widened(call: Call) -> Call:
     p_NH = call.tensors[0]
     assert p_NH is not None
     kind = edge_type(p_NH)
-    return call._replace(tensors=[None if t is None else t.detach().to(kind) for t in call.tensors])
+    return call._replace(tensors=[None if t is None else _constant(t).to(kind) for t in call.tensors])
+
+
+def _constant(tensor: Tensor) -> Tensor:
+    """The tensor without its history, which is looked at only where something would be recorded."""
+    return tensor.detach() if tensor.requires_grad and torch.is_grad_enabled() else tensor
 
 
 def typed_outputs(call: Call, outputs: Tensors) -> list[Tensor | None]:
@@ -171,7 +179,7 @@ def compiled_arguments(call: Call) -> tuple[Any, ...]:
     graph, spec, pair, tensors = call
     _check_rows(graph, *tensors[:2])
     none = torch.empty(0)
-    present = [none if t is None else t.detach() for t in tensors]
+    present = [none if t is None else _constant(t) for t in tensors]
     num_inputs = NUM_INPUTS * (2 if pair else 1)
     inputs = present[:num_inputs] + [none] * (2 * NUM_INPUTS - num_inputs)
     weights = tuple(present[num_inputs:])
@@ -209,9 +217,10 @@ class SerialRunner:
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
         """See `EdgeRunner`."""
-        *outputs, a, c, g = _OPS.edge_message_forward(*compiled_arguments(widened(call)), save)
+        with below_autograd():
+            *outputs, c, g = _OPS.edge_message_forward(*compiled_arguments(widened(call)), save)
         outputs = [or_none(t) for t in (outputs if call.pair else outputs[:2])]
-        return typed_outputs(call, outputs), kept_of(call, (a, c, g))
+        return typed_outputs(call, outputs), kept_of(call, (c, g))
 
     def backward(
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
@@ -225,7 +234,8 @@ class SerialRunner:
             for bar, shape in zip((*bars, *(None,) * (4 - len(bars))), shapes, strict=True)
         ]
         wide = [t.to(p_NH.dtype) for t in kept if t is not None]
-        result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
+        with below_autograd():
+            result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
         num_inputs = NUM_INPUTS * (2 if call.pair else 1)
         weights = [or_none(t) for t in result[-(NUM_WEIGHTS - 1) :]]
         if has_vector and weights[5] is not None:
@@ -237,7 +247,7 @@ class SerialRunner:
 
 
 def kept_of(call: Call, kept: Sequence[Tensor]) -> list[Tensor]:
-    """a, c and g as they are kept for the backward, in the type of p."""
+    """c and g as they are kept for the backward, in the type of p."""
     p_NH = call.tensors[0]
     assert p_NH is not None
     return [t.to(p_NH.dtype) for t in kept]

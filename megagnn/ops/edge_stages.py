@@ -36,7 +36,7 @@ from megagnn.ops.edge_types import EdgeGraph, EdgeSpec, EdgeWeights
 # As the enumerations of csrc/edge_stage.cpp.
 _STAGES = ["radial", "before", "message", "scalar", "vector"]
 _STAGES += [f"{stage}_backward" for stage in ("vector", "message", "before", "radial")]
-_BUFFERS = ["d", "d_bar", "w", "w_bar", "rho", "rho_bar", "a", "a_keep", "z", "a_slope", "z_bar"]
+_BUFFERS = ["d", "d_bar", "w", "w_bar", "rho", "rho_bar", "a", "z", "a_slope", "z_bar"]
 _BUFFERS += ["c", "m", "c_slope", "m_bar", "g", "u", "g_bar"]
 _OUTPUTS = ["sum", "vec", "sum_tangent", "vec_tangent"]
 _INPUT_BARS = [f"{tangent}{name}_bar" for tangent in ("", "tangent_") for name in "pqrf"]
@@ -75,7 +75,7 @@ class BlockStages:
         values: p (N, H), q (N, H), r (E, 3) in Å, f (E) or None.
         weights: see [Note: shards].
         tangents: of the values, for pairs.
-        save: keep a, c and g of all edges for the backward (`spec.memory` is not read).
+        save: keep c and g of all edges for the backward (`spec.memory` is not read).
         kept: those of an earlier call, `kept_tensors`, to be read.
 
     Raises:
@@ -119,7 +119,7 @@ class BlockStages:
         self._views: dict[tuple[int, str, int], Tensor] = {}  # of a block of so many edges
         self._results: dict[str, Tensor] = {}
         self._bars = [none] * 4
-        rows, names = self.planes * len(values[2]), ("a", "c", "g") if self.has_vector else ("a", "c")
+        rows, names = self.planes * len(values[2]), ("c", "g") if self.has_vector else ("c",)
         self._kept = {k: self._like.new_empty(rows, self._widths[k]) for k in names if save and not kept}
         self._kept |= dict(zip(names, kept, strict=False))
 
@@ -135,8 +135,8 @@ class BlockStages:
         return self._kept[name][self.planes * block.begin : self.planes * block.end]
 
     def kept_tensors(self) -> list[Tensor]:
-        """a, c, g of all edges, empty ones where nothing is kept or there is no vector branch."""
-        return [self._kept.get(name, self._like.new_empty(0)) for name in ("a", "c", "g")]
+        """c and g of all edges, empty ones where nothing is kept or there is no vector branch."""
+        return [self._kept.get(name, self._like.new_empty(0)) for name in ("c", "g")]
 
     def _scratch(self, block: StageBlock, name: str) -> Tensor:
         count, width = block.end - block.begin, self._widths.get(name)
@@ -154,7 +154,6 @@ class BlockStages:
         block: StageBlock,
         *scratch: str,
         without: Sequence[str] = (),
-        complete: bool = False,
         **given: Tensor,
     ) -> None:
         buffers = {name: self._scratch(block, _IN_PLACE.get(name, name)) for name in scratch} | given
@@ -165,7 +164,6 @@ class BlockStages:
             [buffers.get(name, self._none) for name in _BUFFERS],
             [results.get(name, self._none) for name in _RESULTS],
             self._bars,
-            complete,
             block.number,
         )
 
@@ -181,11 +179,9 @@ class BlockStages:
     def before(self, block: StageBlock, backward: bool = False) -> Tensor:
         """z, (rows, H); `backward` also makes the slopes, which its stages read."""
         self._run("radial", block, "d", "rho")
-        a, complete = self.buffer(block, "a"), backward and self.save
-        if not complete:
-            torch.mm(self._scratch(block, "rho"), self.w1c_HR.t(), out=a)
-        keep = a if self.save and not backward else self._none
-        self._run("before", block, "z", *["a_slope"] * backward, complete=complete, a=a, a_keep=keep)
+        a = self._scratch(block, "a")
+        torch.mm(self._scratch(block, "rho"), self.w1c_HR.t(), out=a)
+        self._run("before", block, "z", *["a_slope"] * backward, a=a)
         return self._scratch(block, "z")
 
     def message(self, block: StageBlock, c: Tensor, backward: bool = False) -> Tensor:

@@ -35,7 +35,7 @@ class EdgeSpec:
     spread: float = 1.0
     """w of the Gaussian basis, Å."""
     memory: Literal["recompute", "save"] = "recompute"
-    """Make the blocks again in the backward, or keep their pre-activations: (H + M + K) numbers per edge."""
+    """Make the blocks again in the backward, or keep what their products gave: (M + K) numbers per edge."""
     block_edges: int | None = None
     """Edges of a block; None takes what fits the cache."""
 

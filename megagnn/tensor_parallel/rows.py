@@ -83,6 +83,16 @@ class WeightRing:
         return EdgeWeights(*whole)  # type: ignore[arg-type]
 
 
+_NUM_KEPT = 2  # of the edges, c and g; after them p and q, which would cost messages to make again
+
+
+def _atoms(whole: Call) -> list[Tensor]:
+    """p and q, of pairs also their tangents."""
+    inputs = whole.tensors[: -len(WEIGHT_DIMS)]
+    found = [t for plane in range(0, len(inputs), NUM_INPUTS) for t in inputs[plane : plane + 2]]
+    return [t for t in found if t is not None]
+
+
 def _versions(tensors: Sequence[Tensor]) -> _VERSIONS:
     return tuple(t._version for t in tensors)
 
@@ -108,7 +118,10 @@ class RowsRunner:
         weights = self.ring.take(self.index, hold=again)
         if not again:
             self.ring.start(self.index + 1)
-        outputs, kept = SERIAL.forward(self._whole_call(call, weights), save)
+        whole = self._whole_call(call, weights)
+        outputs, kept = SERIAL.forward(whole, save)
+        if call.spec.memory == "save":  # what runs again must keep as many tensors as it will then
+            kept += [t if save else t.new_empty(0) for t in _atoms(whole)]
         return self._outputs(outputs), kept
 
     def backward(
@@ -117,8 +130,8 @@ class RowsRunner:
         """See `EdgeRunner`."""
         weights = self.ring.take(self.index)
         self.ring.start(self.index - 1)
-        saved = any(t is not None and t.dim() == 2 for t in kept)  # (0, H) on a rank without edges
-        whole = self._whole_call(call, weights, values=not saved)
+        kept, atoms = kept[:_NUM_KEPT], [t for t in kept[_NUM_KEPT:] if t is not None and t.dim() == 2]
+        whole = self._whole_call(call, weights, atoms)
         bars = [bar if bar is None else self._own_bar(k, bar) for k, bar in enumerate(bars)]
         # Widened here: gradients that are summed over ranks come, and travel, in the kernels' type.
         gradients, found = SERIAL.backward(widened(whole), kept, bars, wanted, outputs)
@@ -127,21 +140,19 @@ class RowsRunner:
         summed = [*inputs, *self._weight_gradients(gradients[num_inputs:])]
         return typed_gradients(call, summed), self._outputs(typed_outputs(call, found))
 
-    def _whole_call(self, call: Call, weights: EdgeWeights, values: bool = True) -> Call:
-        """The call with own rows of p, all of q, and whole weights; without `values` p and q hold nothing."""
+    def _whole_call(self, call: Call, weights: EdgeWeights, atoms: Tensors = ()) -> Call:
+        """The call with own rows of p, all of q, and whole weights; `atoms`, if given, are those p and q."""
         tensors = list(call.tensors[: -len(WEIGHT_DIMS)])
-        for plane in range(0, len(tensors), NUM_INPUTS):
+        for k, plane in enumerate(range(0, len(tensors), NUM_INPUTS)):
+            if atoms:
+                tensors[plane : plane + 2] = atoms[2 * k : 2 * k + 2]
+                continue
             p, q = tensors[plane], tensors[plane + 1]
             assert p is not None
             assert q is not None
-            if values:
-                coming_p = start_to_rows(p.detach(), self.rows)
-                coming_q = start_gather_along(q.detach(), -1, self.context, "tp")
-                tensors[plane], tensors[plane + 1] = coming_p.wait(), coming_q.wait()
-            else:  # the kernels look at the shapes alone where a, c and g are kept
-                width, own = p.shape[1] * self.context.tp_size, self.rows.own
-                tensors[plane] = p.new_empty(own.stop - own.start, width)
-                tensors[plane + 1] = q.new_empty(len(q), width)
+            coming_p = start_to_rows(p.detach(), self.rows)
+            coming_q = start_gather_along(q.detach(), -1, self.context, "tp")
+            tensors[plane], tensors[plane + 1] = coming_p.wait(), coming_q.wait()
         centres_R = call.tensors[-len(WEIGHT_DIMS)]
         return Call(call.graph, call.spec, call.pair, (*tensors, centres_R, *weights[1:]))
 

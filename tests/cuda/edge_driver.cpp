@@ -42,7 +42,7 @@ class LoopDevice {
   std::vector<std::vector<char>> memory_;
 };
 
-// inputs 8, weights 8 (centres, w1c, w2, b2, w3, b3, w4, b4), graph 8, saved 3, bars 4, results 8, outputs 4,
+// inputs 8, weights 8 (centres, w1c, w2, b2, w3, b3, w4, b4), graph 8, saved 2, bars 4, results 8, outputs 4,
 // weight results 7 (from w1c on).
 template <class T>
 void run(void* const* pointers, const int64_t* sizes, const double* reals, bool backward) {
@@ -57,19 +57,19 @@ void run(void* const* pointers, const int64_t* sizes, const double* reals, bool 
   for (int plane = 0; plane < (pair ? 2 : 1); ++plane) {
     in.p[plane] = number(4 * plane), in.q[plane] = number(4 * plane + 1);
     in.r[plane] = number(4 * plane + 2), in.f[plane] = number(4 * plane + 3);
-    in.sum_bar[plane] = number(27 + 2 * plane), in.vec_bar[plane] = number(28 + 2 * plane);
-    in.p_bar[plane] = number(31 + 4 * plane), in.r_bar[plane] = number(33 + 4 * plane);
-    in.f_bar[plane] = number(34 + 4 * plane);
-    in.sum[plane] = number(39 + 2 * plane), in.vec[plane] = number(40 + 2 * plane);
+    in.sum_bar[plane] = number(26 + 2 * plane), in.vec_bar[plane] = number(27 + 2 * plane);
+    in.p_bar[plane] = number(30 + 4 * plane), in.r_bar[plane] = number(32 + 4 * plane);
+    in.f_bar[plane] = number(33 + 4 * plane);
+    in.sum[plane] = number(38 + 2 * plane), in.vec[plane] = number(39 + 2 * plane);
   }
   in.centres = number(8), in.b2 = number(11), in.b3 = number(13), in.w4 = number(14), in.b4 = number(15);
   in.destination = integer(16), in.source = integer(17), in.ptr = integer(18);
   const int64_t* blocks = integer(19);
   in.order = integer(21), in.runs = integer(22), in.run_begin = integer(23);
   const EdgeWeights<T> weights{number(9), number(10), number(12)};
-  const EdgeSaved<T> saved{number(24), number(25), number(26)};
-  const EdgeSums<T> sums{{number(32), number(36)}, 0, number(45), number(47), number(48), number(49)};
-  const EdgeWeightSums<T> products{number(43), number(44), number(46)};
+  const EdgeSaved<T> saved{number(24), number(25)};
+  const EdgeSums<T> sums{{number(31), number(35)}, 0, number(44), number(46), number(47), number(48)};
+  const EdgeWeightSums<T> products{number(42), number(43), number(45)};
   int64_t longest = 1;
   for (int64_t b = 0; b < num_blocks; ++b) longest = std::max(longest, blocks[4 * b + 1] - blocks[4 * b]);
   LoopDevice device;

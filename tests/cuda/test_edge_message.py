@@ -109,7 +109,7 @@ def test_backward_equals_the_cpu(
     edges: Emulator, spec: EdgeSpec, pair: bool, vector: bool, envelope: bool, dtype: torch.dtype
 ) -> None:
     case = Case(spec, dtype, pair, vector, envelope)
-    got, wanted = run_backward(case, edges, [torch.empty(0)] * 3)
+    got, wanted = run_backward(case, edges, [torch.empty(0)] * 2)
     assert sum(t.numel() > 0 for t in wanted) >= 8
     for mine, other in zip(got, wanted, strict=True):
         assert_close(mine, other, FACTOR * RELATIVE[dtype])
@@ -132,9 +132,9 @@ def test_kept_pre_activations_are_those_of_the_cpu(edges: Emulator, pair: bool) 
 @pytest.mark.parametrize("order", ORDERS[1:])
 def test_bits_do_not_depend_on_the_order_of_threads(edges: Emulator, order: str) -> None:
     case = Case(EdgeSpec(block_edges=40), torch.float32, True, True, True)
-    first, _ = run_backward(case, edges, [torch.empty(0)] * 3)
+    first, _ = run_backward(case, edges, [torch.empty(0)] * 2)
     with edges.order(order):
-        second, _ = run_backward(case, edges, [torch.empty(0)] * 3)
+        second, _ = run_backward(case, edges, [torch.empty(0)] * 2)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -143,5 +143,5 @@ def test_a_wrong_order_of_sources_is_far_outside(edges: Emulator) -> None:
     case = Case(EdgeSpec(block_edges=40), torch.float64, False, True, True)
     order = case.lists[2][5]
     order[[3, 30]] = order[[30, 3]]
-    got, wanted = run_backward(case, edges, [torch.empty(0)] * 3)
+    got, wanted = run_backward(case, edges, [torch.empty(0)] * 2)
     assert (got[1] - wanted[1]).abs().max() > 1e-3 * wanted[1].abs().max()

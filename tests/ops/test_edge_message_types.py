@@ -20,7 +20,7 @@ from tests.ops.edge_cases import (
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16
 WIDTHS = Widths(6, 16, 12, 8)
 AGAIN = EdgeSpec(memory="recompute")
-# One rounding at the end; two or three where a, c and g were kept in bfloat16, and in second derivatives
+# One rounding at the end; two or three where c and g were kept in bfloat16, and in second derivatives
 # those of the first; some tens where every intermediate is a tensor.
 ONE_ROUNDING, SOME_ROUNDINGS, EVERY_STEP = 2.0**-8, 2.0**-6, 2.0**-4
 if not has_kernels(torch.empty(0)):  # then there is no other way
@@ -105,13 +105,13 @@ def test_every_intermediate_a_tensor() -> None:
 
 @pytest.mark.skipif(not has_kernels(torch.empty(0)), reason="the reference keeps what autograd keeps")
 def test_what_is_kept_is_bfloat16() -> None:
-    """Half the memory of float32: a, c and g of every edge."""
+    """Half the memory of float32: c and g of every edge."""
     low, _ = mixed_case()
     call = Call(low.graph, EdgeSpec(), False, (*low.inputs, *low.weights))
     kept = SERIAL.forward(call, True)[1]
     edges = low.graph.destination.num_entries
     assert [(t.dtype, t.shape) for t in kept] == [
-        (BFLOAT16, (edges, width)) for width in (WIDTHS.H, WIDTHS.M, WIDTHS.K)
+        (BFLOAT16, (edges, width)) for width in (WIDTHS.M, WIDTHS.K)
     ]
 
 
