@@ -109,16 +109,11 @@ def edge_type(p_NH: Tensor) -> torch.dtype:
 
 
 def widened(call: Call) -> Call:
-    """The call in the kernels' type; the same tensors where they have it."""
+    """The call in the kernels' type; the same data where they have it, and no graph held alive."""
     p_NH = call.tensors[0]
     assert p_NH is not None
     kind = edge_type(p_NH)
-    return call._replace(tensors=[None if t is None else _constant(t).to(kind) for t in call.tensors])
-
-
-def _constant(tensor: Tensor) -> Tensor:
-    """The tensor without its history, which is looked at only where something would be recorded."""
-    return tensor.detach() if tensor.requires_grad and torch.is_grad_enabled() else tensor
+    return call._replace(tensors=[None if t is None else t.detach().to(kind) for t in call.tensors])
 
 
 def typed_outputs(call: Call, outputs: Tensors) -> list[Tensor | None]:
@@ -179,7 +174,7 @@ def compiled_arguments(call: Call) -> tuple[Any, ...]:
     graph, spec, pair, tensors = call
     _check_rows(graph, *tensors[:2])
     none = torch.empty(0)
-    present = [none if t is None else _constant(t) for t in tensors]
+    present = [none if t is None else t.detach() for t in tensors]
     num_inputs = NUM_INPUTS * (2 if pair else 1)
     inputs = present[:num_inputs] + [none] * (2 * NUM_INPUTS - num_inputs)
     weights = tuple(present[num_inputs:])
