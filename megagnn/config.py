@@ -107,7 +107,7 @@ class ModelConfig:
     edge_operation: Literal["fused", "unfused"] = "fused"
     """Edges in blocks that stay in the cache, or every intermediate as a tensor (the reference)."""
     edge_memory: Literal["save", "recompute"] = "save"
-    """Fused: keep three numbers per edge and channel for the backward, or make the blocks again."""
+    """Fused: keep two numbers per edge and channel for the backward, or make the blocks again."""
     edge_block: PositiveInt | None = None
     """Edges of a block; what fits the cache if not given."""
     recompute_layers: bool = False
