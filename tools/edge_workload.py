@@ -291,21 +291,28 @@ def step_flops(
     name: str, forces: str, width: int, num_atoms: int, num_edges: int, num_layers: int = DEPTH
 ) -> float:
     """The matrix products of a step, multiply-adds counted as 2: what this formulation takes."""
-    edges, radial, atoms = 0.0, 0.0, float(width * width + width)
+    edges, atoms = 0.0, float(width * width + width)
     for layer in range(num_layers):
         vector = layer < num_layers - 1 or forces == "direct"
         branch = width * width + width if vector else 0
-        radial += NUM_RADIAL * width
-        concatenated_atoms = 0 if name.startswith("megagnn") else 2 * width * width
-        edges += NUM_RADIAL * width + concatenated_atoms + width * width + branch
+        first = NUM_RADIAL * width + (0 if name.startswith("megagnn") else 2 * width * width)
+        edges += first + width * width + branch
         atoms += (5 if name.startswith("megagnn") else 3) * width * width
     memory, method = variant(name)
     method = method if forces == "conservative" else "direct"
-    again = memory in ("layers", "both", "unfused layers")
-    edges *= UNITS[method][memory]
-    if memory in ("save", "layers"):
-        edges += RADIAL_AGAIN[method] * radial
-    return 2.0 * (edges * num_edges + ATOM_UNITS[method][again] * atoms * num_atoms)
+    layers_again = memory in ("layers", "both", "unfused layers")
+    units, atom_units = UNITS[method][memory], ATOM_UNITS[method][layers_again]
+    again = radial_again(name, forces, width, num_edges, num_layers)
+    return 2.0 * (units * edges * num_edges + atom_units * atoms * num_atoms) + again
+
+
+def radial_again(name: str, forces: str, width: int, num_edges: int, num_layers: int = DEPTH) -> float:
+    """Of `step_flops` the products of distance features that kept blocks make again."""
+    memory, method = variant(name)
+    if memory not in ("save", "layers"):
+        return 0.0
+    again = RADIAL_AGAIN[method if forces == "conservative" else "direct"]
+    return 2.0 * again * NUM_RADIAL * width * num_edges * num_layers
 
 
 def step_evaluations(forces: str, width: int, num_edges: int) -> float:
