@@ -124,8 +124,8 @@ def flops(name: str, part: str, width: int, num_atoms: int, num_edges: int) -> f
     edges = NUM_RADIAL * width + (2 if ours else 4) * square + width
     atoms = (5 if ours else 3) * square
     edge_units, atom_units = UNITS[part][edge_workload.variant(name)[0]], UNITS[part]["plain"]
-    edges *= edge_units
-    if name.startswith("megagnn save") and part != "forward":
-        method = "direct" if part == "backward" else "create_graph"
-        edges += edge_workload.RADIAL_AGAIN[method] * NUM_RADIAL * width
-    return 2.0 * (edges * num_edges + atom_units * atoms * num_atoms)
+    again = 0.0
+    if part != "forward":
+        forces = "direct" if part == "backward" else "conservative"
+        again = edge_workload.radial_again(f"{name} create_graph", forces, width, num_edges, 1)
+    return 2.0 * (edge_units * edges * num_edges + atom_units * atoms * num_atoms) + again

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension
-from megagnn.ops.dispatch import DTYPES, accumulator_type, below_autograd
+from megagnn.ops.dispatch import DTYPES, accumulator_type
 from megagnn.ops.edge_types import (
     ACTIVATIONS,
     DIRECTIONS,
@@ -212,8 +212,7 @@ class SerialRunner:
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
         """See `EdgeRunner`."""
-        with below_autograd():
-            *outputs, c, g = _OPS.edge_message_forward(*compiled_arguments(widened(call)), save)
+        *outputs, c, g = _OPS.edge_message_forward(*compiled_arguments(widened(call)), save)
         outputs = [or_none(t) for t in (outputs if call.pair else outputs[:2])]
         return typed_outputs(call, outputs), kept_of(call, (c, g))
 
@@ -229,8 +228,7 @@ class SerialRunner:
             for bar, shape in zip((*bars, *(None,) * (4 - len(bars))), shapes, strict=True)
         ]
         wide = [t.to(p_NH.dtype) for t in kept if t is not None]
-        with below_autograd():
-            result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
+        result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
         num_inputs = NUM_INPUTS * (2 if call.pair else 1)
         weights = [or_none(t) for t in result[-(NUM_WEIGHTS - 1) :]]
         if has_vector and weights[5] is not None:
