@@ -281,10 +281,10 @@ UNITS = {
     "one_backward": dict(zip(MEMORY, (8, 11, 11, 11, 9, 16), strict=True)),
     "create_graph": dict(zip(("plain", *MEMORY), (6, 10, 12, 12, 12, 6, 8), strict=True)),
 }
-# Of the distance features' products as many more, for blocks that are kept are so without their first layer.
-RADIAL_AGAIN = {"direct": 1, "one_backward": 3, "create_graph": 2}
 # The same of atom rows, which only a layer makes again, and of which no backward drops anything.
 ATOM_UNITS = {"direct": (3, 4), "one_backward": (8, 11), "create_graph": (6, 8)}
+# Products of distance features beyond UNITS: a block is kept without its first layer, which is made again.
+RADIAL_AGAIN = {"direct": 1, "one_backward": 3, "create_graph": 2}
 
 
 def step_flops(

@@ -41,21 +41,24 @@ class CountCalls:
     """Units of the fused operation's products, by what each pass of `edge_runner` is asked for.
 
     A pair has twice the rows of values. A backward takes as many products as a forward for the inputs, as
-    many for the weights where they are wanted, and as many once more where nothing was kept.
+    many for the weights where they are wanted, and as many once more where nothing was kept; those of the
+    distance features, `radial`, once more in any case.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.units = 0
+        self.units = self.radial = 0
         forward, backward = SerialRunner.forward, SerialRunner.backward
 
         def counted_forward(runner: SerialRunner, call: Call, save: bool) -> Any:
             self.units += 2 if call.pair else 1
+            self.radial += 2 if call.pair else 1
             return forward(runner, call, save)
 
         def counted_backward(
             runner: SerialRunner, call: Call, kept: Any, bars: Any, wanted: Any, outputs: bool = False
         ) -> Any:
             self.units += (2 if call.pair else 1) * (1 + int(wanted[1]) + int(kept[0].numel() == 0))
+            self.radial += (2 if call.pair else 1) * (2 + int(wanted[1]))
             return backward(runner, call, kept, bars, wanted, outputs)
 
         monkeypatch.setattr(SerialRunner, "forward", counted_forward)
@@ -102,10 +105,13 @@ def test_units_are_those_of_the_compiled_calls(
     """Of every layer; also for direct forces and for none, where the method does not matter."""
     calls = CountCalls(monkeypatch)
     for forces in ("conservative", "direct", "none"):
-        calls.units = 0
-        make_step(workload.our_name(memory, method), forces)()
+        calls.units = calls.radial = 0
+        name = workload.our_name(memory, method)
+        make_step(name, forces)()
         table = method if forces == "conservative" else "direct"
         assert calls.units == workload.DEPTH * workload.UNITS[table][memory]
+        again = workload.radial_again(name, forces, width=1, num_edges=1)
+        assert calls.radial == calls.units + again / (2 * workload.NUM_RADIAL)
 
 
 def test_one_backward_takes_eight_units_and_eleven_again() -> None:
