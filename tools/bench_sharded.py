@@ -34,6 +34,9 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
 
 from megagnn.config import OptimConfig, ParallelConfig
 from megagnn.models.potential import build_potential
@@ -134,9 +137,6 @@ def _settings() -> dict[str, Any]:
 
 
 def _ddp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
-    from torch.distributed.optim import ZeroRedundancyOptimizer
-    from torch.nn.parallel import DistributedDataParallel
-
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     if name == ZERO_1:
         return wrapped, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **_settings())
@@ -144,8 +144,6 @@ def _ddp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
 
 
 def _fsdp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     for module in model.modules():  # it wants ordinary parameters, float32 ones, and casts them itself
         for key, value in list(module._parameters.items()):
             if value is not None:

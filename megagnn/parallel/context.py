@@ -4,8 +4,16 @@
 traffic, so they lie on one machine. A *tensor-parallel* group (tp) holds one set of parameters between its
 ranks and works on the same batch; the *data-parallel* ranks (dp) hold the same parameters and work on
 different structures; *pipeline* stages (pp) hold different layers.
+
+[Note: groups that end] A context does not own its process groups: torch.distributed does, until the ranks
+part, and nothing else may. Whatever holds one beyond that keeps gloo's threads alive into the end of the
+interpreter, where a thread that lets go of a tensor asks for an interpreter that is gone, and aborts the
+process ("terminate called without an active exception"). So a model may hold a context as long as it likes;
+and torch.distributed.nn, whose default arguments are the world at its import, is imported before it is there.
 """
 
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +24,7 @@ from megagnn.parallel.traffic import Traffic
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """Coordinates of one rank, and the process groups along each axis (None for an axis of one rank)."""
+    """Coordinates of one rank, and the process groups along each axis."""
 
     dp_size: int = 1
     dp_rank: int = 0
@@ -25,11 +33,8 @@ class ParallelContext:
     tp_size: int = 1
     tp_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dp_group: Any = None
-    pp_group: Any = None
-    tp_group: Any = None
-    world_group: Any = None
-    """All ranks; None for one process."""
+    groups: Mapping[str, weakref.ref[Any]] = field(default_factory=dict, compare=False)
+    """Process group along each axis and of the "world", [Note: groups that end]."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
     """What this rank has sent."""
 
@@ -65,8 +70,20 @@ class ParallelContext:
         return self.world_size if axis == "world" else int(getattr(self, f"{axis}_size"))
 
     def group(self, axis: str) -> Any:
-        """Process group along an axis."""
-        return getattr(self, f"{axis}_group")
+        """Process group along an axis; None for one of one rank.
+
+        Raises:
+            RuntimeError: the ranks have parted: the context is used after its block.
+        """
+        if self.size(axis) == 1:
+            return None
+        group = self.groups[axis]()
+        if group is None:
+            raise RuntimeError(
+                f"the process group of {axis!r} is gone: the ranks have parted; use a context, and what was "
+                "built with it, inside the `with parallel_context(...)` block that made it"
+            )
+        return group
 
     def __str__(self) -> str:
         return rank_name(self.dp_rank, self.pp_rank, self.tp_rank)

@@ -1,9 +1,11 @@
 """Process groups of the grid of ranks."""
 
+import weakref
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # first met later, it would keep the world for ever: [Note: groups that end]
 
 from megagnn.parallel.context import ParallelContext, grid_coordinates
 
@@ -15,7 +17,7 @@ def grid_context(dp: int, pp: int, tp: int, device: torch.device | None = None) 
     """
     rank, grid = dist.get_rank(), torch.arange(dp * pp * tp).view(dp, pp, tp)
     along = {"dp": grid.permute(1, 2, 0), "pp": grid.permute(0, 2, 1), "tp": grid}
-    groups: dict[str, Any] = {}
+    groups: dict[str, Any] = {"world": dist.group.WORLD}
     for axis, lines in along.items():
         for line in lines.reshape(-1, lines.shape[-1]).tolist():
             if len(line) == 1:
@@ -32,6 +34,5 @@ def grid_context(dp: int, pp: int, tp: int, device: torch.device | None = None) 
         tp_size=tp,
         tp_rank=tp_rank,
         device=device or torch.device("cpu"),
-        world_group=dist.group.WORLD,
-        **{f"{axis}_group": group for axis, group in groups.items()},
+        groups={axis: weakref.ref(group) for axis, group in groups.items()},
     )

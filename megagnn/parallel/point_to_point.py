@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -69,16 +70,16 @@ class Channels:
 
     def __init__(self, context: ParallelContext, kinds: Sequence[str]) -> None:
         self.context, self.kinds = context, list(kinds)
-        self._groups: dict[str, Any] = {}
+        self._groups: dict[str, weakref.ref[Any]] = {}
         if context.pp_size == 1:
             return
-        group = context.pp_group
-        self._has_tags = dist.get_backend(group) == "gloo"
+        self._has_tags = dist.get_backend(context.group("pp")) == "gloo"
+        if self._has_tags:
+            return
+        ranks = dist.get_process_group_ranks(context.group("pp"))
         for kind in self.kinds:
-            if not self._has_tags:
-                ranks = dist.get_process_group_ranks(context.pp_group)
-                group = dist.new_group(ranks, use_local_synchronization=True, group_desc=f"pipeline {kind}")
-            self._groups[kind] = group
+            group = dist.new_group(ranks, use_local_synchronization=True, group_desc=f"pipeline {kind}")
+            self._groups[kind] = weakref.ref(group)
 
     def send(self, tensors: Sequence[Tensor], kind: str, target: int) -> Sent:
         """Start to send to pp rank `target`. The tensors may change afterwards."""
@@ -100,7 +101,9 @@ class Channels:
         return Incoming(dist.irecv(buffer, group_src=source, **self._settings(kind)), buffer, expected)
 
     def _settings(self, kind: str) -> dict[str, Any]:
-        return {"group": self._groups[kind], "tag": self.kinds.index(kind) if self._has_tags else 0}
+        if self._has_tags:
+            return {"group": self.context.group("pp"), "tag": self.kinds.index(kind)}
+        return {"group": self._groups[kind](), "tag": 0}
 
 
 def _places(expected: Sequence[Expected]) -> tuple[list[int], int]:

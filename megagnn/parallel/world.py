@@ -32,7 +32,7 @@ def broadcast_object(value: Any, context: ParallelContext) -> Any:
     if context.world_size == 1:
         return value
     holder = [value]
-    dist.broadcast_object_list(holder, src=0, group=context.world_group)
+    dist.broadcast_object_list(holder, src=0, group=context.group("world"))
     return holder[0]
 
 
@@ -44,7 +44,7 @@ def gather_objects(value: Any, context: ParallelContext) -> list[Any] | None:
     if context.world_size == 1:
         return [value]
     values = [None] * context.world_size if context.is_main else None
-    dist.gather_object(value, values, dst=0, group=context.world_group)
+    dist.gather_object(value, values, dst=0, group=context.group("world"))
     return None if values is None else values[:: context.pp_size * context.tp_size]
 
 
@@ -53,14 +53,14 @@ def all_gather_objects(value: Any, context: ParallelContext) -> list[Any]:
     if context.world_size == 1:
         return [value]
     values = [None] * context.world_size
-    dist.all_gather_object(values, value, group=context.world_group)
+    dist.all_gather_object(values, value, group=context.group("world"))
     return values
 
 
 def barrier(context: ParallelContext) -> None:
     """Wait for every rank."""
     if context.world_size > 1:
-        dist.barrier(group=context.world_group)
+        dist.barrier(group=context.group("world"))
 
 
 def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
@@ -69,9 +69,9 @@ def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
     Every layout draws the same weights (parallel/parameter.py); machines may still round differently.
     """
     if context.dp_size > 1:
-        source = dist.get_global_rank(context.dp_group, 0)
+        source = dist.get_global_rank(context.group("dp"), 0)
         for tensor in [*module.parameters(), *module.buffers()]:
-            dist.broadcast(tensor.data, src=source, group=context.dp_group)
+            dist.broadcast(tensor.data, src=source, group=context.group("dp"))
 
 
 def gather_along(value: Any, context: ParallelContext, axis: str) -> list[Any]:

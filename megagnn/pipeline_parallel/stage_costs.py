@@ -77,9 +77,7 @@ def measured_costs(
     """
     num_measured = min(config.num_layers, 3)
     small = dataclasses.replace(config, num_layers=num_measured)
-    alone = dataclasses.replace(
-        context, dp_size=1, dp_rank=0, dp_group=None, pp_size=1, pp_rank=0, pp_group=None
-    )
+    alone = dataclasses.replace(context, dp_size=1, dp_rank=0, pp_size=1, pp_rank=0)
     potential = build_potential(small, statistics, 0, precision, alone, plan).to(context.device)
     schedule = layer_by_layer(num_measured, config.forces == "conservative")
     stages = [Stage(range(k, k + 1), num_measured) for k in range(num_measured)]
