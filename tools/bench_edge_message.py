@@ -1,10 +1,11 @@
 """Whole EGNN training steps, and one layer of it: megagnn against the same function written by others.
 
-A step is forward, loss on energies and forces, backward and fused AdamW on a batch of liquid-like metal with
-30 neighbours an atom; three layers, float32. The peers (tools/peers) concatenate both atoms and the distance:
-in plain PyTorch with the faster of index_add and torch_scatter, and as a `MessagePassing` of torch_geometric.
-They have the same weights; every loss and gradient is compared before anything is timed. Conservative steps
-of ours take one backward, and those named so `create_graph`, as the peers do.
+A step is forward, loss on energies and forces, backward and AdamW on a batch of liquid-like metal with 30
+neighbours an atom; three layers, float32. Our models step by the AdamW that comes with them, the peers by
+torch's fused one. The peers (tools/peers) concatenate both atoms and the distance: in plain PyTorch with the
+faster of index_add and torch_scatter, and as a `MessagePassing` of torch_geometric. They have the
+same weights; every loss and gradient is compared before anything is timed. Conservative steps of ours take
+one backward, and those named so `create_graph`, as the peers do.
 
     python tools/bench_edge_message.py --threads 2 --json edge_message.json --plot edge_message.png
     python tools/bench_edge_message.py --forces direct --edges 10000 --widths 64 128 --no-memory
@@ -13,12 +14,14 @@ The ceiling is the vendor's matrix product with (F, F), of (E, F) or of blocks t
 faster one, timed in the same rounds; a share of it is the time in which it would do the products of the
 formulation (concatenating, twice as many as ours) over the time of the step. The floor of a step with direct
 forces adds to that the evaluations of SiLU that no formulation can leave out, at the rate of our own vector
-code on data that stay in the first-level cache, timed in the same rounds (docs/kernels.md, The floor). Peak
-memory is that of tensors above what lives between steps, measured in a process of its own.
+code on data that stay in the first-level cache, and, where edges are kept (`save`), writing and reading them
+once, all timed in the same rounds (docs/kernels.md, The floor). Peak memory is that of tensors above what
+lives between steps, measured in a process of its own.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import statistics
 from collections.abc import Sequence
@@ -44,7 +47,7 @@ class StepRecord(benchmark.Record):
 
     flops: products of the step, multiply-adds counted as 2; share_of_ceiling and gflop_per_s refer to them.
     share_of_product: share_of_ceiling with the product of (E, F) alone as the ceiling.
-    share_of_floor: the same with the time of the SiLU evaluations added to that of the products.
+    share_of_floor: the same with the time of the rest of the floor added to that of the products.
     speed_up: for each peer, its time over that of this implementation, the median over the rounds.
     peak_bytes, resident_bytes: see tools/step_memory.py.
     """
@@ -55,6 +58,18 @@ class StepRecord(benchmark.Record):
     speed_up: dict[str, float] = field(default_factory=dict)
     peak_bytes: float | None = None
     resident_bytes: float | None = None
+
+
+@dataclass
+class Floor:
+    """What a step cannot leave out besides its products.
+
+    evaluations: of SiLU in each of forward and backward.
+    kept_bytes: for each implementation that keeps edges for its backward, the bytes written once, read once.
+    """
+
+    evaluations: float
+    kept_bytes: dict[str, float] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -95,8 +110,7 @@ def step_case(forces: str, num_edges: int, width: int, args: Any) -> list[benchm
     shape = {"E": exact_edges, "N": num_atoms, "F": width, "L": workload.DEPTH}
     case = benchmark.Case(f"{forces} step", shape, "float32", dict(steps))
     flops = {name: workload.step_flops(name, forces, width, num_atoms, exact_edges) for name in names}
-    evaluations = workload.step_evaluations(forces, width, exact_edges)
-    records = timed(case, width, flops, args, evaluations)
+    records = timed(case, width, flops, args, workload_floor(forces, width, exact_edges))
     print(f"  losses and gradients equal to {error:.1e} of the largest")
     del steps, case
     gc.collect()
@@ -164,29 +178,37 @@ def names_of_implementations(batch: workload.Batch, width: int, forces: str = "d
     return [*workload.our_variants(forces), *(name for name in workload.peer_layers() if name != slower)]
 
 
+def workload_floor(forces: str, width: int, num_edges: int) -> Floor | None:
+    """Of a step with direct forces; the conservative ones differ in what they evaluate and keep."""
+    evaluations = workload.step_evaluations(forces, width, num_edges)
+    kept = 2.0 * workload.DEPTH * num_edges * width * 4  # c and g of each layer, in float32
+    return Floor(evaluations, {"megagnn save": kept}) if evaluations else None
+
+
 def timed(
-    case: benchmark.Case, width: int, flops: dict[str, float], args: Any, evaluations: float = 0
+    case: benchmark.Case, width: int, flops: dict[str, float], args: Any, floor: Floor | None = None
 ) -> list[StepRecord]:
     """Times the case beside the matrix product of its edges, prints it, and fills in the arithmetic.
 
-    evaluations: of SiLU in each of forward and backward, for the floor; 0: there is none.
+    Without a floor, or without the compiled kernels, no share of it is given.
     """
+    floor = floor if extension.has_cpu else None
     ceilings = [benchmark.product_ceiling(case.shape["E"], width), cached_ceiling(case.shape["E"], width)]
-    passes = silu_ceilings() if evaluations and extension.has_cpu else []
-    case.ceilings = [*ceilings, *passes]
+    others = floor_ceilings(floor) if floor else []
+    case.ceilings = [*ceilings, *others]
     records = [StepRecord(**vars(record)) for record in benchmark.compare(case, args)]
     rounds = {record.impl: record.round_seconds for record in records if record.note == "ceiling"}
     large, cached = ([t / c.num_flops for t in rounds[c.name]] for c in ceilings)
     fastest = [min(both) for both in zip(large, cached, strict=True)]
-    silu = [sum(both) / SILU_ELEMENTS for both in zip(*(rounds[c.name] for c in passes), strict=True)]
     for record in records:
         if record.seconds is None or record.note == "ceiling":
             continue
         record.flops = flops[record.impl]
         record.share_of_ceiling = share(record.flops, fastest, record)
         record.share_of_product = share(record.flops, large, record)
-        if silu:
-            floors = [record.flops * f + evaluations * s for f, s in zip(fastest, silu, strict=True)]
+        if floor:
+            rest = rest_of_floor(floor, record.impl, others, rounds)
+            floors = [record.flops * f + r for f, r in zip(fastest, rest, strict=True)]
             record.share_of_floor = share(1.0, floors, record)
         record.gflop_per_s = record.flops / record.seconds / 1e9
         record.speed_up = {other.impl: speed_up(record, other) for other in records if is_peer(other)}
@@ -202,6 +224,18 @@ def share(flops: float, seconds_per_flop: Sequence[float], record: benchmark.Rec
     return statistics.median(flops * best / mine for best, mine in pairs)
 
 
+def rest_of_floor(
+    floor: Floor, impl: str, ceilings: Sequence[benchmark.Ceiling], rounds: dict[str, tuple[float, ...]]
+) -> list[float]:
+    """Seconds of an implementation's floor besides the products, in each round."""
+    kept = floor.kept_bytes.get(impl, 0.0)
+    times = [
+        (kept / c.num_bytes if c.num_bytes else floor.evaluations / SILU_ELEMENTS, rounds[c.name])
+        for c in ceilings
+    ]
+    return [sum(parts) for parts in zip(*([n * t for t in ts] for n, ts in times), strict=True)]
+
+
 def cached_ceiling(rows: int, width: int) -> benchmark.Ceiling:
     """The same arithmetic on rows that stay in the cache, 1 MiB of inputs and results at a time."""
     block = min(rows, max(64, 2**17 // width))
@@ -215,8 +249,15 @@ def cached_ceiling(rows: int, width: int) -> benchmark.Ceiling:
     return benchmark.Ceiling("mm in cache", work, num_flops=2.0 * repeats * block * width * width)
 
 
+def floor_ceilings(floor: Floor) -> list[benchmark.Ceiling]:
+    """What the floor is made of besides the products."""
+    kept = max(floor.kept_bytes.values(), default=0.0)
+    return [*silu_ceilings(), *(kept_ceilings(kept) if kept else ())]
+
+
 SILU_COLUMNS = 1024  # four rows of 4 KiB fit any first-level cache
 SILU_ELEMENTS = 2**20
+KEPT_BLOCK = 2**17  # bytes, as much as a block of 512 edges has at F = 64
 
 
 def silu_ceilings() -> list[benchmark.Ceiling]:
@@ -233,6 +274,22 @@ def silu_ceilings() -> list[benchmark.Ceiling]:
         torch.ops.megagnn.silu_pass_(x, bar, value, x_bar, repeats)
 
     return [benchmark.Ceiling("silu forward", forward), benchmark.Ceiling("silu backward", backward)]
+
+
+def kept_ceilings(num_bytes: float) -> list[benchmark.Ceiling]:
+    """Edges written from a block that stays in the cache, and read into a sum: each once, by all threads."""
+    block = torch.randn(1, KEPT_BLOCK // 4)
+    kept = torch.empty(max(1, int(num_bytes // KEPT_BLOCK)), KEPT_BLOCK // 4)
+
+    def write() -> None:
+        kept.copy_(block.expand_as(kept))
+
+    moved = kept.numel() * 4.0
+    read = benchmark.read_ceiling(kept)
+    return [
+        benchmark.Ceiling("write kept", write, num_bytes=moved),
+        dataclasses.replace(read, name="read kept"),
+    ]
 
 
 def floor_lines(records: Sequence[StepRecord]) -> str:

@@ -14,12 +14,13 @@ from peers.model import PeerEGNN, concatenated
 from peers.usual import UsualLayer, index_add, torch_scatter_sum
 from torch import Tensor, nn
 
-from megagnn.config import LossConfig, ModelConfig
+from megagnn.config import LossConfig, ModelConfig, OptimConfig
 from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
 from megagnn.models.egnn import EGNN
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
+from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loss import Loss, label_counts
@@ -168,7 +169,10 @@ def slower_scatter(batch: Batch, width: int) -> str:
 
 
 class TrainingStep:
-    """Forward, loss on energies and forces, backward, torch's fused AdamW: of one model on one batch."""
+    """Forward, loss on energies and forces, backward, AdamW: of one model on one batch.
+
+    A peer steps by torch's fused AdamW, a model of ours by the one that comes with it.
+    """
 
     def __init__(self, model: Potential | PeerEGNN, batch: Batch, gradient_method: str) -> None:
         self.model, self.batch = model, batch
@@ -181,8 +185,12 @@ class TrainingStep:
         has_forces = not isinstance(model, Potential) or model.forces != "none"
         self.loss = Loss(LossConfig(energy="mse", forces="mse", force_weight=float(has_forces)))
         self.counts = label_counts(batch, ParallelContext())
-        # so small a rate that the timed function stays the one that was checked
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
+        rate = 1e-9  # so small that the timed function stays the one that was checked
+        self.optimizer: torch.optim.Optimizer
+        if isinstance(model, Potential):
+            self.optimizer = make_optimizer(model, OptimConfig(learning_rate=rate))
+        else:
+            self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, fused=True)
 
     def use(self, batch: Batch) -> TrainingStep:
         """The same step on another batch from here on."""
@@ -191,7 +199,7 @@ class TrainingStep:
 
     def __call__(self) -> Tensor:
         """One step; returns the loss."""
-        self.optimizer.zero_grad(set_to_none=False)
+        self.optimizer.zero_grad()
         loss = self.gradients()
         self.optimizer.step()
         return loss
@@ -220,7 +228,7 @@ class TrainingStep:
         self.optimizer.zero_grad()
         loss = self.gradients()
         model = self.model.model if isinstance(self.model, Potential) else self.model
-        named = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        named = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad()
         gradients = concatenated(named) if isinstance(model, EGNN) else named
         return {"loss": loss, **gradients}

@@ -42,12 +42,34 @@ def test_the_floor_adds_the_evaluations_to_the_products() -> None:
     """With as good as no products the floor is the evaluations' time, and it grows with their number."""
     case = benchmark.Case("direct step", {"E": 256, "F": 64}, "float32", {"megagnn save": time_of_sum})
     args, flops = Namespace(rounds=3, seconds=0.0), {"megagnn save": 1.0}
-    ours, *ceilings = bench.timed(case, 64, flops, args, evaluations=1e6)
+    ours, *ceilings = bench.timed(case, 64, flops, args, bench.Floor(1e6))
     per_element = [
         sum(both) / bench.SILU_ELEMENTS for both in zip(*(c.round_seconds for c in ceilings[2:]), strict=True)
     ]
     assert ours.share_of_floor == pytest.approx(bench.share(1e6, per_element, ours), rel=1e-3)
     assert bench.timed(case, 64, flops, args)[0].share_of_floor is None
+
+
+@pytest.mark.skipif(not bench.extension.has_cpu, reason="the evaluations are timed on the CPU kernels")
+def test_the_floor_adds_what_is_kept() -> None:
+    """Of the implementation that keeps it, and of no other."""
+    works = {"megagnn save": time_of_sum, "megagnn recompute": time_of_sum}
+    case = benchmark.Case("direct step", {"E": 256, "F": 64}, "float32", works)
+    floor, flops = bench.Floor(0.0, {"megagnn save": 1e6}), dict.fromkeys(works, 0.0)
+    args = Namespace(rounds=3, seconds=0.0)
+    save, recompute, *ceilings = bench.timed(case, 64, flops, args, floor)
+    streams = [c for c in ceilings if c.impl in ("write kept", "read kept")]
+    moved = 1e6 // bench.KEPT_BLOCK * bench.KEPT_BLOCK
+    per_byte = [sum(both) / moved for both in zip(*(c.round_seconds for c in streams), strict=True)]
+    assert save.share_of_floor == pytest.approx(bench.share(1e6, per_byte, save))
+    assert recompute.share_of_floor == 0
+
+
+def test_the_floor_of_a_step() -> None:
+    """c and g of three layers, in float32; conservative steps have none."""
+    floor = bench.workload_floor("direct", 64, 1000)
+    assert floor == bench.Floor(3 * 3 * 64 * 1000, {"megagnn save": 3 * 2 * 64 * 1000 * 4})
+    assert bench.workload_floor("conservative", 64, 1000) is None
 
 
 def time_of_sum() -> int:
