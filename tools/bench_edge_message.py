@@ -3,9 +3,9 @@
 A step is forward, loss on energies and forces, backward and AdamW on a batch of liquid-like metal with 30
 neighbours an atom; three layers, float32. Our models step by the AdamW that comes with them, the peers by
 torch's fused one. The peers (tools/peers) concatenate both atoms and the distance: in plain PyTorch with the
-faster of index_add and torch_scatter, and as a `MessagePassing` of torch_geometric. They have the
-same weights; every loss and gradient is compared before anything is timed. Conservative steps of ours take
-one backward, and those named so `create_graph`, as the peers do.
+faster of index_add and torch_scatter, and as a `MessagePassing` of torch_geometric. They have the same
+weights; every loss and gradient is compared before anything is timed. Conservative steps of ours take one
+backward, and those named so `create_graph`, as the peers do.
 
     python tools/bench_edge_message.py --threads 2 --json edge_message.json --plot edge_message.png
     python tools/bench_edge_message.py --forces direct --edges 10000 --widths 64 128 --no-memory

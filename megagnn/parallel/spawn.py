@@ -1,6 +1,5 @@
 """Run a function on several ranks on this machine over gloo, for tests and tools."""
 
-import gc
 import os
 import pickle
 import tempfile
@@ -63,7 +62,6 @@ def _run(
         result = (repr(error), traceback.format_exc())
     (Path(folder) / f"{rank}.pickle").write_bytes(pickle.dumps(result))
     if result[1] is None:
-        gc.collect()  # what PyTorch's own sharding holds in cycles, see [Note: groups that end] in context.py
         dist.destroy_process_group()
     else:  # threads that still wait for other ranks would abort the process, and hide the error
         os._exit(0)
