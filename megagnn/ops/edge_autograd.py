@@ -18,20 +18,14 @@ from megagnn.ops import edge_reference
 from megagnn.ops.edge_runner import SERIAL, Call, EdgeRunner, check_types
 from megagnn.ops.edge_types import NUM_INPUTS, NUM_WEIGHTS, EdgeGraph, EdgeSpec, EdgeWeights
 from megagnn.ops.recompute import current_tape
+from megagnn.ops.used import used_gradients
 
 
 def apply(runner: EdgeRunner, call: Call) -> tuple[Tensor | None, ...]:
     """sum and vec, and of pairs their tangents, of a call whose tensors autograd watches."""
     check_types(call)
     graph, spec, pair, tensors = call
-    return _EdgeMessage.apply(runner, graph, spec, pair, *map(_non_leaf, tensors))
-
-
-def _non_leaf(tensor: Tensor | None) -> Tensor | None:
-    """The same tensor behind a node of its own: of leaves the engine does not say whether they are wanted."""
-    if tensor is None or not (tensor.requires_grad and tensor.is_leaf):
-        return tensor
-    return tensor.view_as(tensor)
+    return _EdgeMessage.apply(runner, graph, spec, pair, *tensors)
 
 
 class _EdgeMessage(torch.autograd.Function):
@@ -109,19 +103,10 @@ class _Last(torch.autograd.Function):
 
 
 def _wanted(ctx: Any, tensors: tuple[Tensor | None, ...], num_inputs: int) -> tuple[bool, bool]:
-    """Whether gradients of (r or f), and of the weights, will be used by this very backward.
-
-    needs_input_grad knows only what requires gradients: a force pass over a model in training, which asks for
-    positions alone, would pay for those of the weights.
-    """
-    nodes = iter(ctx.next_functions)  # one per tensor; an absent one has none
-    used = [t is not None and _is_used(next(nodes)[0]) for t in tensors]
+    """Whether gradients of (r or f), and of the weights, will be used by this very backward."""
+    used = used_gradients(ctx, tensors)
     geometry = [used[plane + k] for plane in range(0, num_inputs, NUM_INPUTS) for k in (2, 3)]
     return any(geometry), any(used[num_inputs + 1 :])
-
-
-def _is_used(node: Any) -> bool:
-    return node is not None and torch._C._will_engine_execute_node(node)
 
 
 _MADE_OF = 2 + NUM_INPUTS + NUM_WEIGHTS  # bars, inputs, weights

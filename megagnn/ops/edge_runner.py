@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension
-from megagnn.ops.dispatch import DTYPES, accumulator_type
+from megagnn.ops.dispatch import DTYPES, accumulator_type, below_autograd
 from megagnn.ops.edge_types import (
     ACTIVATIONS,
     DIRECTIONS,
@@ -79,6 +79,8 @@ def check_types(call: Call) -> None:
     assert p_NH is not None
     assert r_E3 is not None
     narrow, wide = p_NH.dtype, r_E3.dtype
+    if _is_of(call, narrow) and narrow == edge_type(p_NH):
+        return
     if torch.promote_types(narrow, wide) != wide:
         raise RuntimeError(
             f"edge_message (compiled): r must have the type of p, {narrow}, or a wider one, got {wide}"
@@ -108,12 +110,21 @@ def edge_type(p_NH: Tensor) -> torch.dtype:
     return accumulator_type(p_NH.dtype)
 
 
+def _is_of(call: Call, kind: torch.dtype) -> bool:
+    """Whether all tensors are of one type."""
+    return all(t is None or t.dtype == kind for t in call.tensors)
+
+
 def widened(call: Call) -> Call:
     """The call in the kernels' type; the same data where they have it, and no graph held alive."""
+    kind = _kernel_type(call)
+    return call._replace(tensors=[None if t is None else t.detach().to(kind) for t in call.tensors])
+
+
+def _kernel_type(call: Call) -> torch.dtype:
     p_NH = call.tensors[0]
     assert p_NH is not None
-    kind = edge_type(p_NH)
-    return call._replace(tensors=[None if t is None else t.detach().to(kind) for t in call.tensors])
+    return edge_type(p_NH)
 
 
 def typed_outputs(call: Call, outputs: Tensors) -> list[Tensor | None]:
@@ -128,7 +139,9 @@ def typed_gradients(call: Call, gradients: Tensors) -> list[Tensor | None]:
 
 
 def _typed(result: Tensor | None, like: Tensor | None) -> Tensor | None:
-    return None if result is None or like is None else result.to(like.dtype)
+    if result is None or like is None or result.dtype == like.dtype:
+        return None if like is None else result
+    return result.to(like.dtype)
 
 
 @cache
@@ -169,14 +182,16 @@ def _graph_arguments(
     return [destination.index, graph.source.index, destination.ptr, *graph.plan(block, workers)]
 
 
+_NONE = torch.empty(0)
+
+
 def compiled_arguments(call: Call) -> tuple[Any, ...]:
     """Lists of the compiled operations; an absent tensor is an empty one."""
     graph, spec, pair, tensors = call
     _check_rows(graph, *tensors[:2])
-    none = torch.empty(0)
-    present = [none if t is None else t.detach() for t in tensors]
+    present = [_NONE if t is None else t for t in tensors]
     num_inputs = NUM_INPUTS * (2 if pair else 1)
-    inputs = present[:num_inputs] + [none] * (2 * NUM_INPUTS - num_inputs)
+    inputs = present[:num_inputs] + [_NONE] * (2 * NUM_INPUTS - num_inputs)
     weights = tuple(present[num_inputs:])
     weights = (*weights[:6], weights[6].reshape(-1), weights[7])
     integers = [
@@ -212,7 +227,9 @@ class SerialRunner:
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
         """See `EdgeRunner`."""
-        *outputs, c, g = _OPS.edge_message_forward(*compiled_arguments(widened(call)), save)
+        arguments = compiled_arguments(_cast(call))
+        with below_autograd():
+            *outputs, c, g = _OPS.edge_message_forward(*arguments, save)
         outputs = [or_none(t) for t in (outputs if call.pair else outputs[:2])]
         return typed_outputs(call, outputs), kept_of(call, (c, g))
 
@@ -220,15 +237,17 @@ class SerialRunner:
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """See `EdgeRunner`."""
-        arguments, tensors = compiled_arguments(widened(call)), call.tensors
+        arguments, tensors = compiled_arguments(_cast(call)), call.tensors
         p_NH, w2_MH, has_vector = arguments[0][0], arguments[1][2], or_none(arguments[1][4]) is not None
-        shapes = [(p_NH.shape[0], w2_MH.shape[0]), (p_NH.shape[0], 3)] * 2
+        shapes = [(p_NH.shape[0], w2_MH.shape[0]), (p_NH.shape[0], 3)] * (2 if call.pair else 1)
         full = [
             p_NH.new_zeros(shape) if bar is None else bar.to(p_NH.dtype)
-            for bar, shape in zip((*bars, *(None,) * (4 - len(bars))), shapes, strict=True)
+            for bar, shape in zip(bars, shapes, strict=True)
         ]
+        full += [_NONE] * (4 - len(full))
         wide = [t.to(p_NH.dtype) for t in kept if t is not None]
-        result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
+        with below_autograd():
+            result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
         num_inputs = NUM_INPUTS * (2 if call.pair else 1)
         weights = [or_none(t) for t in result[-(NUM_WEIGHTS - 1) :]]
         if has_vector and weights[5] is not None:
@@ -237,6 +256,16 @@ class SerialRunner:
         gradients = [_gradient_of(t, g) for g, t in zip(gradients, tensors, strict=True)]
         found = [or_none(t) for t in result[2 * NUM_INPUTS : 2 * NUM_INPUTS + 4]]
         return typed_gradients(call, gradients), typed_outputs(call, found)
+
+
+def _cast(call: Call) -> Call:
+    """`widened` for calls below autograd, which hold nothing alive."""
+    kind = _kernel_type(call)
+    return (
+        call
+        if _is_of(call, kind)
+        else call._replace(tensors=[t if t is None else t.to(kind) for t in call.tensors])
+    )
 
 
 def kept_of(call: Call, kept: Sequence[Tensor]) -> list[Tensor]:
