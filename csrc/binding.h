@@ -21,6 +21,7 @@ namespace megagnn {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kSerialElements =
     32768;  // below this the start of a parallel region costs more than it saves
@@ -28,6 +29,22 @@ constexpr int64_t kTasksPerThread = 4;
 
 inline Tensor make_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Absent tensors are empty vectors.
+inline bool absent(const Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == 0; }
+
+inline Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return absent(tensor) ? nullptr : static_cast<const T*>(tensor.const_data_ptr());
+}
+template <class T>
+T* out_data(const Tensor& tensor) {
+  return absent(tensor) ? nullptr : static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
 }
 
 inline cpu::Scalar scalar_of(const char* operation, const char* backend, const Tensor& values) {

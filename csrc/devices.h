@@ -50,10 +50,11 @@ class Borrowed {
 // torch's addmm, called below the dispatcher.
 template <class T, class Addmm>
 void torch_gemm(const Matrix<T>& x, const Matrix<T>& y, T beta, T* z, const Addmm& addmm, int32_t device_type,
-                int32_t device_index) {
+                int32_t device_index, T alpha = T(1)) {
   const Borrowed out(Matrix<T>{z, x.height(), y.length()}, device_type, device_index);
   const Borrowed left(x, device_type, device_index), right(y, device_type, device_index);
-  check(addmm(out.handle, out.handle, left.handle, right.handle, double(beta), 1.0) == AOTI_TORCH_SUCCESS,
+  check(addmm(out.handle, out.handle, left.handle, right.handle, double(beta), double(alpha)) ==
+            AOTI_TORCH_SUCCESS,
         "gemm", "torch", "torch must multiply the matrices, got an error");
 }
 
@@ -76,29 +77,30 @@ class CpuDevice {
     std::memset(data, 0, size_t(count) * sizeof(T));
   }
 
+  // z = alpha x y + beta z.
   template <class T>
-  void gemm(const Matrix<T>& x, const Matrix<T>& y, T beta, T* z) {
+  void gemm(const Matrix<T>& x, const Matrix<T>& y, T beta, T* z, T alpha = T(1)) {
     if (x.height() == 0 || y.length() == 0) return;
-    if (!blas_) return torch_gemm(x, y, beta, z, aoti_torch_cpu_addmm_out, aoti_torch_device_type_cpu(), 0);
+    if (!blas_) {
+      return torch_gemm(x, y, beta, z, aoti_torch_cpu_addmm_out, aoti_torch_device_type_cpu(), 0, alpha);
+    }
     // BLAS counts by columns: it sees the transpose of everything, y first
     const int rows = int(x.height()), inner = int(x.length()), columns = int(y.length());
     const int ldx = int(x.columns), ldy = int(y.columns);
-    blas_gemm(y.transposed ? "T" : "N", x.transposed ? "T" : "N", &columns, &rows, &inner, y.data, &ldy,
-              x.data, &ldx, &beta, z);
+    blas_gemm(y.transposed ? "T" : "N", x.transposed ? "T" : "N", &columns, &rows, &inner, &alpha, y.data,
+              &ldy, x.data, &ldx, &beta, z);
   }
 
  private:
   static void blas_gemm(const char* ta, const char* tb, const int* m, const int* n, const int* k,
-                        const float* x, const int* ldx, const float* y, const int* ldy, const float* beta,
-                        float* z) {
-    const float one = 1;
-    sgemm_(ta, tb, m, n, k, &one, x, ldx, y, ldy, beta, z, m);
+                        const float* alpha, const float* x, const int* ldx, const float* y, const int* ldy,
+                        const float* beta, float* z) {
+    sgemm_(ta, tb, m, n, k, alpha, x, ldx, y, ldy, beta, z, m);
   }
   static void blas_gemm(const char* ta, const char* tb, const int* m, const int* n, const int* k,
-                        const double* x, const int* ldx, const double* y, const int* ldy, const double* beta,
-                        double* z) {
-    const double one = 1;
-    dgemm_(ta, tb, m, n, k, &one, x, ldx, y, ldy, beta, z, m);
+                        const double* alpha, const double* x, const int* ldx, const double* y, const int* ldy,
+                        const double* beta, double* z) {
+    dgemm_(ta, tb, m, n, k, alpha, x, ldx, y, ldy, beta, z, m);
   }
 
   struct Free {

@@ -9,8 +9,6 @@
 
 namespace megagnn {
 
-using Tensors = std::vector<Tensor>;
-
 constexpr const char* kAny = "compiled";
 
 // Positions in the lists of the operation, as in megagnn/ops/edge_message.py.
@@ -21,22 +19,6 @@ enum Spec { kFeature, kDirection, kActivation, kBounded, kPair, kBlas, kNumSpec 
 enum Real { kEpsilon2, kCutoff, kSpread, kNumReals };
 enum Bar { kSumBar, kVecBar, kSumTangentBar, kVecTangentBar, kNumBars };
 constexpr int64_t kFields = 4;  // of a block and of a worker in the plan, see edge_plan.cpp
-
-// Absent tensors are empty vectors.
-inline bool absent(const Tensor& tensor) { return tensor.dim() == 1 && tensor.size(0) == 0; }
-
-inline Tensor zeros(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_zeros(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.data(), sizes.size()));
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return absent(tensor) ? nullptr : static_cast<const T*>(tensor.const_data_ptr());
-}
-template <class T>
-T* out_data(const Tensor& tensor) {
-  return absent(tensor) ? nullptr : static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-}
 
 // The checked arguments. Lists are held here because contiguous() may have made their tensors.
 struct EdgeCall {

@@ -5,6 +5,7 @@
 #include "binding.h"
 #include "devices.h"
 #include "edge_call.h"
+#include "weight_sums.h"
 #ifdef MEGAGNN_WITH_CUDA
 #include "cuda/edge_message.h"
 #endif
@@ -104,30 +105,24 @@ Tensors forward(const EdgeCall& call, bool save) {
   return out;
 }
 
-// What the workers sum: gradients of the weights and of q. The first worker's go into the results; the others
-// have memory of their own, added to it at the end in their order. q of several workers: rows between their
-// first and last source.
+// What the workers sum: gradients of the weights and of q. The first worker's go into the results; q of
+// several workers: rows of their own between their first and last source, added at the end in the workers'
+// order.
 template <class T>
 class WorkerSums {
  public:
-  WorkerSums(const EdgeCall& call, bool weights, Tensor* const q_bar[2]) : call_(call) {
-    for (int k = kW1c; k < kNumWeights; ++k) {
-      const Tensor& weight = call.weights[size_t(k)];
-      const bool there = weights && !absent(weight);
-      const std::vector<int64_t> sizes(weight.sizes().begin(), weight.sizes().end());
-      results_.push_back(there ? zeros(call.inputs[kP], sizes) : call.none);
-      sizes_.push_back(there ? 1 : 0);
-      for (const int64_t size : sizes) sizes_.back() *= size;
-    }
+  WorkerSums(const EdgeCall& call, bool weights, Tensor* const q_bar[2])
+      : call_(call),
+        weights_(call.inputs[kP], Tensors(call.weights.begin() + kW1c, call.weights.end()), weights,
+                 call.none, call.num_workers),
+        own_(size_t(std::max<int64_t>(call.num_workers, 1))) {
     for (int plane = 0; plane < call.planes(); ++plane) q_bar_[plane] = out_data<T>(*q_bar[plane]);
-    own_.resize(size_t(std::max<int64_t>(call.num_workers, 1)));
   }
 
   // To be called by worker w itself, so that its memory is near it.
   void prepare(int64_t w) {
+    weights_.prepare(w);
     Own& own = own_[size_t(w)];
-    own.weights.resize(results_.size());
-    for (size_t k = 0; k < results_.size() && w > 0; ++k) own.weights[k].assign(size_t(sizes_[k]), T(0));
     own.sums = EdgeSums<T>{{q_bar_[0], q_bar_[1]}, 0, of(w, kB2), of(w, kB3), of(w, kW4), of(w, kB4)};
     own.products = EdgeWeightSums<T>{of(w, kW1c), of(w, kW2), of(w, kW3)};
     if (call_.num_workers == 1) return;
@@ -147,35 +142,27 @@ class WorkerSums {
     if (call_.num_workers > 1) {
       all_of_tasks(call_.num_workers, [&](int64_t t) {
         for (int plane = 0; plane < call_.planes(); ++plane) add_sources(plane, t);
-        for (int64_t w = 1; w < call_.num_workers; ++w) add_weights(w, t);
+        weights_.add(t, call_.num_workers);
         return true;
       });
     }
-    return results_;
+    return weights_.results();
   }
 
  private:
   struct Own {
     std::vector<T> q_bar[2];
-    std::vector<std::vector<T>> weights;
     EdgeSums<T> sums{};
     EdgeWeightSums<T> products{};
   };
 
-  T* of(int64_t w, Weight which) {
-    const size_t k = size_t(which) - kW1c;
-    if (!sizes_[k]) return nullptr;
-    return w == 0 ? out_data<T>(results_[k]) : own_[size_t(w)].weights[k].data();
-  }
+  T* of(int64_t w, Weight which) { return weights_.of(w, size_t(which) - kW1c); }
 
-  // The share of task t of as many as there are workers.
-  std::pair<int64_t, int64_t> share(int64_t t, int64_t count) const {
-    const int64_t each = (count + call_.num_workers - 1) / call_.num_workers;
-    return {std::min(t * each, count), std::min((t + 1) * each, count)};
-  }
-
+  // Rows of share t of as many as there are workers.
   void add_sources(int plane, int64_t t) {
-    const auto [begin, end] = share(t, call_.num_sources);
+    const int64_t each = (call_.num_sources + call_.num_workers - 1) / call_.num_workers;
+    const int64_t begin = std::min(t * each, call_.num_sources),
+                  end = std::min(begin + each, call_.num_sources);
     for (int64_t w = 0; w < call_.num_workers; ++w) {
       const int64_t* fields = call_.integers(kWorkers) + w * kFields;
       const T* from = own_[size_t(w)].q_bar[plane].data() - fields[2] * call_.hidden;
@@ -185,18 +172,8 @@ class WorkerSums {
     }
   }
 
-  void add_weights(int64_t w, int64_t t) {
-    for (size_t k = 0; k < results_.size(); ++k) {
-      const auto [begin, end] = share(t, sizes_[k]);
-      T* to = out_data<T>(results_[k]);
-      const T* from = own_[size_t(w)].weights[k].data();
-      for (int64_t i = begin; i < end; ++i) to[i] += from[i];
-    }
-  }
-
   const EdgeCall& call_;
-  Tensors results_;
-  std::vector<int64_t> sizes_;
+  WeightSums<T> weights_;
   T* q_bar_[2] = {};
   std::vector<Own> own_;
 };

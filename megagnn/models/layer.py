@@ -9,7 +9,9 @@ it splits: its blocks for h_i and h_j are applied per atom and gathered, only th
 feature is applied per edge.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from megagnn.config import ModelConfig
 from megagnn.models.parametrisation import branch_rate, laws
 from megagnn.models.radial import DistanceFeature
-from megagnn.ops import EdgeSpec, EdgeWeights, dual
+from megagnn.ops import EdgeSpec, EdgeWeights, dual, node
 from megagnn.ops.backends import aggregation_backend
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
@@ -80,12 +82,12 @@ class Divisor(nn.Module):
         self.kind = kind
         self.scale = 1.0 / mean_neighbours if kind == "constant" else 1.0
 
-    def forward(self, sum_NK: T, edges: Edges) -> T:
-        """See the class."""
+    def forward(self, sum_NK: T, edges: Edges) -> tuple[T, float]:
+        """The sum, divided where each atom has a divisor of its own, and a factor left to who reads it."""
         if self.kind == "mean":
             assert edges.degree_N1 is not None
-            return sum_NK / edges.degree_N1
-        return sum_NK * self.scale
+            return sum_NK / edges.degree_N1, 1.0
+        return sum_NK, self.scale
 
 
 class Activation(nn.Module):
@@ -107,6 +109,37 @@ def make_norm(
     return (
         RMSNorm(config.width, context, dtype, rate=rate) if config.normalisation == "rms" else nn.Identity()
     )
+
+
+class FusedAtoms:
+    """Where the atoms' products go through `ops.node`, and where through modules.
+
+    `create_graph` differentiates gradients of conservative forces again: `ops.node` would run its chains for
+    that, after its kernels. Forces alone, of a model that is frozen, and direct ones are served.
+    """
+
+    def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
+        possible = config.activation == "silu" and context.tp_size == 1
+        self.possible = possible and fuses_edges(config)
+        self.conservative = config.forces == "conservative"
+
+    def served(self, h_NF: Tensor | dual.Dual, weight: Tensor) -> Tensor | None:
+        """The features, where it is for them, beside this weight."""
+        twice = self.conservative and weight.requires_grad and torch.is_grad_enabled()
+        if not self.possible or twice or not isinstance(h_NF, Tensor) or not node.has_kernels(h_NF):
+            return None
+        return h_NF
+
+
+def fuses_edges(config: ModelConfig) -> bool:
+    """Whether edges go through the kernels, where there are any; else the reference runs, and chains."""
+    return config.edge_operation == "fused" and config.aggregation_backend == "own"
+
+
+def normed_linears(norm: nn.Module, h_NF: Tensor, linears: Sequence[ColumnLinear]) -> Any:
+    """The Linears of the normed features, a tensor (N, ...) for each, fused."""
+    gain_F, eps = (norm.gain_F, norm.eps) if isinstance(norm, RMSNorm) else (None, 0.0)
+    return node.norm_linear(h_NF, gain_F, eps, [m.weight for m in linears], [m.bias for m in linears])
 
 
 class EdgeMessage(nn.Module):
@@ -194,6 +227,14 @@ class NodeUpdate(nn.Module):
         update_NF: T = self.out(self.activation(self.from_node(h_NF) + self.from_messages(messages_NM)))
         return update_NF
 
+    def fused(self, u_NK: Tensor, messages: tuple[Any, float], h_NF: Any, scale: float) -> Any:
+        """h (or None, for zero) + scale times the update, of tensors; u = from_node(normed h), and the
+        messages' sums with the factor that belongs to them.
+        """
+        sum_NM, factor = messages
+        side = (sum_NM, self.from_messages.weight, factor)
+        return node.silu_linear(u_NK, self.out.weight, self.out.bias, side, h_NF, scale)
+
 
 class EGNNLayer(nn.Module):
     """Messages, an optional coordinate update, an optional direct force head, and the node update.
@@ -214,10 +255,10 @@ class EGNNLayer(nn.Module):
         super().__init__()
         self.context = context
         self.norm = make_norm(config, context, dtype, branch_rate(config))
-        fused = config.edge_operation == "fused" and config.aggregation_backend == "own"
+        self.fused_atoms = FusedAtoms(config, context)
         backend = aggregation_backend(config.aggregation_backend)
         self.edge_operation = EdgeOperation(
-            edge_spec(config, feature, vector_branch), fused, backend, context
+            edge_spec(config, feature, vector_branch), fuses_edges(config), backend, context
         )
         self.message = EdgeMessage(config, feature.num_features, context, dtype)
         self.message_divisor = Divisor(config.message_aggregation, mean_neighbours)
@@ -226,12 +267,13 @@ class EGNNLayer(nn.Module):
         # [Note: depth scaling] L updates of size 1/sqrt(L) add up to one; a coordinate update also moves the
         # geometry of every later layer, and only 1/L keeps the product of those L Jacobians bounded.
         depth = config.num_layers if config.depth_scaling else 1
-        self.node_scale, self.coordinate_scale = depth**-0.5, 1.0 / depth
+        self.node_scale = depth**-0.5
         self.vector_branch = vector_branch
         if vector_branch != "none":
             self.vector = EdgeVector(config, context, vector_branch == "coordinates", dtype)
             self.vector_divisor = Divisor(config.coordinate_aggregation, mean_neighbours)
-            self.vector_scale = config.direction_sign
+            moves = vector_branch == "coordinates"
+            self.vector_scale = config.direction_sign * (1.0 / depth if moves else 1.0)
 
     def edge_weights(self, centres_R: Tensor | None = None) -> EdgeWeights:
         """Weights of the edge operation, this rank's slices."""
@@ -242,22 +284,33 @@ class EGNNLayer(nn.Module):
         hidden, out = self.vector.hidden, self.vector.out
         return EdgeWeights(*first, hidden.weight, hidden.bias, out.weight.squeeze(0), out.bias)  # type: ignore[arg-type]
 
-    def sum_edges(self, h_NF: T, r_EC: T, edges: Edges) -> tuple[T, T | None]:
-        """Sums over neighbours, divided: of messages (N, M) and, with a vector branch, of vectors (N, 3)."""
-        p_NH, q_NH = self.message.from_destination(h_NF), self.message.from_source(h_NF)
+    def sum_edges(self, p_NH: T, q_NH: T, r_EC: T, edges: Edges) -> tuple[tuple[T, float], T | None]:
+        """Sums over neighbours: of messages (N, M), with what to multiply them by, and, with a vector branch,
+        of vectors (N, 3).
+        """
         f_E: T | None = edges.envelope_E  # type: ignore[assignment] # a Dual where r is one
         weights = self.edge_weights(edges.centres_R)
         sum_NM, vectors_NC = self.edge_operation(p_NH, q_NH, r_EC, f_E, weights, edges.partition)
         if vectors_NC is not None:
-            vectors_NC = self.vector_divisor(vectors_NC * self.vector_scale, edges)
+            vectors_NC, factor = self.vector_divisor(vectors_NC, edges)
+            vectors_NC = vectors_NC * (factor * self.vector_scale)
         return self.message_divisor(sum_NM, edges), vectors_NC
 
     def forward(self, h_NF: T, x_NC: T, r_EC: T, edges: Edges) -> tuple[T, T, T | None]:
         """(h, x) -> (h, x, forces or None), shapes (N, F), (N, 3), (N, 3); r (E, 3) are the vectors of x."""
-        normed_NF = gather_channels(self.norm(h_NF), self.context)
-        messages_NM, vectors_NC = self.sum_edges(normed_NF, r_EC, edges)
-        update_NF = self.node_update(normed_NF, messages_NM) * self.node_scale
-        h_NF = h_NF + update_NF if self.residual else update_NF
+        before: T | None = h_NF if self.residual else None
+        plain_NF = self.fused_atoms.served(h_NF, self.node_update.out.weight)
+        if plain_NF is not None:
+            first = (self.message.from_destination, self.message.from_source, self.node_update.from_node)
+            p_NH, q_NH, u_NK = normed_linears(self.norm, plain_NF, first)
+            messages, vectors_NC = self.sum_edges(p_NH, q_NH, r_EC, edges)
+            h_NF = self.node_update.fused(u_NK, messages, before, self.node_scale)
+        else:
+            normed_NF = gather_channels(self.norm(h_NF), self.context)
+            p_NH, q_NH = self.message.from_destination(normed_NF), self.message.from_source(normed_NF)
+            (sum_NM, factor), vectors_NC = self.sum_edges(p_NH, q_NH, r_EC, edges)
+            update_NF = self.node_update(normed_NF, sum_NM * factor) * self.node_scale
+            h_NF = update_NF if before is None else before + update_NF
         if self.vector_branch == "coordinates" and vectors_NC is not None:
-            return h_NF, x_NC + vectors_NC * self.coordinate_scale, None
+            return h_NF, x_NC + vectors_NC, None
         return h_NF, x_NC, vectors_NC
