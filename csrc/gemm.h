@@ -1,5 +1,5 @@
 // A matrix as the drivers pass it to a device's matrix product, z = x y + beta z: gemm(x, y, beta, z), all
-// row-major.
+// row-major; the CPU's takes a factor of x y, too.
 #pragma once
 
 #include <cstdint>

@@ -203,8 +203,8 @@ Tensors norm_linear(Tensor h, Tensor gain, double eps, Tensors weights, Tensors 
 }
 
 // Gradients of h, gain, the weights, the biases; features: of the first two, weights: of the others.
-Tensors norm_linear_bars(Tensor h, Tensor gain, Tensor inverse, Tensors weights, Tensors biases, Tensors bars,
-                         bool features, bool with_weights) {
+Tensors norm_linear_gradients(Tensor h, Tensor gain, Tensor inverse, Tensors weights, Tensors biases,
+                              Tensors bars, bool features, bool with_weights) {
   const char* const name = "norm_linear_backward";
   const NormLinear call = check_norm_linear(name, h, gain, std::move(weights), std::move(biases));
   const Checked checked{name, h};
@@ -338,8 +338,8 @@ Tensors silu_linear(Tensor u, Tensor s, Tensor s_weight, Tensor weight, Tensor b
 }
 
 // Gradients of u (or z), s, its weight, the weight, the bias; that of h is bar.
-Tensors silu_linear_bars(Tensor z, Tensor s, Tensor s_weight, Tensor weight, Tensor bias, Tensor bar,
-                         double s_scale, double scale, bool side, bool weights) {
+Tensors silu_linear_gradients(Tensor z, Tensor s, Tensor s_weight, Tensor weight, Tensor bias, Tensor bar,
+                              double s_scale, double scale, bool side, bool weights) {
   const char* const name = "silu_linear_backward";
   const SiLULinear call =
       check_silu_linear(name, z, s, s_weight, weight, bias, new_tensor(z, {0}), s_scale, scale);
@@ -361,12 +361,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megagnn, library) {
       " float scale) -> Tensor[]");
   library.def(
       "silu_linear_backward(Tensor z, Tensor s, Tensor s_weight, Tensor weight, Tensor bias, Tensor bar,"
-      " float s_scale, float scale, bool side, bool weights) -> Tensor[]");
+      " float s_scale, float scale, bool side, bool with_weights) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megagnn, CPU, library) {
   library.impl("norm_linear", TORCH_BOX(&megagnn::norm_linear));
-  library.impl("norm_linear_backward", TORCH_BOX(&megagnn::norm_linear_bars));
+  library.impl("norm_linear_backward", TORCH_BOX(&megagnn::norm_linear_gradients));
   library.impl("silu_linear", TORCH_BOX(&megagnn::silu_linear));
-  library.impl("silu_linear_backward", TORCH_BOX(&megagnn::silu_linear_bars));
+  library.impl("silu_linear_backward", TORCH_BOX(&megagnn::silu_linear_gradients));
 }

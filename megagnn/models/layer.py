@@ -114,8 +114,8 @@ def make_norm(
 class FusedAtoms:
     """Where the atoms' products go through `ops.node`, and where through modules.
 
-    `create_graph` differentiates gradients of conservative forces again: `ops.node` would run its chains for
-    that, after its kernels. Forces alone, of a model that is frozen, and direct ones are served.
+    With conservative forces `create_graph` differentiates gradients again: `ops.node` would run its chains
+    for that, after its kernels. Forces alone, of a model that is frozen, and direct ones are served.
     """
 
     def __init__(self, config: ModelConfig, context: ParallelContext) -> None:

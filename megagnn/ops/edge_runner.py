@@ -67,8 +67,8 @@ class EdgeRunner(Protocol):
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Gradients, one for each of `call.tensors`; with `outputs` also the operation's results (4).
 
-        bars: cotangents of the results, None or missing ones for zero. wanted: whether gradients of (r or f),
-        of the weights, will be used.
+        bars: cotangents of the results, 2 or, of pairs, 4; None for zero. wanted: whether gradients of
+        (r or f), of the weights, will be used.
         """
         ...
 
@@ -186,7 +186,7 @@ _NONE = torch.empty(0)
 
 
 def compiled_arguments(call: Call) -> tuple[Any, ...]:
-    """Lists of the compiled operations; an absent tensor is an empty one."""
+    """Lists of the compiled operations, with the tensors as they are; an absent one is an empty one."""
     graph, spec, pair, tensors = call
     _check_rows(graph, *tensors[:2])
     present = [_NONE if t is None else t for t in tensors]

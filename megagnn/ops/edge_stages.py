@@ -30,7 +30,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megagnn.ops.edge_runner import Call, compiled_arguments, has_kernels
+from megagnn.ops.edge_runner import Call, compiled_arguments, has_kernels, widened
 from megagnn.ops.edge_types import EdgeGraph, EdgeSpec, EdgeWeights
 
 # As the enumerations of csrc/edge_stage.cpp.
@@ -101,7 +101,7 @@ class BlockStages:
         self.planes, self.save = 1 if tangents is None else 2, save or bool(kept)
         self._inputs, self._weights = (*values, *(tangents or ())), weights
         call = Call(graph, spec, self.planes == 2, (*self._inputs, *weights))
-        inputs, lists, graph_lists, *numbers = compiled_arguments(call)
+        inputs, lists, graph_lists, *numbers = compiled_arguments(widened(call))
         self.w1c_HR, self.w2_MH, self.w3_KM = lists[1], lists[2], lists[4]
         self.has_vector = weights.w3_KM is not None
         self._none = none = torch.empty(0)

@@ -43,8 +43,15 @@ def norm_linear(
     """n W^T + b, (N, H), for each of the weights (H, F) and biases (H) or None.
 
     n = h / sqrt(mean(h^2) + eps) gain (Zhang and Sennrich 2019, eq. 4), or h where there is no gain.
-    Differentiable any number of times. Raises RuntimeError for sizes or types that do not fit.
+    Differentiable any number of times; of a result that nobody reads the cotangent is zero, and with it the
+    gradients of its weight and bias. Raises ValueError for another number of biases than of weights,
+    RuntimeError for sizes or types that do not fit.
     """
+    if len(weights) != len(biases):
+        raise ValueError(
+            f"norm_linear: there must be a bias, or None, for each weight, got {len(biases)} for "
+            f"{len(weights)}"
+        )
     if not has_kernels(h_NF):
         return norm_linear_reference(h_NF, gain_F, eps, weights, biases)
     outputs: tuple[Tensor, ...] = _NormLinear.apply(eps, h_NF, gain_F, *weights, *biases)
@@ -146,8 +153,8 @@ class _SiLULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> Any:
         z, *tensors = ctx.saved_tensors  # once: a layer that is computed again is computed here
-        has_h = (bars[0],) if ctx.has_h else (None,)
-        used = used_gradients(ctx, (*tensors, *has_h))[:-1]
+        h_bar = bars[0] if ctx.has_h else None
+        used = used_gradients(ctx, (*tensors, h_bar))[:-1]
         if torch.is_grad_enabled():
 
             def function(
@@ -156,12 +163,12 @@ class _SiLULinear(torch.autograd.Function):
                 side = None if s is None else (s, weight_KM, ctx.factor)
                 return (silu_linear_reference(u, weight, bias, side, scale=ctx.scale),)
 
-            return (None, None, *_by_autograd(function, tensors, used, bars), *has_h)
+            return (None, None, *_by_autograd(function, tensors, used, bars), h_bar)
         u, s, *weights = tensors
         given = (u if s is None else z, *_all((s, *weights)), *bars, ctx.factor, ctx.scale)
         with below_autograd():
             found = _OPS.silu_linear_backward.default(*given, used[1], any(used[2:]))
-        return (None, None, *_there(found, tensors, used), *has_h)
+        return (None, None, *_there(found, tensors, used), h_bar)
 
 
 def _by_autograd(
@@ -175,7 +182,9 @@ def _by_autograd(
     wanted = [t for t, u in zip(aliases, used, strict=True) if t is not None and u]
     if not wanted:
         return [None] * len(used)
-    found = iter(torch.autograd.grad(function(*aliases), wanted, bars, create_graph=True))
+    pairs = [(y, bar) for y, bar in zip(function(*aliases), bars, strict=True) if y.requires_grad]
+    outputs, given = [y for y, _ in pairs], [bar for _, bar in pairs]
+    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True))
     return [next(found) if u else None for u in used]
 
 

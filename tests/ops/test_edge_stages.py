@@ -366,3 +366,13 @@ def test_messages_travel_while_the_next_block_computes(depth: int) -> None:
     under_way = [events.index(f"start {k + depth - 1}") < events.index(f"wait {k}") for k in range(3)]
     assert all(under_way)
     assert events.index(f"start {depth}") > events.index("wait 0"), "no more than that many at a time"
+
+
+def test_autograd_sees_none_of_the_tensors() -> None:
+    """Leaves that want gradients give the same as tensors that do not, and no graph."""
+    case = random_case(random_graph(6, 20))
+    leaves = case.leaves()
+    wanted = run_forward(BlockStages(case.inputs, case.weights, case.graph, SPEC))
+    got = run_forward(BlockStages(leaves.inputs, leaves.weights, case.graph, SPEC))
+    for x, y in zip(got, wanted, strict=True):
+        assert x is None or (torch.equal(x, y) and not x.requires_grad)

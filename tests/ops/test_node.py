@@ -206,6 +206,42 @@ def test_strided_arguments_and_the_same_bits_again() -> None:
             assert all(map(torch.equal, first, results(function, again)))
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_frozen_parts_and_results_nobody_reads(create_graph: bool) -> None:
+    """One weight that requires gradients, results that depend on it and others, one of them used or two."""
+    wanted: Any = []
+    for function in (norm_linear_reference, norm_linear):
+        h, _, eps, weights, _ = norm_arguments(6, 5, False)
+        h.requires_grad_(False)
+        weights[0].requires_grad_(False)
+        outputs = function(h, None, eps, weights, [None] * 3)
+        for chosen in (outputs[1], outputs[1].sum() + outputs[0].sum()):
+            (gradient,) = torch.autograd.grad(
+                chosen.sin().sum(), weights[1], create_graph=create_graph, retain_graph=True
+            )
+            assert gradient.requires_grad == create_graph
+            wanted.append(gradient.detach())
+    for x, y in zip(wanted[:2], wanted[2:], strict=True):
+        assert_close(x, y)
+    u, weight, *_ = silu_arguments(6, 5, True)
+    u.requires_grad_(False)
+    y = silu_linear(u, weight, None)
+    (gradient,) = torch.autograd.grad(y.sum(), weight, create_graph=create_graph)
+    assert_close(gradient, torch.nn.functional.silu(u).sum(0).expand_as(weight))
+
+
+@compiled
+def test_cotangents_that_are_not_contiguous() -> None:
+    cases: Any = ((norm_linear, norm_arguments(300, 67, True)), (silu_linear, silu_arguments(300, 67, True)))
+    for function, arguments in cases:
+        outputs, leaves = flat((function(*arguments),)), flat(arguments)
+        bars = [torch.randn(1, y.shape[1], dtype=y.dtype).expand_as(y) for y in outputs]
+        wanted = torch.autograd.grad(outputs, leaves, [b.contiguous() for b in bars], retain_graph=True)
+        for changed in (bars, [b.t().contiguous().t() for b in bars]):
+            got = torch.autograd.grad(outputs, leaves, changed, retain_graph=True)
+            assert all(map(torch.equal, got, wanted))
+
+
 def test_which_features_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
     """bfloat16 is not; wide features are where each thread has a block of them."""
     there = extension.has_cpu
@@ -218,6 +254,10 @@ def test_which_features_are_served(monkeypatch: pytest.MonkeyPatch) -> None:
 @compiled
 def test_clear_errors() -> None:
     h, gain, eps, weights, biases = norm_arguments(5, 4, True)
+    with pytest.raises(
+        ValueError, match="norm_linear: there must be a bias, or None, for each weight, got 1 for 3"
+    ):
+        norm_linear(h, gain, eps, weights, biases[:1])
     with pytest.raises(RuntimeError, match=r"norm_linear \(cpu\): gain must be a vector of 4 elements"):
         norm_linear(h, gain[:3], eps, weights, biases)
     with pytest.raises(
