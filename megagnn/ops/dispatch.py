@@ -13,6 +13,10 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 """Context in which an operation goes straight to its kernel."""
 
 
+ABSENT = torch.empty(0, device="cpu")
+"""How arguments of the compiled operations mark a tensor that is absent."""
+
+
 def accumulator_type(dtype: torch.dtype) -> torch.dtype:
     """What sums of a type are made in: float32 for bfloat16 and float16, else the type itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype

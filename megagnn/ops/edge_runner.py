@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension
-from megagnn.ops.dispatch import DTYPES, accumulator_type, below_autograd
+from megagnn.ops.dispatch import ABSENT, DTYPES, accumulator_type, below_autograd
 from megagnn.ops.edge_types import (
     ACTIVATIONS,
     DIRECTIONS,
@@ -117,14 +117,7 @@ def _is_of(call: Call, kind: torch.dtype) -> bool:
 
 def widened(call: Call) -> Call:
     """The call in the kernels' type; the same data where they have it, and no graph held alive."""
-    kind = _kernel_type(call)
-    return call._replace(tensors=[None if t is None else t.detach().to(kind) for t in call.tensors])
-
-
-def _kernel_type(call: Call) -> torch.dtype:
-    p_NH = call.tensors[0]
-    assert p_NH is not None
-    return edge_type(p_NH)
+    return call._replace(tensors=[None if t is None else t.detach() for t in _cast(call).tensors])
 
 
 def typed_outputs(call: Call, outputs: Tensors) -> list[Tensor | None]:
@@ -139,9 +132,9 @@ def typed_gradients(call: Call, gradients: Tensors) -> list[Tensor | None]:
 
 
 def _typed(result: Tensor | None, like: Tensor | None) -> Tensor | None:
-    if result is None or like is None or result.dtype == like.dtype:
-        return None if like is None else result
-    return result.to(like.dtype)
+    if like is None:
+        return None
+    return result if result is None or result.dtype == like.dtype else result.to(like.dtype)
 
 
 @cache
@@ -182,16 +175,13 @@ def _graph_arguments(
     return [destination.index, graph.source.index, destination.ptr, *graph.plan(block, workers)]
 
 
-_NONE = torch.empty(0)
-
-
 def compiled_arguments(call: Call) -> tuple[Any, ...]:
     """Lists of the compiled operations, with the tensors as they are; an absent one is an empty one."""
     graph, spec, pair, tensors = call
     _check_rows(graph, *tensors[:2])
-    present = [_NONE if t is None else t for t in tensors]
+    present = [ABSENT if t is None else t for t in tensors]
     num_inputs = NUM_INPUTS * (2 if pair else 1)
-    inputs = present[:num_inputs] + [_NONE] * (2 * NUM_INPUTS - num_inputs)
+    inputs = present[:num_inputs] + [ABSENT] * (2 * NUM_INPUTS - num_inputs)
     weights = tuple(present[num_inputs:])
     weights = (*weights[:6], weights[6].reshape(-1), weights[7])
     integers = [
@@ -244,7 +234,7 @@ class SerialRunner:
             p_NH.new_zeros(shape) if bar is None else bar.to(p_NH.dtype)
             for bar, shape in zip(bars, shapes, strict=True)
         ]
-        full += [_NONE] * (4 - len(full))
+        full += [ABSENT] * (4 - len(full))
         wide = [t.to(p_NH.dtype) for t in kept if t is not None]
         with below_autograd():
             result = _OPS.edge_message_backward(*arguments, wide, full, *wanted, outputs)
@@ -260,12 +250,12 @@ class SerialRunner:
 
 def _cast(call: Call) -> Call:
     """`widened` for calls below autograd, which hold nothing alive."""
-    kind = _kernel_type(call)
-    return (
-        call
-        if _is_of(call, kind)
-        else call._replace(tensors=[t if t is None else t.to(kind) for t in call.tensors])
-    )
+    p_NH = call.tensors[0]
+    assert p_NH is not None
+    kind = edge_type(p_NH)
+    if _is_of(call, kind):
+        return call
+    return call._replace(tensors=[None if t is None else t.to(kind) for t in call.tensors])
 
 
 def kept_of(call: Call, kept: Sequence[Tensor]) -> list[Tensor]:

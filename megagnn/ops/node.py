@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megagnn.ops import dual, extension
-from megagnn.ops.dispatch import below_autograd
+from megagnn.ops.dispatch import ABSENT, below_autograd
 from megagnn.ops.used import used_gradients
 
 _OPS = torch.ops.megagnn
@@ -131,7 +131,7 @@ class _NormLinear(torch.autograd.Function):
         given = (h, _some(gain), inverse, list(weights), _all(biases), list(bars))
         with below_autograd():
             found = _OPS.norm_linear_backward.default(*given, any(used[:2]), any(used[2:]))
-        return (None, *_there(found, tensors, used))
+        return (None, *_only(found, used))
 
 
 def _reference(h: Tensor, gain: Tensor | None, eps: float, linears: Tensors) -> tuple[Tensor, ...]:
@@ -168,7 +168,7 @@ class _SiLULinear(torch.autograd.Function):
         given = (u if s is None else z, *_all((s, *weights)), *bars, ctx.factor, ctx.scale)
         with below_autograd():
             found = _OPS.silu_linear_backward.default(*given, used[1], any(used[2:]))
-        return (None, None, *_there(found, tensors, used), h_bar)
+        return (None, None, *_only(found, used), h_bar)
 
 
 def _by_autograd(
@@ -193,19 +193,14 @@ def _halves(linears: Tensors) -> tuple[Tensors, Tensors]:
     return linears[:count], linears[count:]
 
 
-_NONE = torch.empty(0)
-
-
 def _some(tensor: Tensor | None) -> Tensor:
-    """How the compiled operations mark what is absent."""
-    return _NONE if tensor is None else tensor
+    return ABSENT if tensor is None else tensor
 
 
 def _all(tensors: Tensors) -> list[Tensor]:
-    return [_NONE if t is None else t for t in tensors]
+    return list(map(_some, tensors))
 
 
-def _there(found: Sequence[Tensor], tensors: Tensors, used: Sequence[bool]) -> list[Tensor | None]:
-    return [
-        gradient if u and t is not None else None for gradient, t, u in zip(found, tensors, used, strict=True)
-    ]
+def _only(found: Sequence[Tensor], used: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients, None for those that are absent or that nobody uses."""
+    return [gradient if u else None for gradient, u in zip(found, used, strict=True)]
