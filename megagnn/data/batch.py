@@ -94,6 +94,7 @@ def collate(graphs: Sequence[Mapping[str, Any]], dtype: torch.dtype = torch.floa
         keys.HAS_ENERGY: np.array([g.get(keys.ENERGY) is not None for g in graphs], dtype=np.bool_),
         keys.HAS_FORCES: np.array([g.get(keys.FORCES) is not None for g in graphs], dtype=np.bool_),
         keys.HAS_STRESS: np.array([g.get(keys.STRESS) is not None for g in graphs], dtype=np.bool_),
+        keys.WEIGHTS: _weights(graphs, real),
         keys.FIXED: _per_atom(graphs, keys.FIXED, counts, (), np.bool_),
         keys.SOURCE: np.array([g.get(keys.SOURCE, 0) for g in graphs], dtype=np.int64),
         keys.LEVEL: np.array([g.get(keys.LEVEL, 0) for g in graphs], dtype=np.int64),
@@ -147,6 +148,12 @@ def _stack(
         if value is not None:
             stacked[i] = value
     return stacked
+
+
+def _weights(graphs: Sequence[Mapping[str, Any]], dtype: DTypeLike) -> NDArray[Any]:
+    """(B, 3), one where a graph has none."""
+    rows = [g.get(keys.WEIGHTS, (1.0, 1.0, 1.0)) for g in graphs]
+    return np.array(rows, dtype=dtype).reshape(len(graphs), 3)
 
 
 def _per_atom(

@@ -30,6 +30,7 @@ STRESS: Final = "stress"  # (B, 3, 3) float | eV/Å^3
 HAS_ENERGY: Final = "has_energy"  # (B,) bool
 HAS_FORCES: Final = "has_forces"  # (B,) bool
 HAS_STRESS: Final = "has_stress"  # (B,) bool
+WEIGHTS: Final = "weights"  # (B, 3) float | of energy, forces and stress in the loss, 1 where nothing is said
 FIXED: Final = "fixed"  # (N,) bool | atom held fixed by the labeller
 
 # Where a structure comes from

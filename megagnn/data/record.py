@@ -29,6 +29,9 @@ class Structure:
         fixed: (N,) bool, atoms held fixed by the labeller, or None if none is.
         split: index into SPLITS of the side it was on in the store it comes from, or None.
         notes: what the reader left out or changed, in words; counted in the provenance.
+        weights: of its energy, forces and stress in the loss, each 1 unless the file says otherwise.
+        config_type: what kind of structure the file says it is, such as "IsolatedAtom"; empty for none.
+        file: name of the file it was read from; empty where there is one file only.
     """
 
     atomic_numbers: NDArray[np.uint8]
@@ -44,6 +47,9 @@ class Structure:
     fixed: NDArray[np.bool_] | None = None
     split: int | None = None
     notes: tuple[str, ...] = ()
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    config_type: str = ""
+    file: str = ""
 
     @property
     def num_atoms(self) -> int:

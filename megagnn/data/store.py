@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from megagnn.data import keys
 from megagnn.data.split import SPLITS
 from megagnn.data.store_format import (
+    ALL_ARRAYS,
     ARRAYS,
     GROUPS_FILE,
     LABEL_ENERGY,
     LABEL_FORCES,
     LABEL_STRESS,
+    OPTIONAL_ARRAYS,
     StoreHeader,
     sha256_of,
 )
@@ -59,7 +61,7 @@ class Store:
         """
         directory = Path(path)
         header = StoreHeader.read(directory)
-        arrays = {name: _map_array(directory, name, header) for name in ARRAYS}
+        arrays = {name: _map_array(directory, name, header) for name in _names(header)}
         offsets = arrays["offsets"]
         if offsets[0] != 0 or offsets[-1] != header.num_atoms or (np.diff(offsets) < 1).any():
             raise ValueError(
@@ -89,7 +91,8 @@ class Store:
 
         Returns:
             atomic_numbers (N,), positions (N, 3), cell (3, 3), pbc (3,), fixed (N,), source, level,
-            structure, and those of energy, forces (N, 3), stress (3, 3) that are labelled.
+            structure, those of energy, forces (N, 3), stress (3, 3) that are labelled, and weights (3,) where
+            the store has some.
         """
         arrays = self.arrays
         if not 0 <= index < len(self):
@@ -112,7 +115,22 @@ class Store:
             record[keys.FORCES] = arrays["forces"][atoms]
         if labels & LABEL_STRESS:
             record[keys.STRESS] = arrays["stress"][index]
+        if "weights" in arrays:
+            record[keys.WEIGHTS] = arrays["weights"][index]
         return record
+
+    def config_types(self) -> NDArray[np.str_]:
+        """(S,) kind of each structure, as its file says; empty where it says none."""
+        return self._named("config_type", self.header.config_types)
+
+    def files(self) -> NDArray[np.str_]:
+        """(S,) name of the file each structure was read from; empty where all are of one."""
+        return self._named("file", self.header.files)
+
+    def _named(self, array: str, names: tuple[str, ...]) -> NDArray[np.str_]:
+        if array not in self.arrays:
+            return np.full(len(self), "")
+        return np.array(names)[self.arrays[array]]
 
     def group_names(self) -> list[str] | None:
         """Names of the groups, indexed by `group`; None for a store made before names were stored.
@@ -142,7 +160,7 @@ class Store:
         if GROUPS_FILE in self.header.sha256:
             self.group_names()
         for name in (
-            *(f"{name}.npy" for name in ARRAYS),
+            *(f"{name}.npy" for name in _names(self.header)),
             *([GROUPS_FILE] * (GROUPS_FILE in self.header.sha256)),
         ):
             file = self.path / name
@@ -152,13 +170,18 @@ class Store:
                 )
 
 
+def _names(header: StoreHeader) -> list[str]:
+    """Arrays that the store of a header has."""
+    return [*ARRAYS, *(name for name in OPTIONAL_ARRAYS if f"{name}.npy" in header.sha256)]
+
+
 def _map_array(directory: Path, name: str, header: StoreHeader) -> NDArray[Any]:
     file = directory / f"{name}.npy"
     if not file.is_file():
         raise ValueError(
             f"{directory} lacks {file.name}: the store is incomplete; prepare or unpack it again"
         )
-    shape, dtype = header.array_shape(name), np.dtype(ARRAYS[name][0])
+    shape, dtype = header.array_shape(name), np.dtype(ALL_ARRAYS[name][0])
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:

@@ -34,6 +34,14 @@ ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "labels": ("|u1", (), "structures"),
 }
 
+# Arrays that a store has where its structures differ in them; the header's checksums tell which are there.
+OPTIONAL_ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
+    "weights": ("<f4", (3,), "structures"),  # in the loss: of energy, forces, stress
+    "config_type": ("<i2", (), "structures"),
+    "file": ("<i2", (), "structures"),
+}
+ALL_ARRAYS = ARRAYS | OPTIONAL_ARRAYS
+
 # Bits of the array `labels`.
 LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS = 1, 2, 4
 
@@ -48,6 +56,8 @@ class StoreHeader:
         split: how the split was made, free form.
         provenance: for each source, free form: engine, version, method, seed, num_rejected, rejection_rate...
         sha256: checksum of each array file, and of the names of groups where they are stored.
+        config_types, files: names, indexed by the optional arrays of these names.
+        warnings: what looked wrong when the data were prepared, in words; training says it again.
     """
 
     sources: tuple[str, ...]
@@ -58,6 +68,9 @@ class StoreHeader:
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict)
     units: dict[str, str] = field(default_factory=lambda: dict(UNITS))
     sha256: dict[str, str] = field(default_factory=dict)
+    config_types: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         record = {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -92,13 +105,15 @@ class StoreHeader:
             )
         try:
             record["sources"], record["levels"] = tuple(record["sources"]), tuple(record["levels"])
+            for name in ("config_types", "files", "warnings"):
+                record[name] = tuple(record.get(name, ()))  # headers made before these were known lack them
             return cls(**record)
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
 
     def array_shape(self, name: str) -> tuple[int, ...]:
         """Full shape of one of the arrays."""
-        _, trailing, axis = ARRAYS[name]
+        _, trailing, axis = ALL_ARRAYS[name]
         lengths = {"structures": self.num_structures, "structures + 1": self.num_structures + 1}
         return (lengths.get(axis, self.num_atoms), *trailing)
 

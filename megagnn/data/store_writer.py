@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from megagnn.data.record import Structure
 from megagnn.data.split import SPLITS
 from megagnn.data.store_format import (
-    ARRAYS,
+    ALL_ARRAYS,
     GROUPS_FILE,
     HEADER_FILE,
     LABEL_ENERGY,
     LABEL_FORCES,
     LABEL_STRESS,
+    OPTIONAL_ARRAYS,
     StoreHeader,
     sha256_of,
 )
@@ -40,6 +41,7 @@ def write_store(
     splits: SplitRule | NDArray[np.integer],
     provenance: Mapping[str, Mapping[str, Any]] | None = None,
     split_description: Mapping[str, Any] | None = None,
+    warnings: Sequence[str] = (),
     overwrite: bool = False,
 ) -> StoreHeader:
     """Write structures into a new store. On any error nothing remains.
@@ -51,6 +53,7 @@ def write_store(
             `split_groups`, called when all structures are read.
         provenance: for each source, free form, JSON values only. A generator may fill it while it is read.
         split_description: how the split was made, free form.
+        warnings: what looks wrong, in words; read last, so that the generator and `splits` may add to it.
         overwrite: replace a store that is there already (never anything else).
 
     Returns:
@@ -69,7 +72,7 @@ def write_store(
             for index, structure in enumerate(structures):
                 check_structure(structure, where=f"structure {index}")
                 writer.add(structure)
-            header = writer.finish(splits, dict(split_description or {}), provenance or {})
+            header = writer.finish(splits, dict(split_description or {}), provenance or {}, warnings)
         (work / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         work.chmod(0o755)
         move_into_place(work, target)
@@ -115,15 +118,18 @@ class _Writer:
         self.files: dict[str, BinaryIO] = {}
         self.sources: dict[str, int] = {}
         self.levels: dict[str, int] = {}
+        self.config_types: dict[str, int] = {}
+        self.source_files: dict[str, int] = {}
+        self.weighted = False
         self.group_ids: dict[str, int] = {}
         self.groups: list[str] = []
         self.group_sources: list[str] = []
         self.num_atoms = 0
 
     def __enter__(self) -> _Writer:
-        for name in ARRAYS:
+        for name in ALL_ARRAYS:
             self.files[name] = (self.directory / f"{name}.npy").open("w+b")
-            _write_npy_header(self.files[name], name, (0, *ARRAYS[name][1]))
+            _write_npy_header(self.files[name], name, (0, *ALL_ARRAYS[name][1]))
         self._append("offsets", 0)
         return self
 
@@ -151,10 +157,14 @@ class _Writer:
             "source": _index(self.sources, s.source, "sources"),
             "level": _index(self.levels, s.level, "levels of theory"),
             "group": self.group_ids.setdefault(s.group, len(self.group_ids)),
+            "weights": s.weights,
+            "config_type": _index(self.config_types, s.config_type, "kinds of structures (config_type)"),
+            "file": _index(self.source_files, s.file, "files"),
             "labels": labels | LABEL_STRESS * (s.stress is not None),
         }
         for name, value in row.items():
             self._append(name, value)
+        self.weighted |= s.weights != (1.0, 1.0, 1.0)
         self.groups.append(s.group)
         self.group_sources.append(s.source)
 
@@ -163,12 +173,18 @@ class _Writer:
         splits: SplitRule | NDArray[np.integer],
         description: dict[str, Any],
         provenance: Mapping[str, Mapping[str, Any]],
+        warnings: Sequence[str],
     ) -> StoreHeader:
         """Write splits, shapes and checksums, and return the header."""
         if not self.groups:
             raise ValueError("no structure to write: the input is empty or every structure was left out")
         chosen = splits(self.groups, self.group_sources) if callable(splits) else splits
         self._append("split", self._check_splits(np.asarray(chosen)))
+        needed = {
+            "weights": self.weighted,
+            "config_type": set(self.config_types) != {""},
+            "file": len(self.source_files) > 1,
+        }
         header = StoreHeader(
             sources=tuple(self.sources),
             levels=tuple(self.levels),
@@ -176,8 +192,15 @@ class _Writer:
             num_atoms=self.num_atoms,
             split=description,
             provenance={name: dict(record) for name, record in provenance.items()},
+            config_types=tuple(self.config_types) if needed["config_type"] else (),
+            files=tuple(self.source_files) if needed["file"] else (),
+            warnings=tuple(warnings),
         )
         for name, file in self.files.items():
+            if name in OPTIONAL_ARRAYS and not needed[name]:
+                file.close()
+                (self.directory / f"{name}.npy").unlink()
+                continue
             file.seek(0)
             _write_npy_header(file, name, header.array_shape(name))
             file.close()
@@ -190,7 +213,7 @@ class _Writer:
         return header
 
     def _append(self, name: str, value: Any) -> None:
-        self.files[name].write(np.ascontiguousarray(value, dtype=ARRAYS[name][0]).tobytes())
+        self.files[name].write(np.ascontiguousarray(value, dtype=ALL_ARRAYS[name][0]).tobytes())
 
     def _check_splits(self, splits: NDArray[np.integer]) -> NDArray[np.integer]:
         if splits.shape != (len(self.groups),):
@@ -224,6 +247,6 @@ def _index(table: dict[str, int], name: str, what: str) -> int:
 
 def _write_npy_header(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:
     """A .npy header of fixed length (128 bytes), so that it can be written again when the length is known."""
-    text = f"{{'descr': '{ARRAYS[name][0]}', 'fortran_order': False, 'shape': {shape!r}, }}"
+    text = f"{{'descr': '{ALL_ARRAYS[name][0]}', 'fortran_order': False, 'shape': {shape!r}, }}"
     magic = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
     file.write(magic + text.ljust(117).encode("ascii") + b"\n")

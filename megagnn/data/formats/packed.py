@@ -16,12 +16,13 @@ from megagnn.data import keys
 from megagnn.data.formats.options import ReadOptions, group_name, usable_stress
 from megagnn.data.record import Structure
 from megagnn.data.store import Store
-from megagnn.data.store_format import ARRAYS, GROUPS_FILE, HEADER_FILE, StoreHeader
+from megagnn.data.store_format import ARRAYS, GROUPS_FILE, HEADER_FILE, OPTIONAL_ARRAYS, StoreHeader
 from megagnn.data.store_writer import check_target, move_into_place
 
 ARCHIVE_SUFFIX = ".tar.xz"
 MEMBERS = (HEADER_FILE, *(f"{name}.npy" for name in sorted(ARRAYS)))
-"""The files of an archive, in order, all at its top level; then GROUPS_FILE where the store has it."""
+"""The files of an archive, in order, all at its top level; then OPTIONAL_MEMBERS where the store has them."""
+OPTIONAL_MEMBERS = (GROUPS_FILE, *(f"{name}.npy" for name in sorted(OPTIONAL_ARRAYS)))
 
 
 def is_store(path: Path) -> bool:
@@ -76,7 +77,7 @@ def pack_store(directory: str | Path, archive: str | Path) -> None:
         raise ValueError(f"an archive of a store is named *{ARCHIVE_SUFFIX}, got {target}")
     store = Store.open(source)
     store.verify()
-    names = (*MEMBERS, GROUPS_FILE) if GROUPS_FILE in store.header.sha256 else MEMBERS
+    names = (*MEMBERS, *(name for name in OPTIONAL_MEMBERS if name in store.header.sha256))
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name in names:
@@ -124,7 +125,7 @@ def _extract(source: Path, work: Path) -> None:
         with tarfile.open(source, mode="r:xz") as tar:
             for member in tar:
                 name = member.name.removeprefix("./")
-                if not member.isfile() or name not in (*MEMBERS, GROUPS_FILE) or (work / name).exists():
+                if not member.isfile() or name not in (*MEMBERS, *OPTIONAL_MEMBERS) or (work / name).exists():
                     raise ValueError(
                         f"{source} holds {member.name!r}, which is not a plain file of a store; refused to "
                         "unpack it"
@@ -138,7 +139,7 @@ def _extract(source: Path, work: Path) -> None:
 
 
 def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator[Structure]:
-    names = store.group_names()
+    names, config_types, files = store.group_names(), store.config_types(), store.files()
     own = f"store {store.header.sha256.get('positions.npy', '')[:12]} group"
     for index in range(len(store)):
         s = store.structure(index)
@@ -163,4 +164,7 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
             fixed=np.array(s[keys.FIXED]) if s[keys.FIXED].any() else None,
             split=int(store.split[index]),
             notes=notes,
+            weights=tuple(map(float, s.get(keys.WEIGHTS, (1, 1, 1)))),  # type: ignore[arg-type]
+            config_type=str(config_types[index]),
+            file=str(files[index]),
         )
