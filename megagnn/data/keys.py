@@ -27,6 +27,7 @@ SOURCE_PERM: Final = "source_perm"  # (E,) int64 |   have source j (stable sort 
 ENERGY: Final = "energy"  # (B,) float64 | total energy, eV
 FORCES: Final = "forces"  # (N, 3) float | eV/Å
 STRESS: Final = "stress"  # (B, 3, 3) float | eV/Å^3
+ATOMIC_ENERGIES: Final = "atomic_energies"  # (N,) float64 | eV, of the output only, where asked for
 HAS_ENERGY: Final = "has_energy"  # (B,) bool
 HAS_FORCES: Final = "has_forces"  # (B,) bool
 HAS_STRESS: Final = "has_stress"  # (B,) bool

@@ -46,6 +46,10 @@ class EGNN(nn.Module):
     forces and stress are derivatives: see `models.potential`. With positions and cell as `ops.dual.Dual`
     numbers the results are Dual ones.
 
+    Attributes:
+        wants_atomic_energies: also return `atomic_energies` (N,) float64, eV, which add up to `energy`: the
+            network's share of each atom and the constants of its element. Not with Dual numbers.
+
     Args:
         config: sizes and parts.
         statistics: elements, references and scales of the training split.
@@ -71,6 +75,7 @@ class EGNN(nn.Module):
         super().__init__()
         self.part = part = part or Part(tuple(range(config.num_layers)))
         self.config, self.statistics, self.precision, self.plan = config, statistics, precision, plan
+        self.wants_atomic_energies = False
         dtype = precision.parameters
         self.context = context = context or ParallelContext()
         self.distance_feature = DistanceFeature(
@@ -167,6 +172,8 @@ class EGNN(nn.Module):
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
         energy_N = self.energy_head(h_NF).double() * self.statistics.output_scale
         outputs = {keys.ENERGY: dual.segment_sum(energy_N, atoms) + self.reference_energy(batch)}
+        if self.wants_atomic_energies:
+            outputs[keys.ATOMIC_ENERGIES] = energy_N + self.atom_references(batch)
         if forces_NC is not None:
             outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
         return outputs
@@ -193,9 +200,12 @@ class EGNN(nn.Module):
 
     def reference_energy(self, batch: dict[str, Any]) -> Tensor:
         """Sum of the elements' references of each structure, eV, (B,) float64: the "per-element" baseline."""
+        return segment_sum(self.atom_references(batch), Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR]))
+
+    def atom_references(self, batch: dict[str, Any]) -> Tensor:
+        """The constant part of each atom's energy, eV, (N,) float64: the reference of its element."""
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
-        reference_N = self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
-        return segment_sum(reference_N, Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR]))
+        return self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
 
 
 def _run(layer: EGNNLayer, *arguments: Any) -> Any:

@@ -40,14 +40,21 @@ class Potential(nn.Module):
     def forward(self, batch: dict[str, Tensor], create_graph: bool = False) -> dict[str, Tensor]:
         """Energy (B,) float64 eV, forces (N, 3) eV/Å, stress (B, 3, 3) eV/Å^3 as configured.
 
-        Forces and stress have the type of the positions.
+        Forces and stress have the type of the positions. With `model.wants_atomic_energies` also atomic
+        energies (N,), see `EGNN`. Works within `torch.no_grad` and `torch.inference_mode`, too.
 
         Args:
             create_graph: keep the graph of the derivatives, so that a loss on forces can be differentiated.
         """
         if self.forces != "conservative":
             return dict(self.model(batch))
-        with torch.enable_grad(), contextlib.nullcontext() if create_graph else frozen(self.model):
+        with contextlib.ExitStack() as stack:
+            if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
+                stack.enter_context(torch.inference_mode(False))
+                batch = {key: value.clone() if value.is_inference() else value for key, value in batch.items()}
+            stack.enter_context(torch.enable_grad())
+            if not create_graph:
+                stack.enter_context(frozen(self.model))
             return self._conservative(batch, create_graph)
 
     def predictions(
@@ -59,11 +66,14 @@ class Potential(nn.Module):
 
     def _conservative(self, batch: dict[str, Tensor], create_graph: bool) -> dict[str, Tensor]:
         moved, inputs = differentiable(batch, self.stress)
-        energy_B = self.model(moved)[keys.ENERGY]
+        predicted = self.model(moved)
+        energy_B = predicted[keys.ENERGY]
         gradients = torch.autograd.grad(
             energy_B.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
         outputs = derivatives(batch, energy_B, gradients)
+        if keys.ATOMIC_ENERGIES in predicted:
+            outputs[keys.ATOMIC_ENERGIES] = predicted[keys.ATOMIC_ENERGIES]
         if not create_graph:
             outputs = {key: value.detach() for key, value in outputs.items()}
         return outputs
@@ -172,7 +182,8 @@ def build_potential(
     precision: a type alone stands for the precision that `precision_of` gives. With `deferred` its parameters
     take no memory yet (parallel/parameter.py).
     """
-    with deferred_parameters() if deferred else contextlib.nullcontext():
+    # parameters made in inference mode could never be part of a derivative
+    with torch.inference_mode(False), deferred_parameters() if deferred else contextlib.nullcontext():
         model = EGNN(config, statistics, precision_of(precision), context, plan, part)
     if not deferred:
         model.reset_parameters(seed)

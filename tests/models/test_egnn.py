@@ -69,3 +69,39 @@ def test_direct_forces_have_no_largest_value() -> None:
         out.weight.mul_(1e3)
     assert outputs(potential)[keys.FORCES].abs().max() > 100 * before
     assert potential.model.layers[0].edge_operation.spec.bounded  # type: ignore[index]
+
+
+@pytest.mark.parametrize("forces", ["conservative", "direct", "none"])
+def test_atomic_energies_sum_to_the_energy(forces: str) -> None:
+    """Of structures of two sources, which have references of their own."""
+    potential = randomised(model_config(forces=forces))
+    batch = batch_from_atoms([ethanol(), ethanol()[:3], ethanol()[:1]], potential.model.config.cutoff)
+    batch[keys.SOURCE] = torch.tensor([0, 1, 1])
+    plain = potential(batch)
+    assert keys.ATOMIC_ENERGIES not in plain, "only where asked for"
+    potential.model.wants_atomic_energies = True
+    predicted = potential(batch)
+    assert torch.equal(predicted[keys.ENERGY], plain[keys.ENERGY])
+    energy_N = predicted[keys.ATOMIC_ENERGIES]
+    assert energy_N.shape == (13,)
+    sums = torch.stack([part.sum() for part in energy_N.split([9, 3, 1])])
+    assert (sums - predicted[keys.ENERGY]).abs().max() < 1e-10
+    network_N = energy_N - potential.model.atom_references(batch)
+    assert network_N.abs().max() > 1e-3, "more than references"
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("forces", ["conservative", "direct", "none"])
+def test_without_gradients_all_around(forces: str, mode: type[torch.no_grad]) -> None:
+    """The model, the batch and the call within torch.inference_mode give what they give outside."""
+
+    def predicted() -> dict[str, Tensor]:
+        potential = randomised(model_config(forces=forces))
+        return potential(batch_from_atoms([ethanol()], potential.model.config.cutoff))
+
+    expected = predicted()
+    with mode():
+        found = predicted()
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert (value - expected[key]).abs().max() < 1e-12
