@@ -51,7 +51,7 @@ class Potential(nn.Module):
         with contextlib.ExitStack() as stack:
             if torch.is_inference_mode_enabled():  # in which nothing can be differentiated
                 stack.enter_context(torch.inference_mode(False))
-                batch = {key: value.clone() if value.is_inference() else value for key, value in batch.items()}
+                batch = {k: t.clone() if t.is_inference() else t for k, t in batch.items()}
             stack.enter_context(torch.enable_grad())
             if not create_graph:
                 stack.enter_context(frozen(self.model))
