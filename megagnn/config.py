@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from ase.data import atomic_numbers
 from pydantic import (
     ConfigDict,
     Field,
@@ -25,6 +26,7 @@ from pydantic.dataclasses import dataclass
 
 from megagnn.models.presets import PRESETS
 from megagnn.overrides import check_keys, explain, parse_overrides, set_dotted
+from megagnn.train.loss_presets import LOSS_PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -35,6 +37,7 @@ _STRICT = ConfigDict(use_attribute_docstrings=True, validate_default=True)
 
 Aggregation = Literal["constant", "sum", "mean"]
 LossKind = Literal["mae", "mse", "huber"]
+ForceLossKind = Literal["mae", "mse", "huber", "norm", "stratified_huber"]
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -146,10 +149,15 @@ class DataConfig:
 class LossConfig:
     """Weights and kinds of the loss terms; errors in eV per atom, eV/Å, eV/Å^3, sums over global counts."""
 
+    preset: Literal[
+        "default", "mace-weighted", "mace-stress", "mace-huber", "mace-universal", "mace-l1l2", "nequip"
+    ] = "default"
+    """Named set of kinds and weights, as those of MACE and NequIP; keys that are set come before it."""
     energy: LossKind = "huber"
     """Kind of the energy-per-atom loss."""
-    forces: LossKind = "huber"
-    """Kind of the force loss."""
+    forces: ForceLossKind = "huber"
+    """Kind of the force loss, of components; `norm` is the mean length of the error vectors, and
+    `stratified_huber` has a delta that depends on the size of the label (`force_strata`)."""
     stress: LossKind = "huber"
     """Kind of the stress loss."""
     energy_weight: NonNegativeFloat = 1.0
@@ -160,6 +168,40 @@ class LossConfig:
     """Weight of the stress loss (needs model.stress)."""
     huber_delta: PositiveFloat = 0.1
     """Error at which the Huber loss turns from square to linear, in the unit of each term."""
+    force_strata: tuple[tuple[NonNegativeFloat, PositiveFloat], ...] = (
+        (0.0, 1.0),
+        (100.0, 0.7),
+        (200.0, 0.4),
+        (300.0, 0.1),
+    )
+    """`stratified_huber`: pairs (size of the label in eV/Å, factor of `huber_delta` from there on)."""
+    element_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Weights of atoms in the force term by element, 1 for those not named: {H = 0.5}."""
+    final_energy_weight: NonNegativeFloat | None = None
+    """`energy_weight` of the last part of the run, by which validations judge; the same throughout if not
+    given."""
+    final_force_weight: NonNegativeFloat | None = None
+    """The same of `force_weight`."""
+    final_stress_weight: NonNegativeFloat | None = None
+    """The same of `stress_weight`."""
+    change: tuple[float, float] = (0.75, 0.75)
+    """Shares of the run between which weights go in a straight line from the first to the final ones; two
+    equal numbers for a switch."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.change[0] <= self.change[1] <= 1:
+            raise ValueError(
+                f"loss.change = {list(self.change)} must be two rising shares of the run between 0 and 1, "
+                "such as [0.5, 0.75]"
+            )
+        bounds = [bound for bound, _ in self.force_strata]
+        if bounds != sorted(bounds):
+            raise ValueError(f"loss.force_strata must have rising sizes, got {bounds}; put them in order")
+        for symbol in self.element_weights:
+            if atomic_numbers.get(symbol, 0) < 1:
+                raise ValueError(
+                    f"loss.element_weights names '{symbol}', which is no element; use symbols such as H or Si"
+                )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -287,16 +329,20 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
-        if self.loss.stress_weight > 0 and not self.model.stress:
-            raise ValueError(
-                f"loss.stress_weight is {self.loss.stress_weight:g} but model.stress is false; "
-                "set model.stress = true or loss.stress_weight = 0"
-            )
-        if self.loss.force_weight > 0 and self.model.forces == "none":
-            raise ValueError(
-                f"loss.force_weight is {self.loss.force_weight:g} but model.forces is 'none'; "
-                "set loss.force_weight = 0 or model.forces = 'conservative'"
-            )
+        for name in ("stress_weight", "final_stress_weight"):
+            weight = getattr(self.loss, name) or 0.0
+            if weight > 0 and not self.model.stress:
+                raise ValueError(
+                    f"loss.{name} is {weight:g} but model.stress is false; "
+                    f"set model.stress = true or loss.{name} = 0"
+                )
+        for name in ("force_weight", "final_force_weight"):
+            weight = getattr(self.loss, name) or 0.0
+            if weight > 0 and self.model.forces == "none":
+                raise ValueError(
+                    f"loss.{name} is {weight:g} but model.forces is 'none'; "
+                    f"set loss.{name} = 0 or model.forces = 'conservative'"
+                )
         if self.optim.warmup_steps >= self.train.num_steps:
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.num_steps "
@@ -426,6 +472,9 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     model = dict(values.get("model", {}))
     if model.get("preset") in PRESETS:
         values = {**values, "model": {**PRESETS[model["preset"]], **model}}
+    loss = dict(values.get("loss", {}))
+    if loss.get("preset") in LOSS_PRESETS:
+        values = {**values, "loss": {**LOSS_PRESETS[loss["preset"]], **loss}}
     try:
         return TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:

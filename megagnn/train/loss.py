@@ -9,14 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from ase.data import atomic_numbers
 from torch import Tensor
 
 from megagnn.config import LossConfig
 from megagnn.data import keys
+from megagnn.data.references import NUM_ELEMENTS
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import all_reduce_sum
 
 TERMS = ("energy", "forces", "stress")
+# Of each term, the configuration's key of its weight.
+WEIGHT_KEYS = {"energy": "energy_weight", "forces": "force_weight", "stress": "stress_weight"}
 
 
 @dataclass(frozen=True)
@@ -52,25 +56,32 @@ def _own_counts(batch: dict[str, Tensor]) -> Tensor:
     return torch.cat([torch.stack(labels), sizes.to(labels[0].device)]).double()
 
 
-def pointwise(kind: str, error: Tensor, delta: float) -> Tensor:
+def pointwise(kind: str, error: Tensor, delta: float | Tensor, unit: float | None = None) -> Tensor:
     """|e|, e^2, or Huber's e^2/2 below delta and delta (|e| - delta/2) above (Huber 1964), divided by delta.
 
     With the division the Huber loss has the slope of the MAE in its tails, so weights mean the same for both
     kinds.
+
+    Args:
+        kind: "mae", "mse" or "huber".
+        error: of any shape.
+        delta: of the Huber loss, in the unit of the error; may differ from error to error.
+        unit: what the Huber loss is divided by, `delta` if not given.
     """
     if kind == "mae":
         return error.abs()
     if kind == "mse":
         return error * error
     size = error.abs()
-    return torch.where(size < delta, 0.5 * error * error / delta, size - 0.5 * delta)
+    if unit is None:
+        return torch.where(size < delta, 0.5 * error * error / delta, size - 0.5 * delta)
+    return torch.where(size < delta, 0.5 * error * error, delta * (size - 0.5 * delta)) / unit
 
 
 def check_labels(num_labelled: Mapping[str, int], config: LossConfig) -> None:
     """Raises ValueError if a term has a weight and the training data no label of its kind."""
-    settings = {"energy": "energy_weight", "forces": "force_weight", "stress": "stress_weight"}
-    for term, setting in settings.items():
-        weight = getattr(config, setting)
+    for term, setting in WEIGHT_KEYS.items():
+        weight = max(getattr(config, setting), getattr(config, f"final_{setting}") or 0.0)
         if weight > 0 and num_labelled[term] == 0:
             raise ValueError(
                 f"loss.{setting} is {weight:g} but no training structure has a label '{term}'; set "
@@ -79,15 +90,22 @@ def check_labels(num_labelled: Mapping[str, int], config: LossConfig) -> None:
 
 
 class Loss:
-    """Weighted sum of the terms; calling it gives this rank's share of the global loss and of each term."""
+    """Weighted sum of the terms; calling it gives this rank's share of the global loss and of each term.
 
-    def __init__(self, config: LossConfig) -> None:
+    Args:
+        config: kinds and weights of the terms.
+        progress: share of the run that is done, 0 to 1, where weights change over the run. At the end, the
+            default, they are those by which validations judge.
+    """
+
+    def __init__(self, config: LossConfig, progress: float = 1.0) -> None:
         self.config = config
-        self.weights = {
-            "energy": config.energy_weight,
-            "forces": config.force_weight,
-            "stress": config.stress_weight,
-        }
+        self.weights = {term: weight_at(config, term, progress) for term in TERMS}
+        self._element_weights: Tensor | None = None
+        if config.element_weights:
+            self._element_weights = torch.ones(NUM_ELEMENTS, dtype=torch.float64)
+            for symbol, weight in config.element_weights.items():
+                self._element_weights[atomic_numbers[symbol]] = weight
 
     def __call__(
         self, outputs: dict[str, Tensor], batch: dict[str, Tensor], counts: LossCounts
@@ -99,18 +117,57 @@ class Loss:
             count = getattr(counts, term)
             if self.weights[term] == 0 or count == 0:
                 continue
-            errors = self._errors(term, outputs, batch).double()
-            share = pointwise(getattr(self.config, term), errors, self.config.huber_delta).sum() / count
+            share = getattr(self, f"_{term}")(outputs, batch).sum() / count
             total = total + self.weights[term] * share
             shares[term] = share.detach()
         return total, shares
 
-    @staticmethod
-    def _errors(term: str, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Errors where labels exist: energy per atom (eV), components of forces (eV/Å), stress (eV/Å^3)."""
-        if term == "energy":
-            error_B = (outputs[keys.ENERGY] - batch[keys.ENERGY]) / batch[keys.NUM_ATOMS]
-            return error_B[batch[keys.HAS_ENERGY]]
-        if term == "forces":
-            return (outputs[keys.FORCES] - batch[keys.FORCES])[free_atoms(batch)]
-        return (outputs[keys.STRESS] - batch[keys.STRESS])[batch[keys.HAS_STRESS]]
+    def _energy(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Of errors per atom, eV, one of each labelled structure."""
+        has_B = batch[keys.HAS_ENERGY]
+        error = ((outputs[keys.ENERGY] - batch[keys.ENERGY]) / batch[keys.NUM_ATOMS])[has_B].double()
+        return batch[keys.WEIGHTS][has_B, 0] * pointwise(self.config.energy, error, self.config.huber_delta)
+
+    def _forces(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Of errors in eV/Å, three of each free atom; `norm` has the three components' share in one number."""
+        free_N, delta = free_atoms(batch), self.config.huber_delta
+        label_NC = batch[keys.FORCES][free_N]
+        error_NC = (outputs[keys.FORCES][free_N] - label_NC).double()
+        if self.config.forces == "norm":
+            loss = 3 * torch.linalg.vector_norm(error_NC, dim=1, keepdim=True)
+        elif self.config.forces == "stratified_huber":
+            loss = pointwise("huber", error_NC, delta * self._strata(label_NC), unit=delta)
+        else:
+            loss = pointwise(self.config.forces, error_NC, delta)
+        weight_N = batch[keys.WEIGHTS][batch[keys.BATCH][free_N], 1].double()
+        if self._element_weights is not None:
+            of_element = self._element_weights.to(weight_N.device)
+            weight_N = weight_N * of_element[batch[keys.ATOMIC_NUMBERS][free_N]]
+        return weight_N.unsqueeze(1) * loss
+
+    def _stress(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+        """Of errors in eV/Å^3, nine of each labelled structure."""
+        has_B = batch[keys.HAS_STRESS]
+        error_B33 = (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].double()
+        weight_B11 = batch[keys.WEIGHTS][has_B, 2].reshape(-1, 1, 1)
+        return weight_B11 * pointwise(self.config.stress, error_B33, self.config.huber_delta)
+
+    def _strata(self, label_NC: Tensor) -> Tensor:
+        """(N, 1) factor of the Huber delta, by the length of the label."""
+        size_N = torch.linalg.vector_norm(label_NC.double(), dim=1)
+        factor_N = torch.ones_like(size_N)
+        for bound, factor in self.config.force_strata:
+            factor_N = torch.where(size_N >= bound, factor, factor_N)
+        return factor_N.unsqueeze(1)
+
+
+def weight_at(config: LossConfig, term: str, progress: float) -> float:
+    """Weight of a term where this share of the run is done: the first one, the final one, or between them."""
+    first: float = getattr(config, WEIGHT_KEYS[term])
+    final: float | None = getattr(config, f"final_{WEIGHT_KEYS[term]}")
+    if final is None:
+        return first
+    begin, end = config.change
+    if progress >= end:
+        return final
+    return first + (final - first) * max(0.0, progress - begin) / (end - begin) if end > begin else first

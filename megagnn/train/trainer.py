@@ -227,12 +227,13 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.zero_grad()
         counts = step_counts(batches, self.context)
+        loss_now = Loss(self.config.loss, step / self.config.train.num_steps)
         if self.pipeline is not None:
             self.pipeline.executor.synchronised = step + 1 == self._timeline_step
-            loss, shares = self.pipeline.accumulate(batches, self.loss, counts, self.reducer)
+            loss, shares = self.pipeline.accumulate(batches, loss_now, counts, self.reducer)
         else:
             loss, shares = accumulate(
-                self.gradient_method, self.potential, batches, self.loss, counts, self.reducer
+                self.gradient_method, self.potential, batches, loss_now, counts, self.reducer
             )
         norm = gradient_norm(self.optimizer, self.context)
         recent, stop = self.progress.recent_norms, bool(signals.received)
