@@ -1,12 +1,14 @@
-"""What a run shows: a progress bar and TensorBoard on the main rank, nothing on the others."""
+"""What a run shows: a progress bar, TensorBoard and lines of JSON on the main rank, nothing on the others."""
 
+import json
+import math
 import resource
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -15,21 +17,29 @@ from tqdm import tqdm
 from megagnn.parallel.context import ParallelContext
 
 
+LINES = "metrics.jsonl"
+"""One JSON object for each time that numbers are logged: the step, seconds since the run began or went on, and
+the numbers by their names in TensorBoard; null for a number that is not finite."""
+
+
 class Monitor:
-    """Progress bar with rate and time left, and TensorBoard scalars in `out_dir/tensorboard`. Use as a
-    context manager.
+    """Progress bar with rate and time left, TensorBoard scalars in `out_dir/tensorboard`, and the same numbers
+    as lines of JSON in `out_dir/metrics.jsonl`. Use as a context manager.
 
     Args:
         out_dir: folder of the run.
         num_steps: steps of the whole run.
-        start_step: steps done before; a resumed run purges what TensorBoard has of later steps.
+        start_step: steps done before; a resumed run purges what TensorBoard and the lines have of later
+            steps.
     """
 
     def __init__(self, out_dir: Path, num_steps: int, start_step: int, context: ParallelContext) -> None:
         self.context = context
         self.writer: SummaryWriter | None = None
         self.bar: tqdm | None = None
+        self._lines: IO[str] | None = None
         if context.is_main:
+            self._lines = _open_lines(out_dir / LINES, start_step)
             purge = start_step + 1 if start_step else None
             self.writer = SummaryWriter(str(out_dir / "tensorboard"), purge_step=purge)
             # a bar redraws on a terminal; in a log file one line every ten seconds is enough
@@ -43,8 +53,9 @@ class Monitor:
                 maxinterval=interval,
                 dynamic_ncols=True,
             )
-        self._atoms = self._edges = 0.0
-        self._since = time.perf_counter()
+        self._atoms = self._edges = self._processor_seconds = 0.0
+        self._begin = time.perf_counter()
+        self.restart_clock()
 
     def __enter__(self) -> "Monitor":
         return self
@@ -56,10 +67,15 @@ class Monitor:
             self.bar.close()
         if self.writer is not None:
             self.writer.close()
+        if self._lines is not None:
+            self._lines.close()
 
     def step(self, atoms: float, edges: float) -> None:
         """Count one step over `atoms` and `edges` of all ranks."""
         self._atoms, self._edges = self._atoms + atoms, self._edges + edges
+        now = time.process_time()
+        self._processor_seconds += now - self._processor_since
+        self._processor_since = now
         if self.bar is not None:
             self.bar.update()
 
@@ -68,11 +84,17 @@ class Monitor:
         if self.writer is not None:
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
+        if self._lines is not None:
+            finite = {k: v if math.isfinite(v) else None for k, v in scalars.items()}
+            line = {"step": step, "seconds": round(time.perf_counter() - self._begin, 3), **finite}
+            self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._lines.flush()
         if self.bar is not None and show:
             self.bar.set_postfix(show, refresh=False)
 
     def log_throughput(self, step: int) -> None:
-        """Atoms and edges per second since the last call, and peak memory of this rank."""
+        """Atoms and edges per second since the last call; this rank's peak memory, and the processor time of
+        its training steps since the run began or went on."""
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
         self.log(
@@ -80,6 +102,7 @@ class Monitor:
             {
                 "speed/atoms_per_second": self._atoms / seconds,
                 "speed/edges_per_second": self._edges / seconds,
+                "speed/processor_seconds": self._processor_seconds,
                 "memory/peak_resident_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
                 **(
                     {"memory/peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30}
@@ -93,7 +116,7 @@ class Monitor:
     def restart_clock(self) -> None:
         """Leave the time since the last call out of the throughput (validation, checkpoints)."""
         self._atoms = self._edges = 0.0
-        self._since = time.perf_counter()
+        self._since, self._processor_since = time.perf_counter(), time.process_time()
 
     def say(self, text: str) -> None:
         """Print a line above the bar, on the main rank."""
@@ -109,3 +132,20 @@ class Monitor:
         """A text page in TensorBoard."""
         if self.writer is not None:
             self.writer.add_text(name, text)
+
+
+def _open_lines(path: Path, start_step: int) -> IO[str]:
+    """The file of lines, to be written on: without those of later steps, and none in a run that begins."""
+    kept = []
+    if start_step and path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # cut short when a run was killed
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_text("".join(kept), encoding="utf-8")
+    beside.replace(path)
+    return path.open("a", encoding="utf-8")
