@@ -135,6 +135,10 @@ class DataConfig:
     of larger ones of the same seed."""
     subset_seed: NonNegativeInt = 0
     """Which structures those are."""
+    source_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """Weights of sources in the loss, 1 for those not named: {"old data" = 0.2}."""
+    config_type_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    """The same of kinds of structures, as their files name them (config_type)."""
     max_atoms: PositiveInt = 2048
     """Atoms of one batch on one rank, at most."""
     max_edges: PositiveInt = 65536

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,6 +75,7 @@ class StructureDataset(Dataset[Graph]):
         chosen = [np.arange(len(s)) if split == "all" else s.indices(split) for s in self.stores]
         self._store_of = np.repeat(np.arange(len(self.stores)), [len(c) for c in chosen])
         self._index_in_store = np.concatenate(chosen)
+        self._weights: NDArray[np.float32] | None = None
         self.num_atoms = _gather([s.num_atoms[c] for s, c in zip(self.stores, chosen, strict=True)])
         edges = [cached_num_edges(store, self.cutoff) for store in self.stores]
         self.num_edges = _gather([e[c] for e, c in zip(edges, chosen, strict=True)])
@@ -105,7 +107,47 @@ class StructureDataset(Dataset[Graph]):
         record[keys.SOURCE] = int(self._source_maps[k][record[keys.SOURCE]])
         record[keys.LEVEL] = int(self._level_maps[k][record[keys.LEVEL]])
         record[keys.STRUCTURE] = index
+        if self._weights is not None:
+            record[keys.WEIGHTS] = self._weights[index] * record.get(keys.WEIGHTS, np.float32(1))
         return record
+
+    def config_types(self) -> NDArray[np.str_]:
+        """(S,) kind of each structure, as its file says (config_type); empty where it says none."""
+        return self._of_stores([store.config_types() for store in self.stores])
+
+    def files(self) -> NDArray[np.str_]:
+        """(S,) name of the file that each structure was read from; empty where its store has but one."""
+        return self._of_stores([store.files() for store in self.stores])
+
+    def source_names(self) -> NDArray[np.str_]:
+        """(S,) name of the source of each structure."""
+        return self._of_stores([np.array(store.header.sources)[store.source] for store in self.stores])
+
+    def _of_stores(self, columns: Sequence[NDArray[np.str_]]) -> NDArray[np.str_]:
+        """(S,) entries of this data set's structures, of (S_store,) columns of each store."""
+        longest = max(column.dtype.itemsize for column in columns) // np.dtype("<U1").itemsize
+        result = np.zeros(len(self), dtype=f"<U{max(1, longest)}")
+        for k, column in enumerate(columns):
+            mine = self._store_of == k
+            result[mine] = column[self._index_in_store[mine]]
+        return result
+
+    def weigh(self, sources: Mapping[str, float], config_types: Mapping[str, float]) -> None:
+        """Multiply the weights of structures in the loss by those of their sources and kinds.
+
+        Raises:
+            ValueError: a name that no structure of the stores has, in any split.
+        """
+        known_types = {name for store in self.stores for name in (*store.header.config_types, "") if name}
+        _check_names("data.source_weights", sources, self.sources)
+        _check_names("data.config_type_weights", config_types, sorted(known_types))
+        if not sources and not config_types:
+            return
+        weights = np.ones(len(self), dtype=np.float32)
+        for names, given in ((self.source_names(), sources), (self.config_types(), config_types)):
+            for name, weight in given.items():
+                weights[names == name] *= weight
+        self._weights = weights[:, None]
 
     def origin(self, index: int) -> tuple[Path, int]:
         """The store that holds a structure, and its number there."""
@@ -116,6 +158,7 @@ class StructureDataset(Dataset[Graph]):
         kept = np.sort(indices)
         self._store_of, self._index_in_store = self._store_of[kept], self._index_in_store[kept]
         self.num_atoms, self.num_edges = self.num_atoms[kept], self.num_edges[kept]
+        self._weights = None if self._weights is None else self._weights[kept]
 
     def source_elements(self) -> tuple[NDArray[np.int64], ...]:
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
@@ -218,6 +261,14 @@ def _save_atomically(path: Path, array: NDArray[Any]) -> None:
         os.replace(name, path)
     except OSError:
         Path(name).unlink(missing_ok=True)
+
+
+def _check_names(key: str, given: Mapping[str, float], known: Sequence[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"nearest: '{near[0]}'" if near else f"the data have {', '.join(known) or 'none'}"
+            raise ValueError(f"{key} names '{name}', which no structure of the data has; {hint}")
 
 
 def _merge(tables: Sequence[Sequence[str]], given: Sequence[str] | None, what: str) -> tuple[str, ...]:

@@ -129,7 +129,7 @@ class Loss:
         return batch[keys.WEIGHTS][has_B, 0] * pointwise(self.config.energy, error, self.config.huber_delta)
 
     def _forces(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Of errors in eV/Å, three of each free atom; `norm` has the three components' share in one number."""
+        """Of errors in eV/Å, three of each free atom; with `norm` their share in one number."""
         free_N, delta = free_atoms(batch), self.config.huber_delta
         label_NC = batch[keys.FORCES][free_N]
         error_NC = (outputs[keys.FORCES][free_N] - label_NC).double()

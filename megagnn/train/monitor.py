@@ -1,4 +1,4 @@
-"""What a run shows: a progress bar, TensorBoard and lines of JSON on the main rank, nothing on the others."""
+"""What a run shows on its main rank: a progress bar, TensorBoard and lines of JSON."""
 
 import json
 import math
@@ -16,15 +16,14 @@ from tqdm import tqdm
 
 from megagnn.parallel.context import ParallelContext
 
-
 LINES = "metrics.jsonl"
-"""One JSON object for each time that numbers are logged: the step, seconds since the run began or went on, and
-the numbers by their names in TensorBoard; null for a number that is not finite."""
+"""One JSON object for each time that numbers are logged: the step, seconds since the run began or went on,
+and the numbers by their names in TensorBoard; null for a number that is not finite."""
 
 
 class Monitor:
-    """Progress bar with rate and time left, TensorBoard scalars in `out_dir/tensorboard`, and the same numbers
-    as lines of JSON in `out_dir/metrics.jsonl`. Use as a context manager.
+    """Progress bar with rate and time left, TensorBoard scalars in `out_dir/tensorboard`, and the same
+    numbers as lines of JSON in `out_dir/metrics.jsonl`. Use as a context manager.
 
     Args:
         out_dir: folder of the run.
@@ -53,7 +52,7 @@ class Monitor:
                 maxinterval=interval,
                 dynamic_ncols=True,
             )
-        self._atoms = self._edges = self._processor_seconds = 0.0
+        self._atoms = self._edges = self._processor_seconds = self._processor_since = 0.0
         self._begin = time.perf_counter()
         self.restart_clock()
 

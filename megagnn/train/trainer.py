@@ -81,6 +81,8 @@ class Trainer:
         checkpoint = self.checkpoints.newest() if resume else None
         self.statistics = self._fit_statistics(train_set, checkpoint)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
+        for dataset in (train_set, valid_set):
+            dataset.weigh(config.data.source_weights, config.data.config_type_weights)
         self.train = BatchLoader(
             train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
         )
