@@ -4,9 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.calculator import PropertyNotImplementedError
+from ase.constraints import FixAtoms
+from ase.filters import FrechetCellFilter
 from ase.md.velocitydistribution import Stationary
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
@@ -109,6 +112,56 @@ def test_stress(checkpoint: Path) -> None:
     assert stress[0, 0] == pytest.approx((energies[1] - energies[0]) / (2 * h * atoms.get_volume()), rel=1e-5)
 
 
+def rattled(checkpoint: Path, source: str = "crystals") -> Atoms:
+    atoms = bulk("Cu", cubic=True)
+    atoms.symbols[0] = "Ag"
+    atoms.rattle(0.1, seed=1)
+    atoms.calc = MegaGNNCalculator(checkpoint, source=source)
+    return atoms
+
+
+@pytest.mark.parametrize("source", ["crystals", "clusters"])
+def test_atomic_energies(checkpoint: Path, source: str) -> None:
+    atoms = rattled(checkpoint, source)
+    energies = atoms.get_potential_energies()
+    assert energies.shape == (4,)
+    assert energies.sum() == pytest.approx(atoms.get_potential_energy(), abs=1e-10)
+    assert np.ptp(energies[1:]) > 1e-6, "atoms of one element differ by their neighbours"
+    swapped = atoms[[3, 2, 1, 0]]
+    swapped.calc = atoms.calc
+    assert swapped.get_potential_energies() == pytest.approx(energies[::-1], abs=1e-10)
+    single = Atoms("Cu", calculator=atoms.calc)
+    assert single.get_potential_energies() == pytest.approx([single.get_potential_energy()], abs=1e-12)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_within_a_mode_without_gradients(checkpoint: Path, mode: type[torch.no_grad]) -> None:
+    """A program that keeps all of its inference in such a block gets the same forces and stress."""
+    expected = rattled(checkpoint)
+    outside = rattled(checkpoint)
+    with mode():
+        inside = rattled(checkpoint)  # loaded there, too
+        for atoms in (inside, outside):
+            assert np.abs(atoms.get_forces() - expected.get_forces()).max() < 1e-12
+            assert np.abs(atoms.get_stress() - expected.get_stress()).max() < 1e-12
+            VelocityVerlet(atoms, timestep=units.fs).run(5)
+    assert np.abs(inside.positions - outside.positions).max() < 1e-12
+    assert np.abs(inside.positions - expected.positions).max() > 1e-4
+    assert np.isfinite(inside.get_forces()).all(), "and after the block"
+
+
+def test_a_cell_relaxes(checkpoint: Path) -> None:
+    """Positions and cell together, one atom held fixed: its force is there, but does not move it."""
+    atoms = rattled(checkpoint)
+    atoms.set_constraint(FixAtoms([0]))
+    before = atoms.get_potential_energy(), atoms.get_volume()
+    BFGS(FrechetCellFilter(atoms), logfile=None).run(fmax=1e-3, steps=5)
+    assert atoms.get_potential_energy() < before[0]
+    assert atoms.get_volume() != pytest.approx(before[1], rel=1e-6)
+    assert np.abs(atoms.calc.results["forces"][0]).max() > 0
+    assert np.abs(atoms.get_forces()[0]).max() == 0
+
+
 def test_errors(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"one of the model's sources \['clusters', 'crystals'\], none was"):
         MegaGNNCalculator(checkpoint)
@@ -118,6 +171,9 @@ def test_errors(checkpoint: Path) -> None:
         MegaGNNCalculator(checkpoint, source="clusters", level="PBE")
     with pytest.raises(ValueError, match="dtype must be 'float32' or 'float64', got 'float16'"):
         MegaGNNCalculator(checkpoint, source="clusters", dtype="float16")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device is 'cuda' but PyTorch sees no GPU here; use 'cpu'"):
+            MegaGNNCalculator(checkpoint, source="clusters", device="cuda")
     calculator = MegaGNNCalculator(checkpoint, source="clusters")
     with pytest.raises(
         ValueError, match="holds Au, which the model has never seen in the source 'clusters'; there"

@@ -47,15 +47,20 @@ class Statistics:
             output_scale=values["output_scale"],
         )
 
-    def check_elements(self, numbers: Iterable[int], source_index: int, where: str) -> None:
-        """Raises ValueError if an atomic number is not among the elements of a source."""
+    def check_elements(
+        self, numbers: Iterable[int], source_index: int, where: str, way_out: str | None = None
+    ) -> None:
+        """Raises ValueError if an atomic number is not among the elements of a source.
+
+        where: how the message calls what holds it. way_out: what it advises, instead of leaving it out.
+        """
         known = self.source_elements[source_index]
         unknown = sorted({int(z) for z in numbers} - set(known))
         if unknown:
             raise ValueError(
                 f"{where} holds {_symbols(unknown)}, which the model has never seen in the source "
-                f"'{self.sources[source_index]}'; there it knows {_symbols(known)}: leave these structures "
-                "out, or train on data with these elements"
+                f"'{self.sources[source_index]}'; there it knows {_symbols(known)}: "
+                f"{way_out or 'leave these structures out'}, or train on data with these elements"
             )
 
     def source_index(self, name: str | None) -> int:

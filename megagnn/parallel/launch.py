@@ -40,7 +40,7 @@ def pick_device(name: str, local_rank: int, num_local_ranks: int = 1) -> torch.d
         ValueError: CUDA is asked for and absent, or there are more ranks on this machine than GPUs.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is 'cuda' but PyTorch sees no GPU here; use 'cpu' or 'auto'")
+        raise ValueError("the device is 'cuda' but PyTorch sees no GPU here; use 'cpu' or 'auto'")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     if num_local_ranks > torch.cuda.device_count():
@@ -49,6 +49,25 @@ def pick_device(name: str, local_rank: int, num_local_ranks: int = 1) -> torch.d
             "needs its own; start fewer ranks, or set train.device = 'cpu'"
         )
     return torch.device("cuda", local_rank)
+
+
+def named_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:NUMBER` to a device, for work of one process.
+
+    Raises:
+        ValueError: another name, or CUDA is asked for and there is no such GPU.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ValueError(f"the device must be 'auto', 'cpu', 'cuda' or 'cuda:NUMBER', got '{name}'")
+    if not number:
+        return pick_device(name, 0)
+    pick_device(kind, 0)
+    if int(number) >= torch.cuda.device_count():
+        raise ValueError(
+            f"the device is '{name}' but there are {torch.cuda.device_count()} GPU(s) here, numbered from 0"
+        )
+    return torch.device("cuda", int(number))
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.launch import default_threads, pick_device
+from megagnn.parallel.launch import default_threads, named_device, pick_device
 from megagnn.parallel.world import all_reduce_sum, broadcast_object
 
 
@@ -30,6 +30,23 @@ def test_context_prints_itself() -> None:
 def test_device_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device("auto", 0).type == "cpu"
-    with pytest.raises(ValueError, match=r"train\.device is 'cuda' but PyTorch sees no GPU"):
+    with pytest.raises(ValueError, match="the device is 'cuda' but PyTorch sees no GPU here; use 'cpu'"):
         pick_device("cuda", 0)
+    with pytest.raises(ValueError, match="the device is 'cuda' but PyTorch sees no GPU here; use 'cpu'"):
+        named_device("cuda:1")
     assert default_threads(10_000) == 1
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:0", "cuda:x", ""])
+def test_devices_by_a_wrong_name(name: str) -> None:
+    with pytest.raises(ValueError, match="must be 'auto', 'cpu', 'cuda' or 'cuda:NUMBER', got"):
+        named_device(name)
+
+
+def test_devices_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert named_device("cuda:1") == torch.device("cuda", 1)
+    assert named_device("auto") == torch.device("cuda", 0)
+    with pytest.raises(ValueError, match=r"'cuda:2' but there are 2 GPU\(s\) here"):
+        named_device("cuda:2")
