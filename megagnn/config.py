@@ -139,6 +139,9 @@ class DataConfig:
     """Weights of sources in the loss, 1 for those not named: {"old data" = 0.2}."""
     config_type_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """The same of kinds of structures, as their files name them (config_type)."""
+    reference_energies: str | None = None
+    """File of reference energies, eV, by element or by source and element (docs/data.md); fitted, but for those
+    that the stores or isolated atoms give, if not given."""
     max_atoms: PositiveInt = 2048
     """Atoms of one batch on one rank, at most."""
     max_edges: PositiveInt = 65536

@@ -17,10 +17,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from megagnn.data import keys
+from megagnn.data.baseline import Baseline, fit_baseline, given_references
 from megagnn.data.batch import Graph, build_graph, collate
+from megagnn.data.isolated import ISOLATED_DISTANCE, isolated_atoms
 from megagnn.data.neighbours import neighbour_list
 from megagnn.data.ragged import ragged_indices
-from megagnn.data.references import NUM_ELEMENTS, fit_references
+from megagnn.data.reference_file import References
+from megagnn.data.references import NUM_ELEMENTS
 from megagnn.data.store import Store
 from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
 from megagnn.data.together import check_together
@@ -196,32 +199,42 @@ class StructureDataset(Dataset[Graph]):
                 counts[name] += int(np.count_nonzero(labels & bit))
         return counts
 
+    def sources_with_energy(self) -> set[int]:
+        """Sources of which some structure of this split has an energy."""
+        found: set[int] = set()
+        for k, store, rows in self._row_blocks():
+            labelled = rows[(store.arrays["labels"][rows] & LABEL_ENERGY) > 0]
+            found |= set(self._source_maps[k][np.unique(store.source[labelled])].tolist())
+        return found
+
     def batch(
         self, indices: Sequence[int] | NDArray[np.integer], dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
         """The batch of some structures (see `collate`)."""
         return collate([self[int(i)] for i in indices], dtype)
 
-    def fit_references(self) -> NDArray[np.float64]:
-        """(num_sources, 119) per-element energies of this split, eV (see `references.fit_references`)."""
-        numbers, lengths, energies, sources = [], [], [], []
-        for k, store in enumerate(self.stores):
-            arrays = store.arrays
-            mine = self._index_in_store[self._store_of == k]
-            mine = mine[(arrays["labels"][mine] & LABEL_ENERGY) > 0]
-            atoms = ragged_indices(arrays["offsets"], mine)
-            numbers.append(arrays["atomic_numbers"][atoms])
-            lengths.append(store.num_atoms[mine])
-            energies.append(arrays["energy"][mine])
-            sources.append(self._source_maps[k][arrays["source"][mine]])
-        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
-        return fit_references(
-            np.concatenate(numbers),
-            offsets,
-            np.concatenate(energies),
-            np.concatenate(sources),
-            len(self.sources),
-        )
+    def baseline(self, given: References | None = None) -> Baseline:
+        """References and shifts of this split (see `baseline.fit_baseline`).
+
+        Args:
+            given: reference energies by source, before those that the stores hold.
+        """
+        mine = [self._index_in_store[self._store_of == k] for k in range(len(self.stores))]
+        parts = list(zip(self.stores, mine, self._source_maps, strict=True))
+        return fit_baseline(parts, self.sources, given_references(self.stores, given), self._isolated_distance)
+
+    def isolated_atoms(self) -> NDArray[np.bool_]:
+        """(S,) bool, which structures of this split are isolated atoms."""
+        found = [isolated_atoms(store, self._isolated_distance) for store in self.stores]
+        return np.concatenate([f[self._index_in_store[self._store_of == k]] for k, f in enumerate(found)])
+
+    @property
+    def _isolated_distance(self) -> float:
+        return max(ISOLATED_DISTANCE, self.cutoff)
+
+    def warnings(self) -> list[str]:
+        """What looked wrong in the stores when they were prepared, in words."""
+        return list(dict.fromkeys(line for store in self.stores for line in store.header.warnings))
 
 
 def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:

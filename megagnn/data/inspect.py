@@ -9,29 +9,31 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from megagnn.data.baseline import Baseline, fit_baseline, given_references
+from megagnn.data.isolated import isolated_atoms
 from megagnn.data.ragged import ragged_indices
-from megagnn.data.references import fit_references
 from megagnn.data.split import SPLITS
 from megagnn.data.store import Store
 from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
 
 COUNTS = ("structures", "groups", "atoms", "max", "energy", "forces", "stress")
-COLUMNS = ("source", "split", *COUNTS, "E rms", "F rms")
+COLUMNS = ("source", "split", *COUNTS, "E rms", "F rms", "S rms")
 
 
 def describe(store: Store) -> str:
-    """A readable summary: per source and split the counts, spread of labels, then elements and provenance.
+    """A readable summary: per source and split the counts, spread of labels, then elements and provenance, and
+    what looked wrong when it was prepared at the end.
 
     "E rms" is the root mean square energy per atom in meV/atom after per-element references fitted
-    on training energies; "F rms" the root mean square of force components in eV/Å. These are the errors of
-    knowing nothing, which a model has to beat.
+    on training energies, isolated atoms left out; "F rms" the root mean square of force components in eV/Å; "S
+    rms" of stress components in eV/Å^3. These are the errors of knowing nothing, which a model has to beat.
     """
-    header = store.header
+    header, known = store.header, baseline_of(store)
     lines = [
         f"{store.path}: {header.num_structures:,} structures, {header.num_atoms:,} atoms",
         f"levels of theory: {', '.join(header.levels)}",
         "",
-        *_table(_rows(store)),
+        *_table(_rows(store, known)),
         "",
     ]
     for index, source in enumerate(header.sources):
@@ -41,20 +43,26 @@ def describe(store: Store) -> str:
             f"{chemical_symbols[z]} {n / counts.sum():.1%}" for z, n in zip(elements, counts, strict=True)
         )
         lines.append(f"{source}: {', '.join(shares)}; {_periodicity(store, store.source == index)}")
-    lines += ["", f"split: {json.dumps(header.split, ensure_ascii=False)}"]
+    lines += [*_reference_lines(store, known), "", f"split: {json.dumps(header.split, ensure_ascii=False)}"]
     lines += [f"provenance of {s}: {json.dumps(p, ensure_ascii=False)}" for s, p in header.provenance.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"warning: {line}" for line in warnings_of(store, known))])
 
 
-def _rows(store: Store) -> list[tuple[str, ...]]:
+def warnings_of(store: Store, known: Baseline | None = None) -> list[str]:
+    """What looks wrong in a store, in words: found when it was prepared, and of its reference energies."""
+    return [*store.header.warnings, *(known or baseline_of(store)).told]
+
+
+def _rows(store: Store, known: Baseline) -> list[tuple[str, ...]]:
     arrays, labels = store.arrays, store.arrays["labels"]
-    residual = _energy_residuals(store)
+    residual = _energy_residuals(store, known)
     rows = []
     for index, source in enumerate(store.header.sources):
         for k, split in enumerate(SPLITS):
             chosen = np.flatnonzero((store.source == index) & (store.split == k))
             with_forces = chosen[(labels[chosen] & LABEL_FORCES) > 0]
             forces = arrays["forces"][ragged_indices(arrays["offsets"], with_forces)].astype(np.float64)
+            stress = arrays["stress"][chosen[(labels[chosen] & LABEL_STRESS) > 0]].astype(np.float64)
             energies = residual[chosen][np.isfinite(residual[chosen])]
             rows.append(
                 (
@@ -70,25 +78,44 @@ def _rows(store: Store) -> list[tuple[str, ...]]:
                     ),
                     f"{1000 * np.sqrt(np.mean(energies**2)):.1f}" if len(energies) else "-",
                     f"{np.sqrt(np.mean(forces**2)):.3f}" if len(forces) else "-",
+                    f"{np.sqrt(np.mean(stress**2)):.3g}" if len(stress) else "-",
                 )
             )
     return rows
 
 
-def _energy_residuals(store: Store) -> NDArray[np.float64]:
-    """(S,) energy per atom after references fitted on training structures, eV; NaN where there are none."""
+def _energy_residuals(store: Store, known: Baseline) -> NDArray[np.float64]:
+    """(S,) energy per atom beyond references and shift, eV; NaN where there are none."""
     arrays = store.arrays
     has_energy = (arrays["labels"] & LABEL_ENERGY) > 0
     train = np.flatnonzero(has_energy & (store.split == SPLITS.index("train")))
-    numbers = arrays["atomic_numbers"][ragged_indices(arrays["offsets"], train)]
-    offsets = np.concatenate([[0], np.cumsum(store.num_atoms[train])])
-    references = fit_references(
-        numbers, offsets, arrays["energy"][train], store.source[train], len(store.header.sources)
-    )
     source_of_atom = np.repeat(store.source, store.num_atoms)
-    baseline = np.add.reduceat(references[source_of_atom, arrays["atomic_numbers"]], arrays["offsets"][:-1])
-    fitted = np.isin(store.source, np.unique(store.source[train]))
+    energies = known.references + known.shifts[:, None]
+    baseline = np.add.reduceat(energies[source_of_atom, arrays["atomic_numbers"]], arrays["offsets"][:-1])
+    fitted = np.isin(store.source, np.unique(store.source[train])) & ~isolated_atoms(store)
     return np.where(has_energy & fitted, (arrays["energy"] - baseline) / store.num_atoms, np.nan)
+
+
+def baseline_of(store: Store) -> Baseline:
+    """References and shifts of the training split of a store."""
+    numbers = np.arange(len(store.header.sources))
+    return fit_baseline(
+        [(store, store.indices("train"), numbers)], store.header.sources, given_references([store], None)
+    )
+
+
+def _reference_lines(store: Store, known: Baseline) -> list[str]:
+    """Which references are not fitted, and how many isolated atoms there are."""
+    lines, alone = [], isolated_atoms(store)
+    for index, source in enumerate(store.header.sources):
+        count = int((alone & (store.source == index)).sum())
+        if count:
+            lines.append(f"{source}: {count:,} isolated atoms")
+        fixed = np.flatnonzero(known.fixed[index])
+        if len(fixed):
+            shown = ", ".join(f"{chemical_symbols[z]} {known.references[index, z]:.6g}" for z in fixed)
+            lines.append(f"{source}: reference energies, eV, fixed: {shown}")
+    return lines
 
 
 def _periodicity(store: Store, chosen: NDArray[np.bool_]) -> str:

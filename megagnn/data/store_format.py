@@ -58,6 +58,7 @@ class StoreHeader:
         sha256: checksum of each array file, and of the names of groups where they are stored.
         config_types, files: names, indexed by the optional arrays of these names.
         warnings: what looked wrong when the data were prepared, in words; training says it again.
+        references: reference energies that were given, eV, by source and chemical symbol.
     """
 
     sources: tuple[str, ...]
@@ -71,6 +72,7 @@ class StoreHeader:
     config_types: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    references: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         record = {"format": FORMAT, "version": VERSION, **asdict(self)}

@@ -42,6 +42,7 @@ def write_store(
     provenance: Mapping[str, Mapping[str, Any]] | None = None,
     split_description: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
+    references: Mapping[str, Mapping[str, float]] | None = None,
     overwrite: bool = False,
 ) -> StoreHeader:
     """Write structures into a new store. On any error nothing remains.
@@ -54,6 +55,7 @@ def write_store(
         provenance: for each source, free form, JSON values only. A generator may fill it while it is read.
         split_description: how the split was made, free form.
         warnings: what looks wrong, in words; read last, so that the generator and `splits` may add to it.
+        references: reference energies that were given, eV, by source and chemical symbol.
         overwrite: replace a store that is there already (never anything else).
 
     Returns:
@@ -73,6 +75,7 @@ def write_store(
                 check_structure(structure, where=f"structure {index}")
                 writer.add(structure)
             header = writer.finish(splits, dict(split_description or {}), provenance or {}, warnings)
+            header.references.update({source: dict(row) for source, row in (references or {}).items()})
         (work / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         work.chmod(0o755)
         move_into_place(work, target)

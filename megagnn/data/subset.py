@@ -13,8 +13,8 @@ def nested_subset(dataset: StructureDataset, num_structures: int, seed: int) -> 
     """Indices of `num_structures` structures: the head of one random order, which the seed gives.
 
     At its very head the order has, of each source, the first labelled structures that show each element and
-    each level of theory: without them a small subset would make a model that cannot be evaluated, for lack of
-    an element or of a reference energy. They are a bias of the smallest subsets towards rare elements.
+    each level of theory, labelled with an energy where the source has any: without them a small subset would make a model that cannot be evaluated, for lack of
+    an element or of a reference energy. Isolated atoms are there, too: they fix references. All these are a bias of the smallest subsets towards rare elements.
 
     Raises:
         ValueError: more structures than there are, or fewer than show every source and element.
@@ -39,12 +39,15 @@ def _showing_all(dataset: StructureDataset, order: NDArray[np.int64]) -> list[in
     """Positions in the order of the structures that show something new."""
     seen: set[tuple[int, str, int]] = set()
     first = []
+    labelled, isolated = dataset.sources_with_energy(), dataset.isolated_atoms()
     for position, index in enumerate(order):
         record = dataset.record(int(index))
         source = record[keys.SOURCE]
         shown = {(source, "element", int(z)) for z in np.unique(record[keys.ATOMIC_NUMBERS])}
         shown.add((source, "level", record[keys.LEVEL]))
-        if keys.ENERGY in record and not shown <= seen:
+        if isolated[index]:
+            first.append(position)
+        elif (keys.ENERGY in record or source not in labelled) and not shown <= seen:
             first.append(position)
             seen |= shown
     return first

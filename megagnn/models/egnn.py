@@ -99,7 +99,7 @@ class EGNN(nn.Module):
         element_index = torch.full((NUM_ATOMIC_NUMBERS,), -1)
         element_index[list(statistics.elements)] = torch.arange(len(statistics.elements))
         self.register_buffer("element_index", element_index, persistent=False)
-        references = torch.tensor(statistics.references, dtype=torch.float64)
+        references = torch.tensor(statistics.baseline(), dtype=torch.float64)
         self.register_buffer("references", references, persistent=False)
 
     def vector_branch(self, layer: int) -> str:
@@ -199,11 +199,13 @@ class EGNN(nn.Module):
         return h_NF
 
     def reference_energy(self, batch: dict[str, Any]) -> Tensor:
-        """Sum of the elements' references of each structure, eV, (B,) float64: the "per-element" baseline."""
+        """Sum of the elements' references and the source's shifts of each structure, eV, (B,) float64: the
+        "per-element" baseline."""
         return segment_sum(self.atom_references(batch), Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR]))
 
     def atom_references(self, batch: dict[str, Any]) -> Tensor:
-        """The constant part of each atom's energy, eV, (N,) float64: the reference of its element."""
+        """The constant part of each atom's energy, eV, (N,) float64: the reference of its element, and the
+        shift of its source."""
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         return self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
 

@@ -1,5 +1,6 @@
 """What a model takes from its training split before the first step: elements, references, scales."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,6 +28,12 @@ class Statistics:
     """Mean number of edges per atom, A of docs/model.md."""
     output_scale: float
     """Unit of the network's outputs: root mean square of the training forces, eV/Å (or eV for energies)."""
+    shifts: tuple[float, ...] = ()
+    """Mean energy per atom in each source above references that are fixed, eV; 0 where they are fitted, and
+    everywhere if empty (data/baseline.py)."""
+    unspanned: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    """For each source, directions of composition of which the training energies tell nothing: orthonormal
+    rows over `elements`; empty if there are none."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -45,6 +52,40 @@ class Statistics:
             mean_energy=tuple(values["mean_energy"]),
             mean_neighbours=values["mean_neighbours"],
             output_scale=values["output_scale"],
+            # checkpoints made before these were known lack them
+            shifts=tuple(values.get("shifts", ())),
+            unspanned=tuple(tuple(map(tuple, rows)) for rows in values.get("unspanned", ())),
+        )
+
+    def baseline(self) -> tuple[tuple[float, ...], ...]:
+        """Energy of an atom of each element in each source before the network, eV: reference and shift."""
+        shifts = self.shifts or (0.0,) * len(self.sources)
+        return tuple(
+            tuple(energy + shift for energy in row)
+            for row, shift in zip(self.references, shifts, strict=True)
+        )
+
+    def span_fault(self, numbers: Iterable[int], source_index: int) -> str:
+        """Why the energy of a composition means little in a source, in words; empty if it means something.
+
+        numbers: atomic numbers of the atoms, all of them known (see `check_elements`).
+        """
+        rows = self.unspanned[source_index] if self.unspanned else ()
+        counts = Counter(int(z) for z in numbers)
+        atoms = [counts[z] for z in self.elements]
+        size = sum(n * n for n in atoms) ** 0.5
+        offs = [abs(sum(a * b for a, b in zip(row, atoms, strict=True))) for row in rows]
+        if not rows or max(offs) <= 1e-6 * size:
+            return ""
+        if len(rows) == len(self.source_elements[source_index]):
+            return (
+                f"the source '{self.sources[source_index]}' was trained without energies, so energies have "
+                "no zero; forces and differences between structures of one composition do"
+            )
+        return (
+            f"the training energies of the source '{self.sources[source_index]}' do not determine the "
+            f"reference energies of {_symbols(sorted(counts))} apart, so the energy of this composition means "
+            "little beside others; forces and differences at one composition do"
         )
 
     def check_elements(

@@ -3,20 +3,22 @@
 import numpy as np
 
 from megagnn.data import keys
+from megagnn.data.baseline import Baseline
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.statistics import Statistics
 
 
-def compute_statistics(dataset: StructureDataset) -> Statistics:
+def compute_statistics(dataset: StructureDataset, baseline: Baseline | None = None) -> Statistics:
     """Elements, per-element references, mean number of neighbours and output scale of a training split.
 
     The output scale is the root mean square of the force components (Batatia et al., MACE, NeurIPS 2022), or,
     without forces, of the energies per atom that the references leave over.
 
-    Raises:
-        ValueError: no structure has an energy.
+    Args:
+        baseline: references and shifts, where they are known already: `dataset.baseline()`.
     """
-    source_elements, references = dataset.source_elements(), dataset.fit_references()
+    known = dataset.baseline() if baseline is None else baseline
+    source_elements, energies = dataset.source_elements(), known.references + known.shifts[:, None]
     elements = np.unique(np.concatenate(source_elements))
     num_sources = len(dataset.sources)
     num_components, force_squares = dataset.force_squares()
@@ -29,11 +31,7 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
         if keys.ENERGY in record:
             count[source] += 1
             total[source] += record[keys.ENERGY] / len(numbers)
-            squares += ((record[keys.ENERGY] - references[source, numbers].sum()) / len(numbers)) ** 2
-    if count.sum() == 0:
-        raise ValueError(
-            "no training structure has an energy; prepare the data with --energy-key naming its energies"
-        )
+            squares += ((record[keys.ENERGY] - energies[source, numbers].sum()) / len(numbers)) ** 2
     scale = float(np.sqrt(force_squares / num_components if num_components else squares / count.sum()))
     return Statistics(
         elements=tuple(elements.tolist()),
@@ -41,8 +39,10 @@ def compute_statistics(dataset: StructureDataset) -> Statistics:
         levels=dataset.levels,
         source_elements=tuple(tuple(found.tolist()) for found in source_elements),
         source_levels=tuple(tuple(sorted(found)) for found in source_levels),
-        references=tuple(tuple(row[elements].tolist()) for row in references),
+        references=tuple(tuple(row[elements].tolist()) for row in known.references),
         mean_energy=tuple((total / np.maximum(count, 1)).tolist()),
         mean_neighbours=max(1.0, float(dataset.num_edges.sum() / dataset.num_atoms.sum())),
         output_scale=scale if scale > 0 else 1.0,
+        shifts=tuple(known.shifts.tolist()),
+        unspanned=tuple(tuple(map(tuple, rows[:, elements].tolist())) for rows in known.unspanned),
     )

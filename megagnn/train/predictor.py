@@ -1,5 +1,6 @@
 """A checkpoint's potential applied to structures of ASE: what the calculator and `megagnn predict` share."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Predictor:
         self.has_forces = config.forces != "none"
         # the stress is a derivative of the energy, so every conservative model can give it
         self.has_stress = config.forces == "conservative"
+        self._warned: set[str] = set()  # compositions whose energy was said to mean little
 
     def graph(self, atoms: Atoms, where: str = "the structure", way_out: str | None = None) -> Graph:
         """The structure with its neighbours, for `results`.
@@ -73,6 +75,7 @@ class Predictor:
         if len(atoms) == 0:
             raise ValueError(f"{where} has no atoms; give at least one")
         self.statistics.check_elements(atoms.numbers, self.source_index, where, way_out)
+        self._check_span(atoms)
         try:
             graph = build_graph(
                 atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc, self.cutoff, self.self_edges
@@ -80,6 +83,16 @@ class Predictor:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         return {**graph, keys.SOURCE: self.source_index, keys.LEVEL: self.level_index}
+
+    def _check_span(self, atoms: Atoms) -> None:
+        """Warn, once for each composition, of an energy that the training energies do not determine."""
+        formula = atoms.get_chemical_formula()
+        if formula in self._warned:
+            return
+        self._warned.add(formula)
+        fault = self.statistics.span_fault(atoms.numbers, self.source_index)
+        if fault:
+            warnings.warn(f"{formula}: {fault}", stacklevel=3)
 
     def results(self, graphs: Sequence[Graph]) -> list[Results]:
         """Predictions for structures in one batch; forces and stress where the model has them, stress of

@@ -94,9 +94,14 @@ def position_of(progress: Progress, sampler: BudgetSampler) -> Progress:
 
 
 def _same_data(then: Statistics, now: Statistics) -> bool:
-    """Equal but for the rounding of a fit on another machine."""
+    """Equal but for the rounding of a fit on another machine.
+
+    References and what belongs to them follow from the data by rules that may be told otherwise at a resume;
+    the run keeps its own.
+    """
     a, b = dataclasses.asdict(then), dataclasses.asdict(now)
-    fitted = ("references", "mean_energy", "output_scale", "mean_neighbours")
-    if any(a[key] != b[key] for key in a if key not in fitted):
+    fitted = ("mean_energy", "output_scale", "mean_neighbours")
+    chosen = ("references", "shifts", "unspanned")
+    if any(a[key] != b[key] for key in a if key not in fitted + chosen):
         return False
     return all(np.allclose(a[key], b[key], rtol=1e-6, atol=1e-6) for key in fitted)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megagnn.config import RunConfig, config_to_dict
 from megagnn.data.dataset import StructureDataset
+from megagnn.data.reference_file import for_sources, read_reference_energies
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
@@ -79,6 +80,7 @@ class Trainer:
             config.train.async_checkpoints,
         )
         checkpoint = self.checkpoints.newest() if resume else None
+        self.told: list[str] = []  # what looks wrong in the data, on the main rank
         self.statistics = self._fit_statistics(train_set, checkpoint)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
         for dataset in (train_set, valid_set):
@@ -159,7 +161,13 @@ class Trainer:
 
     def _fit_statistics(self, train_set: StructureDataset, checkpoint: FolderCheckpoint | None) -> Statistics:
         """The main rank's, so that machines that round differently agree; a resumed run keeps its own."""
-        fitted = compute_statistics(train_set) if self.context.is_main else None
+        path = self.config.data.reference_energies
+        given = for_sources(read_reference_energies(path), train_set.sources, path) if path else None
+        fitted = None
+        if self.context.is_main:
+            baseline = train_set.baseline(given)
+            fitted = compute_statistics(train_set, baseline)
+            self.told = [*train_set.warnings(), *baseline.told]
         statistics: Statistics = broadcast_object(fitted, self.context)
         if checkpoint is None:
             return statistics
@@ -181,6 +189,8 @@ class Trainer:
             self.checkpoints,
         ):
             monitor.say(self._summary())
+            for line in self.told:
+                monitor.say(f"warning: {line}")
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
             stop = self.progress.validation_due and self._after_step(False, monitor, signals)
             for batches in () if stop else self._batches():

@@ -111,7 +111,7 @@ def test_references_are_fitted_on_energies_of_the_split(structures, make_store):
         for s in structures
     ]
     data = StructureDataset([make_store(labelled)], "train", 3.0)
-    references = data.fit_references()
+    references = data.baseline().references
     assert references.shape == (2, 119)
     for source in (0, 1):
         assert references[source, [1, 6, 8]] == pytest.approx(list(known.values()), abs=1e-8)

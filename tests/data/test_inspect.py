@@ -24,9 +24,9 @@ def test_counts_and_rms(tmp_path):
     rows = {
         tuple(line.split()[:2]): line.split()[2:] for line in text.splitlines() if line.startswith("water ")
     }
-    assert rows["water", "train"] == ["2", "2", "6", "3", "2", "2", "0", "1000.0", "1.414"]
-    assert rows["water", "valid"] == ["0", "0", "0", "0", "0", "0", "0", "-", "-"]
-    assert rows["water", "test"] == ["1", "1", "3", "3", "1", "1", "0", "2000.0", "1.414"]
+    assert rows["water", "train"] == ["2", "2", "6", "3", "2", "2", "0", "1000.0", "1.414", "-"]
+    assert rows["water", "valid"] == ["0", "0", "0", "0", "0", "0", "0", "-", "-", "-"]
+    assert rows["water", "test"] == ["1", "1", "3", "3", "1", "1", "0", "2000.0", "1.414", "-"]
     assert "H 66.7%, O 33.3%; 3 molecules" in text
     assert '"engine": "toy"' in text
 
@@ -43,4 +43,4 @@ def test_source_without_training_structures(structures, tmp_path):
     splits = np.array([2 if s.source == "B" else 0 for s in structures])
     write_store(tmp_path / "s", structures, splits=splits)
     (row,) = [r for r in describe(Store.open(tmp_path / "s")).splitlines() if r.split()[:2] == ["B", "test"]]
-    assert row.split()[-2] == "-"  # no references, so no energy after them
+    assert row.split()[-3] == "-"  # no references, so no energy after them

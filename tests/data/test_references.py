@@ -24,7 +24,7 @@ def data(noise=0.0, num_structures=60):
 
 
 def test_recovers_the_references_of_each_source():
-    result = fit_references(*data(), num_sources=3)
+    result = fit_references(*data(), num_sources=3).energies
     assert result.shape == (3, 119)
     assert result.dtype == np.float64
     for source, energies in TRUE.items():
@@ -35,7 +35,7 @@ def test_recovers_the_references_of_each_source():
 
 def test_equals_the_weighted_normal_equations():
     numbers, offsets, energies, sources = data(noise=0.3)
-    result = fit_references(numbers, offsets, energies, sources, 3)
+    result = fit_references(numbers, offsets, energies, sources, 3).energies
     for source in (0, 2):
         rows = np.flatnonzero(sources == source)
         counts = np.array(
@@ -49,16 +49,59 @@ def test_equals_the_weighted_normal_equations():
         assert np.abs(plain - expected).max() > 1e-3  # the weights matter
 
 
-def test_constant_composition_gives_the_solution_of_smallest_norm():
-    result = fit_references(
-        np.array([1, 1, 8] * 4), np.arange(0, 13, 3), np.full(4, -10.0), np.zeros(4, int), 1
-    )
-    assert result[0, [1, 8]] == pytest.approx([-4.0, -2.0])
+def water(energy, num_structures=4):
+    numbers = np.array([1, 1, 8] * num_structures)
+    offsets = np.arange(0, 3 * num_structures + 1, 3)
+    return numbers, offsets, np.full(num_structures, energy), np.zeros(num_structures, int)
+
+
+@pytest.mark.parametrize(
+    ("energy", "hydrogen", "oxygen", "tolerance"),
+    [
+        (-2079.0, -13.6, -2042.0, 10.0),  # all electrons
+        (-468.0, -13.0, -430.0, 20.0),  # valence electrons
+        (-14.2, -14.2 / 3, -14.2 / 3, 1e-9),  # relative to atoms
+    ],
+)
+def test_constant_composition_takes_references_of_usual_size(energy, hydrogen, oxygen, tolerance):
+    fit = fit_references(*water(energy), 1)
+    assert 2 * fit.energies[0, 1] + fit.energies[0, 8] == pytest.approx(energy, abs=1e-8)
+    assert fit.energies[0, [1, 8]] == pytest.approx([hydrogen, oxygen], abs=tolerance)
+    (direction,) = fit.unspanned[0]
+    assert np.linalg.norm(direction) == pytest.approx(1.0)
+    assert direction @ np.bincount([1, 1, 8], minlength=119) == pytest.approx(0.0, abs=1e-12)
+    assert abs(direction @ np.bincount([1, 1], minlength=119)) > 0.5  # hydrogen is not determined
+
+
+def test_an_element_without_energy_is_open_and_takes_a_usual_value():
+    fit = fit_references(*water(-2079.0), 1, elements=[np.array([1, 6, 8])])
+    assert len(fit.unspanned[0]) == 2
+    assert fit.energies[0, 6] == pytest.approx(-1029.0, rel=0.02)
+
+
+def test_known_references_stay_and_determine_the_others():
+    fixed = np.full((1, 119), np.nan)
+    fixed[0, 1] = -13.6
+    fit = fit_references(*water(-2079.0), 1, fixed=fixed)
+    assert fit.energies[0, 1] == -13.6
+    assert fit.energies[0, 8] == pytest.approx(-2079.0 + 27.2, abs=1e-9)
+    assert len(fit.unspanned[0]) == 0
+
+
+def test_determined_references_are_those_of_plain_least_squares():
+    numbers, offsets, energies, sources = data(noise=0.3)
+    fit = fit_references(numbers, offsets, energies, sources, 3)
+    rows = np.flatnonzero(sources == 2)
+    counts = np.array([np.bincount(numbers[offsets[r] : offsets[r + 1]], minlength=9) for r in rows])
+    shares = counts[:, [1, 6, 8]] / counts.sum(axis=1, keepdims=True)
+    expected = np.linalg.lstsq(shares, energies[rows] / counts.sum(axis=1), rcond=None)[0]
+    assert np.array_equal(fit.energies[2, [1, 6, 8]], expected)
+    assert [len(rows) for rows in fit.unspanned] == [0, 0, 0]
 
 
 def test_no_structures():
     empty = np.zeros(0, dtype=int)
-    assert not fit_references(empty, np.zeros(1, dtype=int), np.zeros(0), empty, 2).any()
+    assert not fit_references(empty, np.zeros(1, dtype=int), np.zeros(0), empty, 2).energies.any()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,209 @@
+"""What is known of energies before training: reference energies, given, of isolated atoms or fitted.
+
+Where references are fixed, all energies of bonds lie on one side of them, some eV per atom below. A network
+that begins near zero would first have to learn that constant, so each source has a *shift* per atom, as in
+MACE (Batatia et al., NeurIPS 2022, scale and shift). Fitted references hold it already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ase.data import atomic_numbers, chemical_symbols
+from numpy.typing import NDArray
+
+from megagnn.data.isolated import ISOLATED_DISTANCE, isolated_atoms
+from megagnn.data.ragged import ragged_indices
+from megagnn.data.reference_file import References, absurd_references
+from megagnn.data.references import NUM_ELEMENTS, ReferenceFit, fit_references
+from megagnn.data.store import Store
+from megagnn.data.store_format import LABEL_ENERGY
+
+Part = tuple[Store, NDArray[np.int64], NDArray[np.int64]]
+"""A store, the structures of it that count, and the number of each of its sources among all sources."""
+
+SAME_ENERGY = 0.01
+"""eV. Energies of one isolated atom that differ by more are not of one method, or not of one spin."""
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Energies known before training.
+
+    Attributes:
+        references: (num_sources, 119) float64, eV.
+        shifts: (num_sources,) eV per atom, to be added to the references; exactly 0 where all are fitted.
+        unspanned: see `ReferenceFit`.
+        fixed: (num_sources, 119) bool, which references are not fitted.
+        isolated: one bool array for each part, which of its structures are isolated atoms.
+        told: what a user should know of them, in words.
+    """
+
+    references: NDArray[np.float64]
+    shifts: NDArray[np.float64]
+    unspanned: tuple[NDArray[np.float64], ...]
+    fixed: NDArray[np.bool_]
+    isolated: tuple[NDArray[np.bool_], ...]
+    told: tuple[str, ...]
+
+
+def fit_baseline(
+    parts: Sequence[Part],
+    sources: Sequence[str],
+    given: References | None = None,
+    distance: float = ISOLATED_DISTANCE,
+) -> Baseline:
+    """References of training structures: those given first, then those of isolated atoms; the rest fitted.
+
+    Args:
+        parts: training structures only.
+        sources: names of all sources.
+        given: references by source; those in the headers of the stores are added by `given_references`.
+        distance: Å, from which a single atom is isolated of its images.
+
+    Raises:
+        ValueError: see `fit_references`.
+    """
+    rows = [_Rows(store, chosen, numbers, distance) for store, chosen, numbers in parts]
+    fixed = np.full((len(sources), NUM_ELEMENTS), np.nan)
+    told: list[str] = []
+    for index, source in enumerate(sources):
+        of_atoms = _isolated_energies(rows, index)
+        row = dict((given or {}).get(source, {}))
+        told += _told_of_fixed(source, row, of_atoms, _elements(rows, index))
+        fixed[index, [*of_atoms]] = [min(energies) for energies in of_atoms.values()]
+        fixed[index, [atomic_numbers[symbol] for symbol in row]] = list(row.values())
+    numbers = np.concatenate([part.numbers() for part in rows])
+    lengths = np.concatenate([part.store.num_atoms[part.fitted] for part in rows])
+    energies = np.concatenate([part.store.arrays["energy"][part.fitted] for part in rows])
+    of_source = np.concatenate([part.source_of(part.fitted) for part in rows])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    elements = [_elements(rows, index) for index in range(len(sources))]
+    fit = fit_references(
+        numbers, offsets, energies, of_source, len(sources), fixed=fixed, elements=elements
+    )
+    is_fixed = np.zeros_like(fixed, dtype=np.bool_)
+    shifts = np.zeros(len(sources))
+    summed = np.bincount(
+        np.repeat(np.arange(len(lengths)), lengths),
+        fit.energies[np.repeat(of_source, lengths), numbers],
+        minlength=len(lengths),
+    )
+    for index, source in enumerate(sources):
+        is_fixed[index, elements[index]] = ~np.isnan(fixed[index, elements[index]])
+        mine = of_source == index
+        if is_fixed[index].any() and mine.any():
+            shifts[index] = np.mean((energies[mine] - summed[mine]) / lengths[mine])
+        told += _told_of_open(source, fit, index, bool(mine.any()), elements[index])
+    isolated = tuple(part.isolated for part in rows)
+    return Baseline(fit.energies, shifts, fit.unspanned, is_fixed, isolated, tuple(told))
+
+
+def given_references(stores: Sequence[Store], own: Mapping[str, Mapping[str, float]] | None) -> References:
+    """Reference energies by source: those in the headers of stores, and before them a user's own.
+
+    Raises:
+        ValueError: two stores give one element of one source two energies, and the user none.
+    """
+    found: References = {source: dict(row) for source, row in (own or {}).items()}
+    origin: dict[tuple[str, str], Store] = {}
+    for store in stores:
+        for source, row in store.header.references.items():
+            mine = found.setdefault(source, {})
+            for symbol, energy in row.items():
+                other = origin.get((source, symbol))
+                if other is not None and abs(mine[symbol] - energy) > SAME_ENERGY:
+                    raise ValueError(
+                        f"the reference energy of {symbol} in source {source!r} is {mine[symbol]:g} eV in "
+                        f"{other.path} and {energy:g} eV in {store.path}; prepare them with one "
+                        "(--reference-energies), or as two sources"
+                    )
+                if symbol not in mine:
+                    mine[symbol], origin[source, symbol] = energy, store
+    return found
+
+
+class _Rows:
+    """The training structures of one store: which are isolated atoms, and which enter the fit."""
+
+    def __init__(
+        self, store: Store, chosen: NDArray[np.int64], numbers: NDArray[np.int64], distance: float
+    ) -> None:
+        self.store, self.chosen, self._numbers = store, chosen, numbers
+        single = chosen[store.num_atoms[chosen] == 1]
+        alone = isolated_atoms(store, distance) if len(single) else np.zeros(len(store), dtype=np.bool_)
+        self.isolated: NDArray[np.bool_] = alone[chosen]
+        labelled = (store.arrays["labels"][chosen] & LABEL_ENERGY) > 0
+        self.fitted = chosen[labelled & ~self.isolated]
+        self.atoms = chosen[labelled & self.isolated]
+
+    def source_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._numbers[self.store.source[rows]]
+
+    def numbers(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.integer]:
+        arrays = self.store.arrays
+        return arrays["atomic_numbers"][ragged_indices(arrays["offsets"], self.fitted if rows is None else rows)]
+
+
+def _elements(rows: Sequence[_Rows], source: int) -> NDArray[np.int64]:
+    found = [part.numbers(part.chosen[part.source_of(part.chosen) == source]) for part in rows]
+    return np.unique(np.concatenate(found)).astype(np.int64)
+
+
+def _isolated_energies(rows: Sequence[_Rows], source: int) -> dict[int, list[float]]:
+    found: dict[int, list[float]] = {}
+    for part in rows:
+        mine = part.atoms[part.source_of(part.atoms) == source]
+        for z, energy in zip(part.numbers(mine).tolist(), part.store.arrays["energy"][mine], strict=True):
+            found.setdefault(z, []).append(float(energy))
+    return found
+
+
+def _told_of_fixed(
+    source: str, given: dict[str, float], of_atoms: dict[int, list[float]], elements: NDArray[np.int64]
+) -> list[str]:
+    told = []
+    for z, energies in sorted(of_atoms.items()):
+        symbol = chemical_symbols[z]
+        if max(energies) - min(energies) > SAME_ENERGY:
+            told.append(
+                f"{source}: isolated atoms of {symbol} have energies from {min(energies):.6g} to "
+                f"{max(energies):.6g} eV; the lowest is taken for the reference"
+            )
+        if symbol in given and abs(given[symbol] - min(energies)) > SAME_ENERGY:
+            told.append(
+                f"{source}: the reference energy given for {symbol}, {given[symbol]:.6g} eV, is not that of "
+                f"its isolated atom, {min(energies):.6g} eV; the one given is taken"
+            )
+    missing = [chemical_symbols[z] for z in elements if chemical_symbols[z] not in given and z not in of_atoms]
+    if given and missing:
+        told.append(
+            f"{source}: reference energies are given, but none for {', '.join(missing)}, which are fitted"
+        )
+    present = {s: e for s, e in given.items() if atomic_numbers[s] in elements}
+    alone = {chemical_symbols[z]: min(e) for z, e in of_atoms.items() if chemical_symbols[z] not in given}
+    for symbol, energy in absurd_references({**alone, **present}).items():
+        told.append(
+            f"{source}: the reference energy of {symbol}, {energy:.6g} eV, is not one of an atom; check its unit"
+        )
+    return told
+
+
+def _told_of_open(
+    source: str, fit: ReferenceFit, index: int, has_energies: bool, elements: NDArray[np.int64]
+) -> list[str]:
+    directions = fit.unspanned[index]
+    if not len(directions):
+        return []
+    if not has_energies and len(directions) == len(elements):
+        return [
+            f"{source}: no training structure has an energy, so the model's energies have no zero; its forces do"
+        ]
+    symbols = ", ".join(chemical_symbols[z] for z in np.flatnonzero(np.abs(directions).max(axis=0) > 1e-8))
+    return [
+        f"{source}: the energies do not determine the reference energies of {symbols}, which come in one "
+        "proportion only or without energy; values of usual size are taken, and energies of other compositions "
+        "mean little. Give reference energies (--reference-energies FILE) or isolated atoms"
+    ]
