@@ -140,8 +140,8 @@ class DataConfig:
     config_type_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
     """The same of kinds of structures, as their files name them (config_type)."""
     reference_energies: str | None = None
-    """File of reference energies, eV, by element or by source and element (docs/data.md); fitted, but for those
-    that the stores or isolated atoms give, if not given."""
+    """File of reference energies, eV, by element or by source and element (docs/data.md); if not given, those
+    that neither stores nor isolated atoms give are fitted."""
     max_atoms: PositiveInt = 2048
     """Atoms of one batch on one rank, at most."""
     max_edges: PositiveInt = 65536

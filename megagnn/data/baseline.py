@@ -81,9 +81,7 @@ def fit_baseline(
     of_source = np.concatenate([part.source_of(part.fitted) for part in rows])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     elements = [_elements(rows, index) for index in range(len(sources))]
-    fit = fit_references(
-        numbers, offsets, energies, of_source, len(sources), fixed=fixed, elements=elements
-    )
+    fit = fit_references(numbers, offsets, energies, of_source, len(sources), fixed=fixed, elements=elements)
     is_fixed = np.zeros_like(fixed, dtype=np.bool_)
     shifts = np.zeros(len(sources))
     summed = np.bincount(
@@ -144,7 +142,9 @@ class _Rows:
 
     def numbers(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.integer]:
         arrays = self.store.arrays
-        return arrays["atomic_numbers"][ragged_indices(arrays["offsets"], self.fitted if rows is None else rows)]
+        return arrays["atomic_numbers"][
+            ragged_indices(arrays["offsets"], self.fitted if rows is None else rows)
+        ]
 
 
 def _elements(rows: Sequence[_Rows], source: int) -> NDArray[np.int64]:
@@ -177,7 +177,9 @@ def _told_of_fixed(
                 f"{source}: the reference energy given for {symbol}, {given[symbol]:.6g} eV, is not that of "
                 f"its isolated atom, {min(energies):.6g} eV; the one given is taken"
             )
-    missing = [chemical_symbols[z] for z in elements if chemical_symbols[z] not in given and z not in of_atoms]
+    missing = [
+        chemical_symbols[z] for z in elements if chemical_symbols[z] not in given and z not in of_atoms
+    ]
     if given and missing:
         told.append(
             f"{source}: reference energies are given, but none for {', '.join(missing)}, which are fitted"
@@ -186,7 +188,8 @@ def _told_of_fixed(
     alone = {chemical_symbols[z]: min(e) for z, e in of_atoms.items() if chemical_symbols[z] not in given}
     for symbol, energy in absurd_references({**alone, **present}).items():
         told.append(
-            f"{source}: the reference energy of {symbol}, {energy:.6g} eV, is not one of an atom; check its unit"
+            f"{source}: the reference energy of {symbol}, {energy:.6g} eV, is not that of any atom; check its "
+            "unit"
         )
     return told
 
@@ -199,11 +202,11 @@ def _told_of_open(
         return []
     if not has_energies and len(directions) == len(elements):
         return [
-            f"{source}: no training structure has an energy, so the model's energies have no zero; its forces do"
+            f"{source}: no training structure has an energy, so the energies of a model are without a zero"
         ]
     symbols = ", ".join(chemical_symbols[z] for z in np.flatnonzero(np.abs(directions).max(axis=0) > 1e-8))
     return [
         f"{source}: the energies do not determine the reference energies of {symbols}, which come in one "
-        "proportion only or without energy; values of usual size are taken, and energies of other compositions "
-        "mean little. Give reference energies (--reference-energies FILE) or isolated atoms"
+        "proportion only or without energy; values of usual size are taken, and energies of other "
+        "compositions mean little. Give reference energies (--reference-energies FILE) or isolated atoms"
     ]

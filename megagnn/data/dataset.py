@@ -221,7 +221,9 @@ class StructureDataset(Dataset[Graph]):
         """
         mine = [self._index_in_store[self._store_of == k] for k in range(len(self.stores))]
         parts = list(zip(self.stores, mine, self._source_maps, strict=True))
-        return fit_baseline(parts, self.sources, given_references(self.stores, given), self._isolated_distance)
+        return fit_baseline(
+            parts, self.sources, given_references(self.stores, given), self._isolated_distance
+        )
 
     def isolated_atoms(self) -> NDArray[np.bool_]:
         """(S,) bool, which structures of this split are isolated atoms."""

@@ -21,12 +21,12 @@ COLUMNS = ("source", "split", *COUNTS, "E rms", "F rms", "S rms")
 
 
 def describe(store: Store) -> str:
-    """A readable summary: per source and split the counts, spread of labels, then elements and provenance, and
-    what looked wrong when it was prepared at the end.
+    """A readable summary: per source and split the counts, spread of labels, then elements and provenance,
+    and what looked wrong when it was prepared at the end.
 
     "E rms" is the root mean square energy per atom in meV/atom after per-element references fitted
-    on training energies, isolated atoms left out; "F rms" the root mean square of force components in eV/Å; "S
-    rms" of stress components in eV/Å^3. These are the errors of knowing nothing, which a model has to beat.
+    on training energies, without isolated atoms; "F rms" the root mean square of force components in eV/Å;
+    "S rms" of stress components in eV/Å^3. These are the errors of knowing nothing, which a model has to beat.
     """
     header, known = store.header, baseline_of(store)
     lines = [

@@ -21,7 +21,7 @@ ISOLATED_PREFIX = "isolated atom "
 def is_isolated(
     num_atoms: int, positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, config_type: str, distance: float
 ) -> bool:
-    """Whether a structure is an isolated atom: one atom, said to be one or without an image within a distance.
+    """Whether a structure is a single atom that is said to be isolated or without an image within a distance.
 
     Args:
         num_atoms: of the structure; positions (N, 3), Å, cell (3, 3), Å, pbc (3,) as in `Structure`.

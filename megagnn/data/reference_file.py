@@ -1,4 +1,4 @@
-"""Reference energies that a user gives: a small file of elements and energies, for all sources or by source."""
+"""Reference energies that a user gives: a file of elements and energies, for all sources or by source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ References = dict[str, dict[str, float]]
 """Source, or EVERY_SOURCE -> chemical symbol -> energy of the free atom, eV."""
 
 LOWEST, HIGHEST = 1.5, 20.0
-"""A reference energy below LOWEST times that of all electrons, or above HIGHEST eV, is told: no method has it."""
+"""A reference energy below LOWEST times that of all electrons, or above HIGHEST eV, is told: no method gives
+it."""
 
 
 def read_reference_energies(path: str | Path) -> References:

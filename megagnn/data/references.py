@@ -76,7 +76,9 @@ def fit_references(
         counts = np.bincount(row * len(present) + column, minlength=len(rows) * len(present))
         shares = counts.reshape(len(rows), len(present)) / num_atoms[rows, None]
         known = np.full(len(present), np.nan) if fixed is None else fixed[source, present]
-        references[source, present], open_rows = _fit(shares, energies[rows] / num_atoms[rows], present, known)
+        references[source, present], open_rows = _fit(
+            shares, energies[rows] / num_atoms[rows], present, known
+        )
         full = np.zeros((len(open_rows), NUM_ELEMENTS))
         full[:, present] = open_rows
         unspanned.append(full)

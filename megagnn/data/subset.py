@@ -12,9 +12,10 @@ from megagnn.data.dataset import StructureDataset
 def nested_subset(dataset: StructureDataset, num_structures: int, seed: int) -> NDArray[np.int64]:
     """Indices of `num_structures` structures: the head of one random order, which the seed gives.
 
-    At its very head the order has, of each source, the first labelled structures that show each element and
-    each level of theory, labelled with an energy where the source has any: without them a small subset would make a model that cannot be evaluated, for lack of
-    an element or of a reference energy. Isolated atoms are there, too: they fix references. All these are a bias of the smallest subsets towards rare elements.
+    At its very head the order has isolated atoms, which fix references, and of each source the first labelled
+    structures that show each element and each level of theory, with an energy where the source has any:
+    without them a small subset would make a model that cannot be evaluated, for lack of an element or of a
+    reference energy. They are a bias of the smallest subsets towards rare elements.
 
     Raises:
         ValueError: more structures than there are, or fewer than show every source and element.

@@ -80,12 +80,12 @@ class Statistics:
         if len(rows) == len(self.source_elements[source_index]):
             return (
                 f"the source '{self.sources[source_index]}' was trained without energies, so energies have "
-                "no zero; forces and differences between structures of one composition do"
+                "no zero; only forces and differences at one composition mean something"
             )
         return (
             f"the training energies of the source '{self.sources[source_index]}' do not determine the "
-            f"reference energies of {_symbols(sorted(counts))} apart, so the energy of this composition means "
-            "little beside others; forces and differences at one composition do"
+            f"reference energies of {_symbols(sorted(counts))} apart, so the energy of this composition "
+            "means little beside others; forces, and differences at one composition, are sound"
         )
 
     def check_elements(
