@@ -255,6 +255,10 @@ class TrainConfig:
 
     num_steps: PositiveInt = 10_000
     """Optimizer steps."""
+    num_epochs: PositiveInt | None = None
+    """Passes over the training structures, which make the number of steps instead of `num_steps`."""
+    patience: PositiveInt | None = None
+    """Validations in a row without a lower loss after which the run ends; none end it if not given."""
     seed: NonNegativeInt = 0
     """Seed of the initial weights and of the order of the data."""
     dtype: Literal["float32", "float64", "bfloat16"] = "float32"
@@ -351,9 +355,13 @@ class RunConfig:
                     f"set loss.{name} = 0 or model.forces = 'conservative'"
                 )
         if self.optim.warmup_steps >= self.train.num_steps:
+            epochs = self.train.num_epochs
+            number = f"train.num_steps ({self.train.num_steps})"
+            if epochs is not None:
+                number = f"the {self.train.num_steps} steps of train.num_epochs = {epochs}"
             raise ValueError(
-                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below train.num_steps "
-                f"({self.train.num_steps}); use at most {self.train.num_steps - 1}"
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below {number}; use at most "
+                f"{self.train.num_steps - 1}"
             )
         self._check_sharding()
         self._check_precision()
@@ -492,6 +500,12 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
     """Nested plain dictionaries, ready for JSON; `config_from_dict` gives the same configuration back."""
     values: dict[str, Any] = TypeAdapter(RunConfig).dump_python(config, mode="json")
     return values
+
+
+def with_num_steps(config: RunConfig, num_steps: int) -> RunConfig:
+    """The configuration with this number of steps; raises ValueError where it does not fit the other keys."""
+    values = config_to_dict(config)
+    return config_from_dict({**values, "train": {**values["train"], "num_steps": num_steps}})
 
 
 def flat_config(config: RunConfig) -> dict[str, Any]:

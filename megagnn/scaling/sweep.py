@@ -84,6 +84,10 @@ _NO_MATTER = (
 )
 
 
+# Defaults that have changed since their keys were made, as they were: digests are of what differs from these.
+FIRST_DEFAULTS: dict[str, Any] = {}
+
+
 @dataclass(frozen=True)
 class PlannedRun:
     """One line of the table."""
@@ -303,8 +307,9 @@ def run_name(settings: Mapping[str, Any]) -> str:
 
 
 def _digest(config: RunConfig) -> str:
-    """Of what differs from the defaults: a key that a later version brings changes no digest."""
-    usual = flat_config(RunConfig())
+    """Of what differs from the first defaults: neither a key that a later version brings nor a default that
+    it changes makes another run of one that was made before, or the same of one that was not."""
+    usual = {**flat_config(RunConfig()), **FIRST_DEFAULTS}
     flat = {k: v for k, v in flat_config(config).items() if k not in _NO_MATTER and v != usual.get(k)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
 

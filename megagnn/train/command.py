@@ -11,6 +11,7 @@ from megagnn.parallel.elastic import launch_identity
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.checkpoint_folder import checkpoint_steps
+from megagnn.train.monitor import LINES
 from megagnn.train.run_lock import locked
 from megagnn.train.trainer import Trainer
 
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         stopped_by = trainer.run()
         if context.is_main and stopped_by:
             print(
-                f"stopped by {stopped_by} after step {trainer.progress.step} of {train.num_steps}; saved "
+                f"stopped by {stopped_by} after step {trainer.progress.step} of "
+                f"{trainer.config.train.num_steps}; saved "
                 f"{trainer.last_path}. The same command with --resume continues"
             )
         elif context.is_main:
@@ -115,6 +117,7 @@ def _remove_earlier_run(out_dir: Path, context: ParallelContext) -> None:
         for folder in (out_dir / "checkpoints", out_dir / "tensorboard", out_dir / "bad_batches"):
             if folder.exists():
                 shutil.rmtree(folder)
+        (out_dir / LINES).unlink(missing_ok=True)
         (out_dir / "metrics.json").unlink(missing_ok=True)
         (out_dir / "parity.png").unlink(missing_ok=True)
     barrier(context)

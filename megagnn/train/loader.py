@@ -115,6 +115,11 @@ class BatchLoader:
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
 
+    def num_steps(self, num_epochs: int) -> int:
+        """Steps of the first so many epochs."""
+        lengths = [len(self.sampler.batches(epoch)) for epoch in range(num_epochs)]
+        return sum(-(-length // self.sampler.per_step) for length in lengths)
+
     def steps(self, epoch: int, first: int, first_structure: int = 0) -> Iterator[list[dict[str, Tensor]]]:
         """The batches of each step of an epoch, from step `first` on."""
         size = self.sampler.per_step

@@ -3,7 +3,7 @@
 Of MACE (`mace_run_train --loss NAME`, with its default weights 1 and 100): `mace-weighted`, `mace-stress`
 (for models with stress), `mace-huber`, `mace-universal` (smaller deltas for larger forces), `mace-l1l2` (its
 `l1l2energyforces`). Of NequIP: `nequip`, its EnergyForceLoss. Energies are per atom in all of them. Our Huber
-losses are theirs divided by delta: the minimum is the same, and so are AdamW's steps where nothing is clipped.
+losses are theirs divided by delta, which moves no minimum, nor a step of AdamW where nothing is clipped.
 """
 
 from typing import Any

@@ -78,6 +78,8 @@ def check_same_run(
     if not _same_data(checkpoint.statistics, statistics):
         raise ValueError(f"{where}: the training data are not those of the run; give it the same data.paths")
     told = [key for key in changed if key not in MAY_DIFFER]
+    if config.train.num_epochs is not None and "train.num_epochs" not in changed:
+        told = [key for key in told if key != "train.num_steps"]  # follows from the epochs
     if told and context.is_main:
         print(f"warning: resumed with other settings than before: {', '.join(told)}", file=sys.stderr)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagnn.config import RunConfig, config_to_dict
+from megagnn.config import RunConfig, config_to_dict, with_num_steps
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import for_sources, read_reference_energies
 from megagnn.models.potential import Potential, build_potential
@@ -89,6 +89,9 @@ class Trainer:
             train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
         )
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
+        if config.train.num_epochs is not None:
+            steps = self.train.num_steps(config.train.num_epochs)
+            config = self.config = with_num_steps(config, steps)
         self._make_potential([] if checkpoint is None else checkpoint.progress.stages)
         self._make_optimizer()
         self.loss = Loss(config.loss)
@@ -193,11 +196,11 @@ class Trainer:
                 monitor.say(f"warning: {line}")
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
             stop = self.progress.validation_due and self._after_step(False, monitor, signals)
-            for batches in () if stop else self._batches():
+            for batches in () if stop or self._is_done else self._batches():
                 stop = self._step(batches, monitor, signals)
                 self.checkpoints.check()
                 stop = self._after_step(stop, monitor, signals)
-                if stop or self.progress.step == train.num_steps:
+                if stop or self._is_done:
                     break
             if stop:
                 self.checkpoints.wait()
@@ -208,18 +211,32 @@ class Trainer:
         """Validation and checkpoint, where they are due; whether to stop. A validation for which a signal
         leaves no time is the first that a resumed run does, so that both end alike."""
         step, train, best = self.progress.step, self.config.train, False
-        done = step == train.num_steps
         self.progress = dataclasses.replace(self.progress, validation_due=False)
-        if step % train.validate_every == 0 or done:
+        if step % train.validate_every == 0 or self._is_done:
             if not stop:
                 best, stop = self._validate(monitor, signals)
             self.progress = dataclasses.replace(self.progress, validation_due=stop)
+        done = self._is_done
         if step % train.checkpoint_every == 0 or best or done or stop:
             self._save()
             monitor.restart_clock()
         if done and not stop:
+            if step < train.num_steps:
+                monitor.say(
+                    f"step {step}: the validation loss was lowest at step {self.progress.best_step}, "
+                    f"{train.patience} validations ago; this ends the run (train.patience)"
+                )
             self._finish(monitor)
         return stop
+
+    @property
+    def _is_done(self) -> bool:
+        """Whether all steps are done, or so many validations brought nothing that the run ends early."""
+        train, progress = self.config.train, self.progress
+        if train.patience is None or progress.best_step is None or progress.validation_due:
+            return progress.step >= train.num_steps
+        waited = progress.step // train.validate_every - progress.best_step // train.validate_every
+        return progress.step >= train.num_steps or waited >= train.patience
 
     def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
         """This rank's batches of each step from where the run stands, through as many epochs as needed."""
@@ -312,8 +329,9 @@ class Trainer:
         """Whether the loss is the lowest so far, and whether a signal ended it before it was known; the same
         on all ranks."""
         start = time.perf_counter()
-        done = self.progress.step == self.config.train.num_steps
-        self.parity = ParityPoints(self.potential, self.context) if done else None
+        # of every validation where any may be the last
+        keeps = self.config.train.patience is not None or self._is_done
+        self.parity = ParityPoints(self.potential, self.context) if keeps else None
         with self.average.applied():
             result = evaluate(
                 self.potential,
@@ -398,4 +416,8 @@ class Trainer:
         )
 
 
-_SHORT = {"energy_mae_mev_per_atom": "meV/atom", "force_mae_mev_per_angstrom": "meV/Å"}
+_SHORT = {
+    "energy_mae_mev_per_atom": "meV/atom",
+    "force_mae_mev_per_angstrom": "meV/Å",
+    "stress_mae_mev_per_cubic_angstrom": "meV/Å^3",
+}

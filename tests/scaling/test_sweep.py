@@ -1,5 +1,6 @@
 """Tables of runs, and two tiny sweeps that train."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,11 +13,14 @@ from pathlib import Path
 import pytest
 
 from megagnn.cli import main
+from megagnn.config import RunConfig, flat_config
 from megagnn.scaling import sweep as sweep_module
 from megagnn.scaling.records import read_records
 from megagnn.scaling.sweep import load_sweep, run_name
 from megagnn.train.checkpoint_folder import checkpoint_steps
 from tests import runs
+
+STUDY = Path(__file__).parents[2] / "examples/sweeps/study"
 
 SWEEP = """
 config = "base.toml"
@@ -103,6 +107,38 @@ def test_new_keys_change_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         True,
         False,
     ]
+
+
+def test_a_changed_default_makes_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line made when the default was another is no line of a run with today's, and stays one of a run that
+    writes the old one out."""
+    written = SWEEP.replace("[set]", '[set]\n"optim.final_ratio" = 0.01')
+    before = [run.digest for run in load_sweep(write_sweep(tmp_path)).runs]
+    assert [run.digest for run in load_sweep(write_sweep(tmp_path, written)).runs] == before
+    # as if it had been 0.5 first, and were 0.01 since then
+    monkeypatch.setattr(sweep_module, "FIRST_DEFAULTS", {"optim.final_ratio": 0.5})
+    today = [run.digest for run in load_sweep(write_sweep(tmp_path)).runs]
+    assert all(new != old for new, old in zip(today, before, strict=True))
+    old = written.replace("0.01", "0.5")
+    assert [run.digest for run in load_sweep(write_sweep(tmp_path, old)).runs] == before
+
+
+def test_every_first_default_is_known() -> None:
+    """first_defaults.json has the default of each key from the day it was made. A new key belongs there with
+    its default; one whose default changes belongs into FIRST_DEFAULTS with the old one."""
+    first = json.loads((Path(__file__).parent / "first_defaults.json").read_text())
+    usual = {**flat_config(RunConfig()), **sweep_module.FIRST_DEFAULTS}
+    assert {key: usual.get(key) for key in first} == first
+    assert not set(usual) - set(first), "add these keys to tests/scaling/first_defaults.json"
+
+
+@pytest.mark.parametrize("path", sorted(STUDY.glob("*.toml")), ids=lambda p: p.stem)
+def test_the_results_under_version_control_are_of_their_sweeps(path: Path) -> None:
+    """Every line is of a run of the table, made with its settings; `finished` refuses others."""
+    sweep = load_sweep(path)
+    done = dataclasses.replace(sweep, results=STUDY.parents[2] / sweep.results).finished()
+    assert set(done) <= {run.name for run in sweep.runs}
+    assert done
 
 
 @pytest.mark.parametrize(
