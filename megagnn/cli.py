@@ -15,6 +15,7 @@ from megagnn.parallel.rendezvous import rank_label
 COMMANDS = {
     "train": ("megagnn.train.command", "train a model: CONFIG.toml [--section.field value ...]"),
     "evaluate": ("megagnn.train.evaluate", "errors of a checkpoint on a data set, beside baselines"),
+    "predict": ("megagnn.train.predict", "energies, forces and stress of the frames of a file, to a file"),
     "export": ("megagnn.train.export", "a checkpoint's weights as one safetensors file"),
     "import": ("megagnn.train.import_file", "a run's checkpoint of a file that holds all of it"),
     "inspect": ("megagnn.train.inspect", "what a checkpoint or a data set holds"),
