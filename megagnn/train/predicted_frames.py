@@ -132,7 +132,7 @@ def check_format(out: Path, format: str, has_forces: bool, has_stress: bool) -> 
         if file.is_dir():
             raise ValueError(f"the format '{format}' of {out} is a folder; use .extxyz, .traj, .db or .json")
         try:
-            read = ase.io.read(str(file), index=-1, format=format)
+            read: Any = ase.io.read(str(file), index=-1, format=format)
         except Exception:  # a format that ASE only writes, such as pictures
             read = ase.Atoms()
     kept = dict(read.calc.results) if read.calc is not None else {}
@@ -163,7 +163,7 @@ def write_frames(out: Path, frames: Iterable[ase.Atoms], format: str) -> None:
             if format in DATABASES:
                 _write_database(temporary, frames)
             else:
-                images = frames if format in STREAMED else _all_of(frames, out, format)
+                images: Any = frames if format in STREAMED else _all_of(frames, out, format)
                 ase.io.write(str(temporary), images, format=format)
         except (ValueError, OSError):
             raise
@@ -184,7 +184,8 @@ def _write_database(file: Path, frames: Iterable[ase.Atoms]) -> None:
 
 
 def _all_of(frames: Iterable[ase.Atoms], out: Path, format: str) -> list[ase.Atoms]:
-    single, images = get_ioformat(format).single, []
+    single = get_ioformat(format).single
+    images: list[ase.Atoms] = []
     for frame in frames:
         if single and images:
             raise ValueError(
