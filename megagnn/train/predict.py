@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import ase
+import ase.io
 import numpy as np
 from tqdm import tqdm
 
 from megagnn.data import keys
 from megagnn.data.batch import Graph
 from megagnn.data.formats import detect_format, read_structures
-from megagnn.data.formats.ase_files import read_frames
 from megagnn.data.record import Structure
 from megagnn.parallel.launch import parallel_context
 from megagnn.train.checkpoint import open_checkpoint
@@ -193,10 +193,25 @@ def _frames(file: Path) -> Iterator[ase.Atoms]:
     if format == "store":
         raise ValueError(f"{file} is a packed store; `megagnn evaluate` takes stores, predict takes files")
     if format == "ase":
-        yield from read_frames(file)
+        yield from _ase_frames(file)
         return
     for structure in read_structures(file):
         yield _atoms_of(structure)
+
+
+def _ase_frames(file: Path) -> Iterator[ase.Atoms]:
+    number = 0
+    try:
+        for atoms in ase.io.iread(str(file), index=":", do_not_split_by_at_sign=True):
+            yield atoms
+            number += 1
+    except GeneratorExit:
+        raise
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(
+            f"cannot read {file}, frame {number}: {reason}; is the file whole and its format known to ASE?"
+        ) from error
 
 
 def _atoms_of(structure: Structure) -> ase.Atoms:

@@ -29,7 +29,7 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
         ValueError: a file ASE cannot read, a first frame without labels, naming the keys that are there, or
             labels of which some are named by a key and others are not (see `ReadOptions.check_label_keys`).
     """
-    frames = read_frames(path)
+    frames = _frames(path)
     for index, atoms in enumerate(frames):
         structure = structure_from_atoms(atoms, options, path, index)
         if index == 0:
@@ -85,7 +85,7 @@ def fixed_atoms(atoms: ase.Atoms) -> NDArray[np.bool_] | None:
     return fixed if fixed.any() else None
 
 
-def read_frames(path: Path) -> Iterator[ase.Atoms]:
+def _frames(path: Path) -> Iterator[ase.Atoms]:
     """Frames of a file; whatever its parser raises becomes a ValueError naming the frame."""
     index = 0
     try:
