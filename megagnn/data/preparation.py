@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megagnn.data.formats import ReadOptions, detect_format, read_structures
+from megagnn.data.formats import ReadOptions, UnreadableError, detect_format, read_structures
 from megagnn.data.formats.packed import store_header
 from megagnn.data.record import Structure
 from megagnn.data.split import DEFAULT_FRACTIONS, SPLITS, TEST_PREFIX, check_fractions, split_groups
@@ -47,7 +47,9 @@ class Preparation:
         fractions: of train, valid and test; where a source has a test file, valid is carved out of the rest.
         seed: of the split.
         keep_splits: structures read from stores stay on the side they were on; only others are drawn.
-        skip_bad: leave structures that break a rule out and count them, rather than stop.
+        skip_bad: leave structures that break a rule or cannot be read out and count them, rather than stop.
+        keep_unconverged: keep structures whose electronic steps did not converge, which are else left out and
+            counted.
         progress: show a progress bar (only ever on a terminal).
     """
 
@@ -59,6 +61,7 @@ class Preparation:
     seed: int = 0
     keep_splits: bool = True
     skip_bad: bool = False
+    keep_unconverged: bool = False
     progress: bool = False
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     _kept: list[int | None] = field(default_factory=list, init=False)
@@ -106,6 +109,10 @@ class Preparation:
 
     def _checked(self, entry: Input) -> Iterator[Structure]:
         options = replace(self.options, source=entry.source or self.options.source)
+        unreadable: list[UnreadableError] = []
+        if self.skip_bad:
+            options = replace(options, on_unreadable=unreadable.append)
+        num_structures = 0
         files_seen: set[str] = set()
         header = store_header(entry.path) if self._is_store(entry) else None
         origins = header.provenance if header else {}
@@ -113,7 +120,8 @@ class Preparation:
         if header and drawn_by_name and len(header.sources) > 1 and GROUPS_FILE not in header.sha256:
             print(NO_NAMES_WARNING.format(path=entry.path), file=sys.stderr)
         for frame, structure in enumerate(read_structures(entry.path, options, self.format)):
-            record = self._record(structure)
+            num_structures += 1
+            record = self._record(structure.source, structure.level)
             if structure.source not in files_seen:
                 files_seen.add(structure.source)
                 record["files"].append(_file_record(entry))
@@ -122,13 +130,15 @@ class Preparation:
                         origins if entry.source else origins.get(structure.source, {})
                     )
             record["num_read"] += 1
+            if not (structure.converged or self.keep_unconverged):
+                _reject(record, "unconverged")
+                continue
             try:
                 check_structure(structure, self.rules, f"{entry.path}, frame {frame}")
             except StructureError as error:
                 if not self.skip_bad:
                     raise
-                record["num_rejected"] += 1
-                record["rejected"][error.rule] = record["rejected"].get(error.rule, 0) + 1
+                _reject(record, error.rule)
                 continue
             for label in ("energy", "forces"):
                 record["num_without"][label] += getattr(structure, label) is None
@@ -136,6 +146,13 @@ class Preparation:
                 record["notes"][note] = record["notes"].get(note, 0) + 1
             self._kept.append(structure.split if self.keep_splits and not entry.is_test else None)
             yield replace(structure, group=self._group(structure, entry))
+        if unreadable:
+            record = self._record(options.source_name(entry.path), options.level or "unknown")
+            for _ in unreadable:
+                record["num_read"] += 1
+                _reject(record, "unreadable")
+            what = f"{len(unreadable)} frame(s) left out" if num_structures else "nothing could be read of it"
+            print(f"warning: {entry.path}: {what}: {unreadable[0]}", file=sys.stderr)
 
     def _group(self, structure: Structure, entry: Input) -> str:
         """Test files keep their groups apart; a store split anew no longer does."""
@@ -146,11 +163,17 @@ class Preparation:
     def _is_store(self, entry: Input) -> bool:
         return (self.format or detect_format(entry.path)) == "store"
 
-    def _record(self, structure: Structure) -> dict[str, Any]:
-        return self.provenance.setdefault(
-            structure.source,
+    def _record(self, source: str, level: str) -> dict[str, Any]:
+        declared = {
+            name: dict(value)
+            for name, value in (("units", self.options.units.of), ("species", self.options.species))
+            if value
+        }
+        record = self.provenance.setdefault(
+            source,
             {
-                "method": structure.level,
+                "method": level,
+                **declared,
                 "files": [],
                 "rules": asdict(self.rules),
                 "num_read": 0,
@@ -160,6 +183,9 @@ class Preparation:
                 "notes": {},
             },
         )
+        if record["method"] == "unknown":  # a file that could not be read says no level
+            record["method"] = level
+        return record
 
     def _split(self, groups: Sequence[str], sources: Sequence[str]) -> NDArray[np.uint8]:
         """What came with a side keeps it and test files go to test; the rest is drawn by groups.
@@ -193,6 +219,11 @@ class Preparation:
             pinned=pinned,
         )
         return result
+
+
+def _reject(record: dict[str, Any], rule: str) -> None:
+    record["num_rejected"] += 1
+    record["rejected"][rule] = record["rejected"].get(rule, 0) + 1
 
 
 def _file_record(entry: Input) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from megagnn.data.formats import FORMATS, ReadOptions, detect_format
+from megagnn.data.formats import FORMATS, ReadOptions, Units, detect_format, parse_species, parse_units
 from megagnn.data.formats.packed import is_store, unpack_store
 from megagnn.data.inspect import describe
 from megagnn.data.preparation import Input, Preparation
@@ -58,10 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what stays on one side of the split, in all sources (default: auto, the format's own groups, "
         "else empirical formula)",
     )
-    for name in ("energy", "forces", "stress"):
-        parser.add_argument(
-            f"--{name}-key", metavar="KEY", help=f"name of the {name} in the files, or none to leave it out"
-        )
+    _add_reading_arguments(parser)
     parser.add_argument("--seed", type=int, help="of the split (default: 0)")
     parser.add_argument("--min-distance", type=float, default=Rules.min_distance, help="Å; 0 for no check")
     parser.add_argument("--max-force", type=float, default=Rules.max_force, help="eV/Å")
@@ -69,9 +66,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--on-bad",
         choices=("error", "skip"),
         default="error",
-        help="stop at a bad structure, or skip and count it",
+        help="stop at a structure that is bad or cannot be read, or skip and count it",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a store that is there already")
+
+
+def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the files do not say of themselves."""
+    for name in ("energy", "forces", "stress"):
+        parser.add_argument(
+            f"--{name}-key", metavar="KEY", help=f"name of the {name} in the files, or none to leave it out"
+        )
+    parser.add_argument(
+        "--virial-key",
+        metavar="KEY",
+        help="name of the virial in the files, read as stress = -virial/V, or none to leave it out",
+    )
+    parser.add_argument(
+        "--units",
+        metavar="QUANTITY=UNIT,...",
+        help="units of the files where they are not eV, Å, eV/Å and eV/Å^3, as in "
+        "energy=Ha,forces=Ha/bohr,stress=GPa,length=bohr; a minus sign turns gradients into forces "
+        "(forces=-Ha/bohr) and compression into tension (stress=-kBar, as VASP prints it)",
+    )
+    parser.add_argument(
+        "--species",
+        "--type-map",
+        metavar="NAME=ELEMENT,...",
+        help="elements of species or types of the files, as in OW=O,HW=H or 1=Si,2=O (or Si,O for 1, 2)",
+    )
+    parser.add_argument(
+        "--ase-format", metavar="NAME", help="ASE's name of the format of the files (`ase info --formats`)"
+    )
+    parser.add_argument(
+        "--keep-unconverged",
+        action="store_true",
+        help="keep structures whose electronic steps did not converge",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,6 +126,10 @@ def run(args: argparse.Namespace) -> int:
                 energy_key=args.energy_key,
                 forces_key=args.forces_key,
                 stress_key=args.stress_key,
+                virial_key=args.virial_key,
+                units=Units() if args.units is None else parse_units(args.units),
+                species={} if args.species is None else parse_species(args.species),
+                ase_format=args.ase_format,
             ),
             format=args.format,
             rules=Rules(args.min_distance, args.max_force),
@@ -102,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed or 0,
             keep_splits=not args.test and args.split is args.seed is args.group_by is None,
             skip_bad=args.on_bad == "skip",
+            keep_unconverged=args.keep_unconverged,
             progress=True,
         )
         preparation.write(args.out, args.overwrite)
@@ -113,13 +149,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def missing_labels(header: StoreHeader) -> list[str]:
-    """What prepared structures lack, in words: a line for each source and label, and for each note."""
+    """What prepared structures lack, in words: a line for each source and label, rule broken, and note."""
     lines = []
     for source, record in header.provenance.items():
         num_kept = record.get("num_read", 0) - record.get("num_rejected", 0)
         for label, count in record.get("num_without", {}).items():
             if count:
                 lines.append(f"{source}: {count:,} of {num_kept:,} structures have no {label}")
+        for rule, count in record.get("rejected", {}).items():
+            hint = " (--keep-unconverged keeps them)" if rule == "unconverged" else ""
+            lines.append(f"{source}: {count:,} of {record['num_read']:,} structures left out: {rule}{hint}")
         lines += [
             f"{source}: {count:,} structures: {note}" for note, count in record.get("notes", {}).items()
         ]

@@ -32,6 +32,7 @@ class Structure:
         weights: of its energy, forces and stress in the loss, each 1 unless the file says otherwise.
         config_type: what kind of structure the file says it is, such as "IsolatedAtom"; empty for none.
         file: name of the file it was read from; empty where there is one file only.
+        converged: False if the file says that the engine's electronic steps did not converge.
     """
 
     atomic_numbers: NDArray[np.uint8]
@@ -50,6 +51,7 @@ class Structure:
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     config_type: str = ""
     file: str = ""
+    converged: bool = True
 
     @property
     def num_atoms(self) -> int:

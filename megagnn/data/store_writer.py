@@ -27,6 +27,7 @@ from megagnn.data.store_format import (
     sha256_of,
 )
 from megagnn.data.validate import check_structure
+from megagnn.data.wrapping import storable_positions
 
 SplitRule = Callable[[Sequence[str], Sequence[str]], NDArray[np.uint8]]
 """(groups, sources), one name for each structure -> (S,) uint8 index into SPLITS."""
@@ -150,7 +151,7 @@ class _Writer:
         row = {
             "offsets": self.num_atoms,
             "atomic_numbers": s.atomic_numbers,
-            "positions": s.positions,
+            "positions": storable_positions(s.positions, s.cell, s.pbc),
             "forces": nothing if s.forces is None else s.forces,
             "fixed": np.zeros(s.num_atoms) if s.fixed is None else s.fixed,
             "energy": np.nan if s.energy is None else s.energy,

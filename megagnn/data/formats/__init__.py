@@ -1,23 +1,37 @@
 """Readers: from files of other programs to a stream of `Structure` records.
 
-A reader yields one record for every frame, in order, and does not judge it (see validate.py); it raises only
-where the file itself cannot be understood.
+A reader yields one record for every frame it can read, in order, and does not judge it (see validate.py); it
+raises only where the file itself cannot be understood.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from megagnn.data.formats.ase_files import read_ase
 from megagnn.data.formats.mlearn import is_mlearn, read_mlearn
-from megagnn.data.formats.options import ReadOptions
+from megagnn.data.formats.options import ReadOptions, UnreadableError
 from megagnn.data.formats.packed import is_store, read_store
+from megagnn.data.formats.pymatgen_json import is_pymatgen_json, read_pymatgen_json
+from megagnn.data.formats.species import parse_species
+from megagnn.data.formats.units import Units, parse_units
 from megagnn.data.record import Structure
 
-__all__ = ["FORMATS", "ReadOptions", "detect_format", "read_structures"]
+__all__ = [
+    "FORMATS",
+    "ReadOptions",
+    "Units",
+    "UnreadableError",
+    "detect_format",
+    "parse_species",
+    "parse_units",
+    "read_structures",
+]
 
-FORMATS = {"ase": read_ase, "mlearn": read_mlearn, "store": read_store}
+FORMATS = {"ase": read_ase, "mlearn": read_mlearn, "pymatgen": read_pymatgen_json, "store": read_store}
 """Name -> reader(path, options)."""
 
 
@@ -31,6 +45,8 @@ def detect_format(path: Path) -> str:
         raise ValueError(f"{path} does not exist; check the name")
     if is_store(path):
         return "store"
+    if is_pymatgen_json(path):
+        return "pymatgen"
     if is_mlearn(path):
         return "mlearn"
     return "ase"
@@ -42,16 +58,40 @@ def read_structures(
     """Stream the structures of a file.
 
     Args:
-        path: any file ASE reads (compressed by gzip, bzip2 or xz too), an mlearn JSON file, a store or its
-        archive.
-        options: names, keys of labels, grouping; see `ReadOptions`.
+        path: any file ASE reads (compressed by gzip, bzip2 or xz too), JSON of pymatgen structures with labels
+            (lists, mlearn, MatPES, MPtrj), a store or its archive.
+        options: names, keys of labels, units, grouping; see `ReadOptions`. Grouped by file, the file is read
+            twice: its group is named by all its structures.
         format: one of FORMATS, or None to detect it.
 
     Raises:
         ValueError: no such file or format, or a file that cannot be read (naming the frame).
     """
-    path = Path(path)
-    name = detect_format(path) if format is None else format
+    path, options = Path(path), options or ReadOptions()
+    name = format
+    if name is None:
+        name = "ase" if options.ase_format and path.exists() and not is_store(path) else detect_format(path)
     if name not in FORMATS:
         raise ValueError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
-    return FORMATS[name](path, options or ReadOptions())
+    return _read(path, options, name)
+
+
+def _read(path: Path, options: ReadOptions, name: str) -> Iterator[Structure]:
+    if options.group_by == "file":
+        options = replace(options, file_content=_file_content(path, options, name))
+    try:
+        yield from FORMATS[name](path, options)
+    except UnreadableError as error:
+        options.unreadable(error)
+
+
+def _file_content(path: Path, options: ReadOptions, name: str) -> str:
+    """A name made of all structures of a file that can be read, without their labels."""
+    digest = hashlib.sha256()
+    silent = replace(options, group_by="frame", on_unreadable=lambda _: None)
+    try:
+        for structure in FORMATS[name](path, silent):
+            digest.update(structure.group.encode())
+    except ValueError:
+        pass  # told when the file is read for good
+    return digest.hexdigest()[:16]

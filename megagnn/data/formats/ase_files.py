@@ -2,76 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ase
 import ase.io
+import ase.io.aims
 import numpy as np
 from ase.constraints import FixAtoms, FixCartesian
-from ase.stress import voigt_6_to_full_3x3_stress
+from ase.io.formats import open_with_compression
 from numpy.typing import NDArray
 
-from megagnn.data.formats.options import ReadOptions, group_name, usable_stress
+from megagnn.data.formats import convergence
+from megagnn.data.formats.ase_db import DB_FORMATS, Database, iterate_rows, open_database
+from megagnn.data.formats.ase_formats import ase_format, nothing_found
+from megagnn.data.formats.assemble import Frame, assemble
+from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
+from megagnn.data.formats.lammps_dump import iterate_dump
+from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
+from megagnn.data.formats.units import Units
 from megagnn.data.record import Structure
+
+FREE_ENERGY = {"vasp-out": "OUTCAR", "vasp-xml": "vasprun.xml"}
+"""Formats whose forces are derivatives of the free energy, while `energy` is extrapolated to no smearing."""
+FREE_ENERGY_TAKEN = "the energy is the free energy, whose derivative the forces are"
+VIRIAL_LEFT_OUT = "a virial is not read, for other labels have keys of their own; --virial-key reads it"
+OWN_UNITS = {"qbox": Units({"energy": "Ha", "forces": "Ha/bohr", "length": "bohr"})}
+"""Formats that ASE reads without converting what the program prints."""
+NO_STRESS = {"qbox": "stress left out: its unit and sign are not declared"}
+
+
+@dataclass
+class Found:
+    """One frame as ASE read it, and what else the format tells.
+
+    Attributes:
+        index: of the frame in its file.
+        atoms: with labels in `calc.results`, `info` and `arrays`.
+        labels: values that count as labels under their usual names, beside ASE's results.
+        notes, units, converged: see `Frame`.
+    """
+
+    index: int
+    atoms: ase.Atoms
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    units: Units = field(default_factory=Units)
+    converged: bool = True
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What ASE's reader took for results of the engine."""
+        results = self.atoms.calc.results if self.atoms.calc is not None else {}
+        return {name: value for name, value in results.items() if value is not None}
 
 
 def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
-    """Stream the frames of a file through `ase.io.iread`.
+    """Stream the frames of a file through ASE's readers.
 
-    Labels are what ASE holds as results: energy (total, eV; never the free energy), forces (eV/Å) as the
-    engine gave them (ASE's `get_forces` would zero those of fixed atoms), stress (eV/Å^3, tension positive)
-    where the structure is periodic in three directions. Keys of one's own, such as REF_energy, are looked up
-    in `atoms.info` and `atoms.arrays`.
+    Labels are what ASE holds as results: total energy (eV; of OUTCAR and vasprun.xml the free energy, whose
+    derivative the forces are), forces (eV/Å) as the engine gave them (ASE's `get_forces` would zero those of
+    fixed atoms), stress (eV/Å^3, tension positive) where the structure is periodic in three directions, or
+    else a virial. Keys of one's own, such as REF_energy, are looked up in `atoms.info`, `atoms.arrays` and the
+    rows of a database.
 
     Raises:
         ValueError: a file ASE cannot read, a first frame without labels, naming the keys that are there, or
             labels of which some are named by a key and others are not (see `ReadOptions.check_label_keys`).
     """
-    frames = _frames(path)
-    for index, atoms in enumerate(frames):
-        structure = structure_from_atoms(atoms, options, path, index)
-        if index == 0:
-            _check_labels(structure, atoms, options, path)
-        usual = [name for name in options.label_keys if name in _results(atoms)]
-        options.check_label_keys(usual, f"{path}, frame {index}")
+    name = ase_format(path, options.ase_format)
+    num_found = num_told = 0
+
+    def tell(error: UnreadableError) -> None:
+        nonlocal num_told
+        num_told += 1
+        original.unreadable(error)
+
+    original, options = options, replace(options, on_unreadable=tell if options.on_unreadable else None)
+    for found in _frames(path, name, options):
+        num_found += 1
+        try:
+            frame = _frame(found, path, name, options)
+            structure = assemble(frame, options)
+        except UnreadableError as error:
+            options.unreadable(error)
+            continue
+        if found.index == 0 and options.on_unreadable is None:
+            _check_labels(structure, found, options, path)
+        usual = [label for label in options.label_keys if _usual(found, label) is not None and label != "virial"]
+        options.check_label_keys(usual, f"{path}, frame {found.index}")
         yield structure
-
-
-def structure_from_atoms(
-    atoms: ase.Atoms, options: ReadOptions, path: Path = Path("atoms"), frame: int = 0
-) -> Structure:
-    """The record of one `ase.Atoms`; labels that are not there are None.
-
-    Raises:
-        ValueError: a label of a shape that makes no sense.
-    """
-    periodic = np.asarray(atoms.pbc, dtype=bool)
-    cell = atoms.cell.array.astype(np.float64) if periodic.any() else np.zeros((3, 3))
-    energy = _label(atoms, options.energy_key, "energy")
-    forces = _label(atoms, options.forces_key, "forces")
-    stress = _label(atoms, options.stress_key, "stress")
-    try:
-        stress, notes = usable_stress(None if stress is None else _full_stress(stress), periodic)
-        return Structure(
-            atomic_numbers=np.asarray(atoms.numbers).astype(np.uint8),
-            positions=np.asarray(atoms.positions, dtype=np.float64),
-            cell=cell,
-            pbc=periodic,
-            energy=None if energy is None else float(np.asarray(energy, dtype=np.float64).reshape(())),
-            forces=None if forces is None else np.asarray(forces, dtype=np.float64),
-            stress=stress,
-            group=group_name(
-                options.group_by, path=path, frame=frame, numbers=atoms.numbers, info=atoms.info
-            ),
-            source=options.source_name(path),
-            level=options.level or "unknown",
-            fixed=fixed_atoms(atoms),
-            notes=notes,
-        )
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}, frame {frame}: {error}") from error
+    if not num_found and not num_told:
+        options.unreadable(nothing_found(path, name))
 
 
 def fixed_atoms(atoms: ase.Atoms) -> NDArray[np.bool_] | None:
@@ -85,58 +110,153 @@ def fixed_atoms(atoms: ase.Atoms) -> NDArray[np.bool_] | None:
     return fixed if fixed.any() else None
 
 
-def _frames(path: Path) -> Iterator[ase.Atoms]:
-    """Frames of a file; whatever its parser raises becomes a ValueError naming the frame."""
+def _frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
+    """Frames of a file by the reader of its format."""
+    if name == "extxyz":
+        for index, atoms in iterate_extxyz(path, options):
+            yield Found(index, atoms)
+    elif name == "lammps-dump-text":
+        for index, atoms, notes in iterate_dump(path, options):
+            yield Found(index, atoms, notes=notes)
+    elif name in DB_FORMATS and path.suffix.lower() in (".db", ".json"):
+        rows, database = open_database(path, name, options)
+        for index, atoms, extra in iterate_rows(path, rows, options):
+            yield Found(index, atoms, labels=_declared(extra, database), units=database.units)
+    elif name == "aims-output":
+        yield from _aims_frames(path, options)
+    else:
+        yield from _other_frames(path, name, options)
+
+
+def _declared(extra: Mapping[str, Any], database: Database) -> dict[str, Any]:
+    return {name: value for name, value in extra.items() if name in database.declared}
+
+
+def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
+    """Frames through `ase.io.iread`; whatever its parser raises becomes an error naming the frame."""
     index = 0
+    units, note = OWN_UNITS.get(name, Units()), NO_STRESS.get(name)
     try:
-        for atoms in ase.io.iread(path, index=":"):
-            yield atoms
+        converged = convergence.converged_frames(path, name)
+        for atoms in ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True):
+            notes = ()
+            if note and atoms.calc is not None and atoms.calc.results.pop("stress", None) is not None:
+                notes = (note,)
+            failed = index < len(converged) and not converged[index]
+            if name == "orca-output" and atoms.calc is not None:
+                failed |= bool(np.isnan(float(atoms.calc.results.get("energy") or 0.0)))
+            yield Found(index, atoms, notes=notes, units=units, converged=not failed)
             index += 1
     except GeneratorExit:
         raise
     except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"cannot read {path}, frame {index}: {reason}; is the file whole and its format known to ASE?"
-        ) from error
+        options.unreadable(_cannot_read(path, index, error))
 
 
-def _results(atoms: ase.Atoms) -> dict[str, Any]:
-    return atoms.calc.results if atoms.calc is not None else {}
+def _aims_frames(path: Path, options: ReadOptions) -> Iterator[Found]:
+    """Frames of FHI-aims, also of a run that did not end, whose last frame counts if its labels are there."""
+    index = 0
+    try:
+        with open_with_compression(str(path), "r") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            header = ase.io.aims.get_header_chunk(file)
+            chunks = list(ase.io.aims.get_aims_out_chunks(file, header))
+            if header.is_relaxation and chunks:
+                chunks = chunks[:-1]  # the last is what follows the last step
+            for index, chunk in enumerate(chunks):
+                yield Found(index, chunk.atoms, converged=convergence.aims(chunk.lines))
+    except GeneratorExit:
+        raise
+    except Exception as error:
+        options.unreadable(_cannot_read(path, index, error))
 
 
-def _label(atoms: ase.Atoms, key: str | None, name: str) -> Any:
-    """A label by its key, or by the usual name among ASE's results."""
-    results = _results(atoms)
-    places: list[Any] = [results] if key is None else [atoms.info, atoms.arrays, results]
-    for place in places:
-        if (key or name) in place:
-            return place[key or name]
+def _cannot_read(path: Path, index: int, error: Exception) -> UnreadableError:
+    reason = str(error) or type(error).__name__
+    if isinstance(error, KeyError):
+        reason = f"unknown name {reason} (of an element?)"
+    return UnreadableError(
+        f"cannot read {path}, frame {index}: {reason}; is the file whole and its format known to ASE "
+        "(--ase-format)?"
+    )
+
+
+def _usual(found: Found, label: str, ase_name: str = "") -> Any:
+    """A label under its usual names."""
+    names = USUAL_NAMES[label]
+    if label == "energy" and ase_name in FREE_ENERGY:
+        names = names[::-1]
+    places: list[Mapping[str, Any]] = [found.results, found.labels]
+    if label == "virial":
+        places.append(found.atoms.info)
+    for name in names:
+        for place in places:
+            if place.get(name) is not None:
+                return place[name]
     return None
 
 
-def _full_stress(stress: Any) -> NDArray[np.float64]:
-    values = np.asarray(stress, dtype=np.float64)
-    if values.shape == (6,):
-        return np.asarray(voigt_6_to_full_3x3_stress(values))
-    if values.size == 9:
-        return values.reshape(3, 3)
-    raise ValueError(f"stress must have 6 or 9 components, got shape {values.shape}")
+def _by_key(found: Found, key: str) -> Any:
+    """A label by its key, wherever the file holds it."""
+    for place in (found.atoms.info, found.atoms.arrays, found.results):
+        if key in place:
+            return place[key]
+    return None
 
 
-def _check_labels(structure: Structure, atoms: ase.Atoms, options: ReadOptions, path: Path) -> None:
+def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Frame:
+    """The frame with its labels, in the units of the file."""
+    atoms, notes = found.atoms, found.notes
+    labels: dict[str, Any] = {}
+    for label, key in options.label_keys.items():
+        if key == "none":
+            labels[label] = None
+        elif key is not None:
+            labels[label] = _by_key(found, key)
+            if labels[label] is None and label in ("stress", "virial"):
+                notes = (*notes, f"no {label} under the key {key}")
+        else:
+            labels[label] = _usual(found, label, ase_name)
+    if options.stress_key in (None, "stress") and UNREADABLE_STRESS in atoms.info:
+        raise UnreadableError(
+            f"{path}, frame {found.index}: stress must have 6 or 9 components, got "
+            f"{str(atoms.info[UNREADABLE_STRESS])[:60]!r}; leave it out with --stress-key none"
+        )
+    if options.virial_key is None and labels["virial"] is not None:
+        if options.foreign_keys:
+            labels["virial"], notes = None, (*notes, VIRIAL_LEFT_OUT)
+        elif options.stress_key == "none":
+            labels["virial"] = None
+    free = ase_name in FREE_ENERGY and options.energy_key is None and "free_energy" in found.results
+    return Frame(
+        path=path,
+        index=found.index,
+        numbers=np.asarray(atoms.numbers),
+        positions=atoms.positions,
+        cell=atoms.cell.array,
+        pbc=atoms.pbc,
+        info=atoms.info,
+        units=found.units,
+        fixed=fixed_atoms(atoms),
+        notes=(*notes, FREE_ENERGY_TAKEN) if free else notes,
+        converged=found.converged,
+        **labels,
+    )
+
+
+def _check_labels(structure: Structure, found: Found, options: ReadOptions, path: Path) -> None:
     """Refuse a file whose first frame lacks what was asked for by name, or has nothing to learn from."""
-    results = _results(atoms)
+    atoms = found.atoms
     there = (
         f"info: {', '.join(atoms.info) or 'none'}; arrays: "
         f"{', '.join(k for k in atoms.arrays if k not in ('numbers', 'positions')) or 'none'}; "
-        f"results: {', '.join(results) or 'none'}"
+        f"results: {', '.join(found.results) or 'none'}"
     )
     for name, key in options.label_keys.items():
-        if key not in (None, "none") and _label(atoms, key, name) is None:
+        if key not in (None, "none") and _by_key(found, key) is None:
             raise ValueError(f"{path}: there is no {name} key {key!r}; the first frame has {there}")
-    if structure.energy is None and structure.forces is None:
-        raise ValueError(
+    if structure.energy is None and structure.forces is None and structure.converged:
+        raise UnreadableError(
             f"{path}: no energy or forces found; the first frame has {there}. Name the keys of the labels "
             "with --energy-key and --forces-key"
         )

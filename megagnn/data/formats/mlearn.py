@@ -20,20 +20,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from ase.data import atomic_numbers
-from numpy.typing import NDArray
+from ase.io.formats import open_with_compression
 
-from megagnn.data.formats.options import ReadOptions, empirical_formula, group_name
+from megagnn.data.formats.assemble import Frame, assemble
+from megagnn.data.formats.groups import empirical_formula
+from megagnn.data.formats.options import ReadOptions, UnreadableError
+from megagnn.data.formats.pymatgen_json import JSON_ENDINGS, structure_fields
 from megagnn.data.record import Structure
 
 
 def is_mlearn(path: Path) -> bool:
-    """Whether a file looks like one of the mlearn set, by its ending and first characters."""
-    if path.suffix != ".json" or not path.is_file():
+    """Whether a file looks like one of the mlearn set, by its ending and first characters (or of a list like it,
+    see `is_pymatgen_json`)."""
+    if not path.name.endswith(JSON_ENDINGS) or not path.is_file():
         return False
-    with path.open("rb") as file:
-        head = file.read(4096).lstrip()
+    try:
+        with open_with_compression(str(path), "rb") as file:
+            head = file.read(4096).lstrip()
+    except (OSError, EOFError):
+        return False
     return (
         head.startswith(b"[")
         and re.search(rb'"(structure|group|outputs|num_atoms|element)"\s*:', head) is not None
@@ -51,19 +56,24 @@ def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
         ValueError: a file that is not such a list, naming the entry, or see `ReadOptions.check_label_keys`.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cannot read {path}: {error}; is the file whole?") from error
+        with open_with_compression(str(path), "rb") as file:
+            entries = json.loads(file.read())
+    except (ValueError, OSError, EOFError) as error:
+        raise UnreadableError(f"cannot read {path}: {error}; is the file whole?") from error
     if not isinstance(entries, list):
-        raise ValueError(f"cannot read {path}: expected a list of structures, got {type(entries).__name__}")
+        raise UnreadableError(f"cannot read {path}: expected a list of structures, got {type(entries).__name__}")
     for frame, entry in enumerate(entries):
         try:
             structure = _structure(entry, options, path, frame)
         except (KeyError, TypeError, IndexError) as error:
             reason = f"{type(error).__name__} {error}"
-            raise ValueError(
-                f"cannot read {path}, frame {frame}: not an entry of the mlearn form ({reason})"
-            ) from error
+            options.unreadable(
+                UnreadableError(f"cannot read {path}, frame {frame}: not an entry of the mlearn form ({reason})")
+            )
+            continue
+        except UnreadableError as error:
+            options.unreadable(error)
+            continue
         yield structure
 
 
@@ -76,41 +86,21 @@ def trajectory_of(entry: dict[str, Any]) -> str:
 
 
 def _structure(entry: dict[str, Any], options: ReadOptions, path: Path, frame: int) -> Structure:
-    crystal, outputs = entry["structure"], entry["outputs"]
-    cell = np.array(crystal["lattice"]["matrix"], dtype=np.float64)
-    numbers = np.array([_atomic_number(site, path, frame) for site in crystal["sites"]], dtype=np.uint8)
-    fractional = np.array([site["abc"] for site in crystal["sites"]], dtype=np.float64).reshape(-1, 3)
-    options.check_label_keys([k for k in ("energy", "forces") if k in outputs], f"{path}, frame {frame}")
-    energy = outputs.get(options.energy_key or "energy")
-    forces = outputs.get(options.forces_key or "forces")
-    kind = f"{empirical_formula(numbers)}, {trajectory_of(entry)}"
-    return Structure(
-        atomic_numbers=numbers,
-        positions=_positions(crystal["sites"], fractional @ cell),
+    outputs = entry["outputs"]
+    where = f"{path}, frame {frame}"
+    numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, where)
+    options.check_label_keys([k for k in ("energy", "forces") if k in outputs], where)
+    found = Frame(
+        path=path,
+        index=frame,
+        numbers=numbers,
+        positions=positions,
         cell=cell,
-        pbc=np.ones(3, dtype=bool),
-        energy=None if energy is None else float(energy),
-        forces=None if forces is None else np.array(forces, dtype=np.float64).reshape(-1, 3),
-        group=group_name(options.group_by, path=path, frame=frame, numbers=numbers, info=entry, auto=kind),
-        source=options.source_name(path),
-        level=options.level or "PBE",
+        pbc=pbc,
+        energy=outputs.get(options.energy_key or "energy"),
+        forces=outputs.get(options.forces_key or "forces"),
+        info=entry,
+        group=f"{empirical_formula(numbers)}, {trajectory_of(entry)}",
+        level="PBE",
     )
-
-
-def _positions(sites: list[dict[str, Any]], from_fractional: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Cartesian positions as given, which need not be wrapped as the fractional ones are."""
-    if sites and all("xyz" in site for site in sites):
-        return np.array([site["xyz"] for site in sites], dtype=np.float64)
-    return from_fractional
-
-
-def _atomic_number(site: dict[str, Any], path: Path, frame: int) -> int:
-    species = site["species"]
-    if len(species) != 1 or species[0].get("occu", 1) != 1:
-        raise ValueError(
-            f"{path}, frame {frame}: a site is shared by several species; ordered structures are needed"
-        )
-    element = species[0]["element"]
-    if atomic_numbers.get(element, 0) < 1:
-        raise ValueError(f"{path}, frame {frame}: unknown element {element!r}")
-    return int(atomic_numbers[element])
+    return assemble(found, options)

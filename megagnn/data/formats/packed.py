@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 
 from megagnn.data import keys
-from megagnn.data.formats.options import ReadOptions, group_name, usable_stress
+from megagnn.data.formats.assemble import usable_stress
+from megagnn.data.formats.groups import content_name, group_name
+from megagnn.data.formats.options import ReadOptions
 from megagnn.data.record import Structure
 from megagnn.data.store import Store
 from megagnn.data.store_format import ARRAYS, GROUPS_FILE, HEADER_FILE, OPTIONAL_ARRAYS, StoreHeader
@@ -157,7 +159,14 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
             forces=s[keys.FORCES].astype(np.float64) if keys.FORCES in s else None,
             stress=stress,
             group=group_name(
-                options.group_by, path=path, frame=index, numbers=s[keys.ATOMIC_NUMBERS], info={}, auto=group
+                options.group_by,
+                path=path,
+                frame=index,
+                numbers=s[keys.ATOMIC_NUMBERS],
+                info={},
+                content=content_name(s[keys.ATOMIC_NUMBERS], s[keys.POSITIONS], s[keys.CELL]),
+                file_content=options.file_content,
+                auto=group,
             ),
             source=options.source or source,
             level=options.level or level,

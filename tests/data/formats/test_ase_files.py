@@ -133,7 +133,7 @@ def test_groups(tmp_path, group_by, groups):
 
 
 def test_groups_by_file_and_frame(tmp_path):
-    ase.io.write(tmp_path / "a.xyz", [labelled(molecule("H2O"))] * 2, format="extxyz")
+    ase.io.write(tmp_path / "a.xyz", [labelled(molecule(name)) for name in ("H2O", "CO")], format="extxyz")
     by = {
         name: list(read_structures(tmp_path / "a.xyz", ReadOptions(group_by=name)))
         for name in ("file", "frame")
@@ -187,5 +187,5 @@ def test_truncated_in_the_second_frame(tmp_path):
 def test_missing_file_and_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_structures(tmp_path / "nowhere.xyz")
-    with pytest.raises(ValueError, match="unknown format 'hdf5'; known are ase, mlearn, store"):
+    with pytest.raises(ValueError, match="unknown format 'hdf5'; known are ase, mlearn, pymatgen, store"):
         read_structures(tmp_path / "nowhere.xyz", format="hdf5")

@@ -100,7 +100,7 @@ def changed(change):
         (changed(lambda e: e["structure"].pop("lattice")), "frame 1: not an entry .*lattice"),
         (
             changed(lambda e: e["structure"]["sites"][0]["species"][0].update(element="Xx")),
-            "unknown element 'Xx'",
+            "unknown species Xx",
         ),
         (
             changed(lambda e: e["structure"]["sites"][0]["species"][0].update(occu=0.5)),

@@ -1,0 +1,78 @@
+"""ASE databases: labels in `data` and `key_value_pairs` of their rows, and SchNetPack's units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ase
+import ase.db
+
+from megagnn.data.formats.options import ReadOptions, UnreadableError
+from megagnn.data.formats.units import Units
+
+DB_FORMATS = {"db": "db", "json": "json"}
+"""ASE's name of the format -> the type of the database."""
+
+
+@dataclass(frozen=True)
+class Database:
+    """What a database says of all its rows.
+
+    Attributes:
+        units: of its labels and lengths where its metadata declare them.
+        declared: properties whose units are declared; these are labels under their usual names, too.
+    """
+
+    units: Units = field(default_factory=Units)
+    declared: frozenset[str] = frozenset()
+
+
+def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Database]:
+    """A database, read-only, and what its metadata say.
+
+    SchNetPack writes `_property_unit_dict` and `_distance_unit`; a unit of a label that is read must be known
+    here, or be given by the user.
+
+    Raises:
+        UnreadableError: not a database of ASE.
+        ValueError: a unit that is not known.
+    """
+    try:
+        database = ase.db.connect(str(path), type=DB_FORMATS[name], create_indices=False, serial=True)
+        metadata = dict(database.metadata)
+    except Exception as error:
+        raise UnreadableError(f"cannot read {path}, frame 0: {error}; is it a database of ASE?") from error
+    declared = metadata.get("_property_unit_dict")
+    declared = declared if isinstance(declared, dict) else {}
+    wanted = {
+        label: str(declared[key or label])
+        for label, key in options.label_keys.items()
+        if declared.get(key or label) and label not in options.units.of
+    }
+    if metadata.get("_distance_unit") and "length" not in options.units.of:
+        wanted["length"] = str(metadata["_distance_unit"])
+    try:
+        return database, Database(Units(wanted), frozenset(declared))
+    except ValueError as error:
+        raise ValueError(f"{path} declares units that are not known here ({error}); give them with --units") from error
+
+
+def iterate_rows(path: Path, database: Any, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms, dict[str, Any]]]:
+    """(index, atoms, extra values by name) of each row.
+
+    Raises:
+        UnreadableError: a row that cannot be read.
+    """
+    index = 0
+    try:
+        for index, row in enumerate(database.select()):
+            atoms = row.toatoms()
+            extra = {**dict(row.data), **dict(row.key_value_pairs)}
+            atoms.info = {**extra, **atoms.info}
+            yield index, atoms, extra
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        options.unreadable(UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?"))

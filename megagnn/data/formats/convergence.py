@@ -1,0 +1,111 @@
+"""Whether the electronic steps behind each frame of a program's output converged.
+
+ASE's readers give the labels of a frame without a word on this. Where a program reached its largest number of
+steps first, energy and forces are those of an unfinished iteration.
+"""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ase.io.formats import open_with_compression
+
+VASP_FRAME_END = "FREE ENERGIE OF THE ION-ELECTRON SYSTEM"
+PW_RESULTS = ("!    total energy", "Forces acting on atoms", "total   stress", "Magnetic moment per site")
+PW_FAILED = "convergence NOT achieved"
+
+
+def converged_frames(path: Path, ase_format: str) -> list[bool]:
+    """One bool for each frame, in the order of ASE's reader; an empty list where nothing is known.
+
+    Raises:
+        OSError, ValueError: a file that cannot be read as text.
+    """
+    rule = RULES.get(ase_format)
+    if rule is None or not path.is_file():
+        return []
+    with open_with_compression(str(path), "rt") as file:
+        return rule(file)
+
+
+def outcar(lines: Iterable[str]) -> list[bool]:
+    """Of a VASP OUTCAR: NELM was reached, or VASP says so (since version 6)."""
+    result: list[bool] = []
+    num_allowed, last_step, reached, failed = 0, 0, False, False
+    for line in lines:
+        if "aborting loop" in line:
+            reached |= "EDIFF is reached" in line
+            failed |= "was not reached" in line
+        elif " Iteration " in line:
+            if found := re.search(r"Iteration\s+\d+\(\s*(\d+)\)", line):
+                last_step = int(found.group(1))
+        elif not num_allowed and (found := re.match(r"\s*NELM\s*=\s*(\d+)", line)):
+            num_allowed = int(found.group(1))
+        elif VASP_FRAME_END in line:
+            used_up = not reached and 0 < num_allowed <= last_step
+            result.append(not failed and not used_up)
+            last_step, reached, failed = 0, False, False
+    return result
+
+
+def vasprun(file: Iterable[str]) -> list[bool]:
+    """Of a vasprun.xml: as many steps as NELM allows, and the last changed the energy by more than EDIFF."""
+    result: list[bool] = []
+    num_allowed, tolerance = 0, 0.0
+    try:
+        for _, element in ElementTree.iterparse(file):  # type: ignore[arg-type]
+            if element.tag == "i" and element.get("name") == "NELM":
+                num_allowed = int(element.text or 0)
+            elif element.tag == "i" and element.get("name") == "EDIFF":
+                tolerance = float(element.text or 0)
+            elif element.tag == "calculation":
+                if element.find("energy") is not None:
+                    result.append(_finished(element, num_allowed, tolerance))
+                element.clear()
+    except ElementTree.ParseError:
+        pass  # a file cut short; ASE reads its whole steps
+    return result
+
+
+def _finished(calculation: ElementTree.Element, num_allowed: int, tolerance: float) -> bool:
+    energies = [
+        float(found.text or "nan")
+        for found in calculation.findall("scstep/energy/i[@name='e_fr_energy']")
+    ]
+    if not 0 < num_allowed <= len(energies):
+        return True
+    return len(energies) > 1 and abs(energies[-1] - energies[-2]) <= tolerance
+
+
+def espresso(lines: Iterable[str]) -> list[bool]:
+    """Of Quantum ESPRESSO's pw.x: a frame is a configuration with results, as ASE has it."""
+    result: list[bool] = []
+    failed, has_results = False, False
+    for line in lines:
+        if "Program PWSCF" in line or "ATOMIC_POSITIONS" in line:
+            if has_results:
+                result.append(not failed)
+            failed, has_results = False, False
+        failed |= PW_FAILED in line
+        has_results |= any(word in line for word in PW_RESULTS) or "End of band structure" in line
+        has_results |= "End of self-consistent" in line
+    return [*result, not failed] if has_results else result
+
+
+RULES: dict[str, Callable[[Iterable[str]], list[bool]]] = {
+    "vasp-out": outcar,
+    "vasp-xml": vasprun,
+    "espresso-out": espresso,
+}
+"""ASE's name of the format -> rule."""
+
+AIMS_FAILED = ("self-consistency cycle did not converge", "scf cycle not converged")
+
+
+def aims(lines: Iterable[str]) -> bool:
+    """Of one frame of FHI-aims, by its lines."""
+    text = [line.lower() for line in lines]
+    return not any(word in line for line in text for word in AIMS_FAILED)

@@ -1,0 +1,93 @@
+"""Names of groups: what stays on one side of a split."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import reduce
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase.data import chemical_symbols
+from numpy.typing import NDArray
+
+GROUPINGS = ("auto", "formula", "file", "frame")
+CONTENT_RESOLUTION = 1e-3
+"""Å, to which positions and cells enter the name of a frame."""
+
+
+def group_name(
+    group_by: str,
+    *,
+    path: Path,
+    frame: int,
+    numbers: NDArray[np.integer],
+    info: Mapping[str, Any],
+    content: str,
+    file_content: str = "",
+    auto: str | None = None,
+) -> str:
+    """The group of a structure: structures of one group, of any source, stay on one side of a split.
+
+    "auto" takes what the format itself tells about the origin of a frame (``auto``); where it tells nothing,
+    the empirical formula. Frames of a trajectory have one composition and so have conformations of a
+    molecule, so neither can be torn apart; supercells of a crystal share the *empirical* formula too. That
+    groups more than need be (isomers), which costs some freedom in the split and never an honest test. Two
+    things it cannot see: a trajectory whose composition changes, and one slab under different adsorbates.
+    Those need "file" or "info:KEY". A value of KEY means the same group in every file of one call.
+
+    "frame" and "file" name groups by the structures themselves, without labels: files of the same name in two
+    folders do not collide, and one structure labelled by two methods stays one group.
+
+    Args:
+        group_by: "auto", "formula", "file" (every file is one trajectory), "frame" (no frame is related to
+            any other), or "info:KEY" (the value of KEY).
+        path, frame: where the structure was read, for messages.
+        numbers: (N,) atomic numbers.
+        info: what the file says about the frame, for "info:KEY".
+        content: of the frame, see `content_name`.
+        file_content: the same of all frames of the file.
+        auto: the format's own idea of a group, or None.
+
+    Raises:
+        ValueError: the frame has no KEY.
+    """
+    if group_by == "file":
+        return f"file {file_content or content}"
+    if group_by == "frame":
+        return f"frame {content}"
+    if group_by.startswith("info:"):
+        key = group_by[5:]
+        if key not in info:
+            raise ValueError(
+                f"{path}, frame {frame}: has no key {key!r} to group by; keys there are "
+                f"{', '.join(info) or 'none'}"
+            )
+        return str(info[key])
+    if group_by == "auto" and auto is not None:
+        return auto
+    return empirical_formula(numbers)
+
+
+def content_name(
+    numbers: NDArray[np.integer], positions: NDArray[np.floating], cell: NDArray[np.floating]
+) -> str:
+    """A name of a structure made of its species, positions and cell (rounded), whatever its labels."""
+    digest = hashlib.sha256(np.asarray(numbers, dtype="<i8").tobytes())
+    for array in (positions, cell):
+        scaled = np.asarray(array, dtype=np.float64) / CONTENT_RESOLUTION
+        digest.update(np.rint(np.nan_to_num(scaled)).clip(-9e18, 9e18).astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
+
+
+def empirical_formula(numbers: NDArray[np.integer]) -> str:
+    """Composition divided by its greatest common divisor, by atomic number: H2O for any amount of water."""
+    elements, counts = np.unique(np.asarray(numbers, dtype=np.int64), return_counts=True)
+    divisor = reduce(gcd, counts.tolist(), 0) or 1
+    symbols = [chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z{z}" for z in elements.tolist()]
+    parts = [
+        f"{s}{n // divisor}" if n > divisor else s for s, n in zip(symbols, counts.tolist(), strict=True)
+    ]
+    return "".join(parts)

@@ -1,0 +1,132 @@
+"""LAMMPS text dumps: elements come from a column or the user, and there is no energy in them.
+
+ASE's reader takes types 1, 2, 3 for H, He, Li, and gives every frame with forces an energy of 0.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import ase
+import numpy as np
+from ase.data import atomic_masses
+from ase.io.formats import open_with_compression
+from ase.io.lammpsrun import read_lammps_dump_text
+from numpy.typing import NDArray
+
+from megagnn.data.formats.options import ReadOptions, UnreadableError
+from megagnn.data.formats.species import number_of, unknown_species
+
+NO_ENERGY = "energy left out: a LAMMPS dump holds none"
+UNITS_ASSUMED = "lengths and forces taken to be in LAMMPS units metal, Å and eV/Å (--units for others)"
+FROM_MASSES = "elements told by masses"
+MASS_TOLERANCE = 0.05
+
+
+def iterate_dump(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms, tuple[str, ...]]]:
+    """(index, atoms, notes) of each frame; those that cannot be read go to `options.unreadable`.
+
+    Raises:
+        UnreadableError: see above; among them a dump that tells no elements, for which none are given.
+    """
+    index = 0
+    try:
+        with open_with_compression(str(path), "r") as file:
+            style = None
+            for index, (lines, found_style) in enumerate(_split(file)):
+                style = found_style or style
+                try:
+                    atoms, notes = _atoms(lines, style, options)
+                except Exception as error:
+                    reason = str(error) or type(error).__name__
+                    if not isinstance(error, UnreadableError):
+                        reason = f"{reason}; is the file whole?"
+                    options.unreadable(UnreadableError(f"cannot read {path}, frame {index}: {reason}"))
+                    continue
+                yield index, atoms, notes
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        options.unreadable(UnreadableError(f"cannot read {path}, frame {index}: {error}; is the file whole?"))
+
+
+def _split(file: TextIO) -> Iterator[tuple[list[str], str | None]]:
+    """Lines of each frame from ITEM: TIMESTEP on, and the style of units where one is named before it."""
+    lines: list[str] = []
+    style = next_style = None
+    for line in file:
+        if line.startswith("ITEM: UNITS"):
+            next_style = next(file, "").strip() or None
+            continue
+        if line.startswith("ITEM: TIMESTEP"):
+            if lines:
+                yield lines, style
+            lines, style = [], next_style
+        lines.append(line)
+    if lines:
+        yield lines, style
+
+
+def _atoms(lines: list[str], style: str | None, options: ReadOptions) -> tuple[ase.Atoms, tuple[str, ...]]:
+    start = next((k for k, line in enumerate(lines) if line.startswith("ITEM: ATOMS")), None)
+    if start is None:
+        raise ValueError("the frame has no ITEM: ATOMS")
+    columns = lines[start].split()[2:]
+    rows = [line.split() for line in lines[start + 1 :] if line.strip()]
+    if any(len(row) != len(columns) for row in rows):
+        raise ValueError("a line of an atom has not as many numbers as there are columns")
+    numbers, notes = _numbers(columns, rows, options)
+    names = ase.Atoms(numbers=numbers).get_chemical_symbols()
+    if "element" not in columns:
+        columns, rows = [*columns, "element"], [[*row, ""] for row in rows]
+    for row, name in zip(rows, names, strict=True):
+        row[columns.index("element")] = name
+    text = [*lines[:start], f"ITEM: ATOMS {' '.join(columns)}\n", *(" ".join(row) + "\n" for row in rows)]
+    (atoms,) = read_lammps_dump_text(io.StringIO("".join(text)), index=slice(0, 1), units=style or "metal")
+    if atoms.calc is not None:
+        atoms.calc.results.pop("energy", None)  # 0 of ASE's making
+    notes = (*notes, NO_ENERGY)
+    return atoms, notes if style or {"length", "forces"} & set(options.units.of) else (*notes, UNITS_ASSUMED)
+
+
+def _numbers(
+    columns: list[str], rows: list[list[str]], options: ReadOptions
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """(N,) atomic numbers in the order of lines."""
+    names: list[str] = []
+    if "element" in columns:
+        names = [row[columns.index("element")] for row in rows]
+    elif "type" in columns and options.species:
+        names = [row[columns.index("type")] for row in rows]
+    elif "mass" in columns:
+        return _from_masses(np.array([float(row[columns.index("mass")]) for row in rows]), columns)
+    else:
+        raise UnreadableError(_no_elements(columns, rows))
+    numbers = {name: number_of(name, options.species) for name in set(names)}
+    unknown = sorted(name for name, number in numbers.items() if number is None)
+    if unknown:
+        flag = "--species" if "element" in columns else "--type-map"
+        raise UnreadableError(unknown_species(unknown, flag))
+    return np.array([numbers[name] for name in names], dtype=np.int64), ()
+
+
+def _from_masses(
+    masses: NDArray[np.float64], columns: list[str]
+) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    numbers = np.array([int(np.nanargmin(np.abs(atomic_masses[1:] - m))) + 1 for m in masses], dtype=np.int64)
+    off = np.abs(atomic_masses[numbers] - masses)
+    if (off > MASS_TOLERANCE).any():
+        mass = masses[int(np.argmax(off))]
+        way = "--type-map 1=Si,2=O" if "type" in columns else "a column of elements (dump_modify element)"
+        raise UnreadableError(f"a mass of {mass:g} is that of no element; say which it is with {way}")
+    return numbers, (FROM_MASSES,)
+
+
+def _no_elements(columns: list[str], rows: list[list[str]]) -> str:
+    what = f"a LAMMPS dump without a column of elements (it has {' '.join(columns)})"
+    if "type" not in columns:
+        return f"{what}; write one with dump_modify element"
+    types = sorted({row[columns.index("type")] for row in rows}, key=lambda t: (len(t), t))
+    example = ",".join(f"{t}={e}" for t, e in zip(types, ("Si", "O", "H", "C", "N"), strict=False))
+    return f"{what}; say which elements its types {', '.join(types)} are, as in --type-map {example}"
