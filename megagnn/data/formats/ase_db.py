@@ -57,10 +57,14 @@ def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Dat
     try:
         return database, Database(Units(wanted), frozenset(declared))
     except ValueError as error:
-        raise ValueError(f"{path} declares units that are not known here ({error}); give them with --units") from error
+        raise ValueError(
+            f"{path} declares units that are not known here ({error}); give them with --units"
+        ) from error
 
 
-def iterate_rows(path: Path, database: Any, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms, dict[str, Any]]]:
+def iterate_rows(
+    path: Path, database: Any, options: ReadOptions
+) -> Iterator[tuple[int, ase.Atoms, dict[str, Any]]]:
     """(index, atoms, extra values by name) of each row.
 
     Raises:
@@ -75,4 +79,6 @@ def iterate_rows(path: Path, database: Any, options: ReadOptions) -> Iterator[tu
             yield index, atoms, extra
     except Exception as error:
         reason = str(error) or type(error).__name__
-        options.unreadable(UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?"))
+        options.unreadable(
+            UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?")
+        )

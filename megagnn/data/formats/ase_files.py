@@ -23,16 +23,11 @@ from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
 from megagnn.data.formats.lammps_dump import iterate_dump
 from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
+from megagnn.data.formats.quirks import FREE_ENERGY, FREE_ENERGY_TAKEN, Mender
 from megagnn.data.formats.units import Units
 from megagnn.data.record import Structure
 
-FREE_ENERGY = {"vasp-out": "OUTCAR", "vasp-xml": "vasprun.xml"}
-"""Formats whose forces are derivatives of the free energy, while `energy` is extrapolated to no smearing."""
-FREE_ENERGY_TAKEN = "the energy is the free energy, whose derivative the forces are"
 VIRIAL_LEFT_OUT = "a virial is not read, for other labels have keys of their own; --virial-key reads it"
-OWN_UNITS = {"qbox": Units({"energy": "Ha", "forces": "Ha/bohr", "length": "bohr"})}
-"""Formats that ASE reads without converting what the program prints."""
-NO_STRESS = {"qbox": "stress left out: its unit and sign are not declared"}
 
 
 @dataclass
@@ -92,7 +87,9 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
             continue
         if found.index == 0 and options.on_unreadable is None:
             _check_labels(structure, found, options, path)
-        usual = [label for label in options.label_keys if _usual(found, label) is not None and label != "virial"]
+        usual = [
+            label for label in options.label_keys if _usual(found, label) is not None and label != "virial"
+        ]
         options.check_label_keys(usual, f"{path}, frame {found.index}")
         yield structure
     if not num_found and not num_told:
@@ -135,17 +132,12 @@ def _declared(extra: Mapping[str, Any], database: Database) -> dict[str, Any]:
 def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
     """Frames through `ase.io.iread`; whatever its parser raises becomes an error naming the frame."""
     index = 0
-    units, note = OWN_UNITS.get(name, Units()), NO_STRESS.get(name)
     try:
+        mender = Mender(path, name)
         converged = convergence.converged_frames(path, name)
         for atoms in ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True):
-            notes = ()
-            if note and atoms.calc is not None and atoms.calc.results.pop("stress", None) is not None:
-                notes = (note,)
-            failed = index < len(converged) and not converged[index]
-            if name == "orca-output" and atoms.calc is not None:
-                failed |= bool(np.isnan(float(atoms.calc.results.get("energy") or 0.0)))
-            yield Found(index, atoms, notes=notes, units=units, converged=not failed)
+            ended = mender.converged(atoms) and (index >= len(converged) or converged[index])
+            yield Found(index, atoms, notes=mender.mend(atoms), units=mender.units, converged=ended)
             index += 1
     except GeneratorExit:
         raise

@@ -40,7 +40,8 @@ def ase_format(path: Path, given: str | None) -> str:
     """
     if given is not None:
         if given not in ioformats or not ioformats[given].can_read:
-            near = difflib.get_close_matches(given, ioformats, n=3) or ["extxyz", "vasp-out", "aims-output"]
+            readable = [name for name, form in ioformats.items() if form.can_read and name != given]
+            near = difflib.get_close_matches(given, readable, n=3) or ["extxyz", "vasp-out", "aims-output"]
             raise ValueError(
                 f"--ase-format: ASE reads no format {given!r}; near are {', '.join(near)}, all are listed by "
                 "`ase info --formats`"
@@ -75,7 +76,9 @@ def nothing_found(path: Path, name: str) -> UnreadableError:
 def _candidates(path: Path, but: str) -> str:
     """Formats whose words the file holds, in words."""
     head = _head(path)
-    found = [name for name, words in SIGNATURES.items() if name != but and any(word in head for word in words)]
+    found = [
+        name for name, words in SIGNATURES.items() if name != but and any(word in head for word in words)
+    ]
     return f" (by its content perhaps {' or '.join(found)})" if found else " (as in --ase-format aims-output)"
 
 

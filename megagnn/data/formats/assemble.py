@@ -183,7 +183,13 @@ def _weights(info: Mapping[str, Any]) -> tuple[float, float, float]:
 
 def _ignored(info: Mapping[str, Any]) -> tuple[str, ...]:
     """Notes on what the file says of the electrons, which the model has no input for."""
-    neutral = {"charge": (0,), "total_charge": (0,), "spin": (0,), "multiplicity": (1,), "spin_multiplicity": (1,)}
+    neutral = {
+        "charge": (0,),
+        "total_charge": (0,),
+        "spin": (0,),
+        "multiplicity": (1,),
+        "spin_multiplicity": (1,),
+    }
     notes = []
     for key, usual in neutral.items():
         value = info.get(key)

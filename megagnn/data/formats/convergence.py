@@ -72,8 +72,7 @@ def vasprun(file: Iterable[str]) -> list[bool]:
 
 def _finished(calculation: ElementTree.Element, num_allowed: int, tolerance: float) -> bool:
     energies = [
-        float(found.text or "nan")
-        for found in calculation.findall("scstep/energy/i[@name='e_fr_energy']")
+        float(found.text or "nan") for found in calculation.findall("scstep/energy/i[@name='e_fr_energy']")
     ]
     if not 0 < num_allowed <= len(energies):
         return True

@@ -91,10 +91,14 @@ def _atoms(lines: list[str], species: Mapping[str, str]) -> ase.Atoms:
         if unknown:
             raise UnreadableError(unknown_species(unknown))
         if any(name in species for name in known):
-            lines = lines[:2] + [
-                " ".join([*row[:column], species.get(row[column], row[column]), *row[column + 1 :]])
-                for row in rows
-            ] + lines[2 + num_atoms :]
+            lines = (
+                lines[:2]
+                + [
+                    " ".join([*row[:column], species.get(row[column], row[column]), *row[column + 1 :]])
+                    for row in rows
+                ]
+                + lines[2 + num_atoms :]
+            )
     (atoms,) = read_xyz(io.StringIO("".join(_ended(lines))), slice(0, 1), properties_parser=parse_comment)
     return atoms
 

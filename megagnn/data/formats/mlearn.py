@@ -61,14 +61,18 @@ def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
     except (ValueError, OSError, EOFError) as error:
         raise UnreadableError(f"cannot read {path}: {error}; is the file whole?") from error
     if not isinstance(entries, list):
-        raise UnreadableError(f"cannot read {path}: expected a list of structures, got {type(entries).__name__}")
+        raise UnreadableError(
+            f"cannot read {path}: expected a list of structures, got {type(entries).__name__}"
+        )
     for frame, entry in enumerate(entries):
         try:
             structure = _structure(entry, options, path, frame)
         except (KeyError, TypeError, IndexError) as error:
             reason = f"{type(error).__name__} {error}"
             options.unreadable(
-                UnreadableError(f"cannot read {path}, frame {frame}: not an entry of the mlearn form ({reason})")
+                UnreadableError(
+                    f"cannot read {path}, frame {frame}: not an entry of the mlearn form ({reason})"
+                )
             )
             continue
         except UnreadableError as error:

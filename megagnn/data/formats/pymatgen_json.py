@@ -125,14 +125,14 @@ def _entries(path: Path) -> Iterator[tuple[str, Any, bool]]:
         raise UnreadableError(f"cannot read {path}: {error}; is the file whole?") from error
 
 
-def _frame(
-    entry: Any, options: ReadOptions, path: Path, index: int, where: str, of_mptrj: bool
-) -> Frame:
+def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str, of_mptrj: bool) -> Frame:
     numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, where)
     usual = {name: names for name, names in USUAL_NAMES.items()}
     if of_mptrj:
         usual |= MPTRJ_NAMES
-    found = {name: next((n for n in names if entry.get(n) is not None), None) for name, names in usual.items()}
+    found = {
+        name: next((n for n in names if entry.get(n) is not None), None) for name, names in usual.items()
+    }
     options.check_label_keys([n for n in ("energy", "forces", "stress") if found[n] is not None], where)
     labels: dict[str, Any] = {}
     for name, key in options.label_keys.items():

@@ -19,7 +19,9 @@ def parse_species(text: str) -> dict[str, str]:
     pairs = [part.partition("=") for part in parts]
     named = [bool(equals) for _, equals, _ in pairs]
     if any(named) and not all(named):
-        raise ValueError(f"--species takes NAME=ELEMENT,... or a list of elements of types 1, 2, ...; got {text!r}")
+        raise ValueError(
+            f"--species takes NAME=ELEMENT,... or a list of elements of types 1, 2, ...; got {text!r}"
+        )
     items = [
         (name.strip(), element.strip()) if equals else (str(index), name.strip())
         for index, (name, equals, element) in enumerate(pairs, 1)
@@ -61,6 +63,10 @@ def _likely(name: str) -> str:
     letters = "".join(c for c in name if c.isalpha())
     for length in (2, 1):
         symbol = letters[:length].capitalize()
-        if len(letters) >= length and (length == 1 or letters[1:2].islower()) and atomic_numbers.get(symbol, 0) > 0:
+        if (
+            len(letters) >= length
+            and (length == 1 or letters[1:2].islower())
+            and atomic_numbers.get(symbol, 0) > 0
+        ):
             return symbol
     return "C"
