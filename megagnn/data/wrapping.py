@@ -17,8 +17,8 @@ def storable_positions(
     """Positions (N, 3) in Å that are as good in float32, and the same where they were so already.
 
     Along periodic lattice vectors, atoms further than one cell outside the cell are wrapped into it. If
-    coordinates are still large and not everything is periodic, all atoms are moved so that their centre is the
-    origin. Neither changes a distance between atoms or images.
+    coordinates are still large and not everything is periodic, all atoms are moved so that their centre is
+    the origin. Neither changes a distance between atoms or images.
     """
     positions = np.asarray(positions, dtype=np.float64)
     periodic = np.asarray(pbc, dtype=bool)

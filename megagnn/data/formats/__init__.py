@@ -58,8 +58,8 @@ def read_structures(
     """Stream the structures of a file.
 
     Args:
-        path: any file ASE reads (compressed by gzip, bzip2 or xz too), JSON of pymatgen structures with labels
-            (lists, mlearn, MatPES, MPtrj), a store or its archive.
+        path: any file ASE reads (compressed by gzip, bzip2 or xz too), JSON of pymatgen structures with
+            labels (lists, mlearn, MatPES, MPtrj), a store or its archive.
         options: names, keys of labels, units, grouping; see `ReadOptions`. Grouped by file, the file is read
             twice: its group is named by all its structures.
         format: one of FORMATS, or None to detect it.

@@ -61,8 +61,8 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
     Labels are what ASE holds as results: total energy (eV; of OUTCAR and vasprun.xml the free energy, whose
     derivative the forces are), forces (eV/Å) as the engine gave them (ASE's `get_forces` would zero those of
     fixed atoms), stress (eV/Å^3, tension positive) where the structure is periodic in three directions, or
-    else a virial. Keys of one's own, such as REF_energy, are looked up in `atoms.info`, `atoms.arrays` and the
-    rows of a database.
+    else a virial. Keys of one's own, such as REF_energy, are looked up in `atoms.info`, `atoms.arrays` and
+    the rows of a database.
 
     Raises:
         ValueError: a file ASE cannot read, a first frame without labels, naming the keys that are there, or

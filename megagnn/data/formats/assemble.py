@@ -1,4 +1,4 @@
-"""From what a reader found of a frame to its `Structure`: units, virials, weights, groups, for all formats."""
+"""From what a reader of any format found of a frame to its `Structure`: units, virials, weights, groups."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import IO
 
 from ase.io.formats import open_with_compression
 
@@ -51,12 +52,12 @@ def outcar(lines: Iterable[str]) -> list[bool]:
     return result
 
 
-def vasprun(file: Iterable[str]) -> list[bool]:
+def vasprun(file: IO[str]) -> list[bool]:
     """Of a vasprun.xml: as many steps as NELM allows, and the last changed the energy by more than EDIFF."""
     result: list[bool] = []
     num_allowed, tolerance = 0, 0.0
     try:
-        for _, element in ElementTree.iterparse(file):  # type: ignore[arg-type]
+        for _, element in ElementTree.iterparse(file):
             if element.tag == "i" and element.get("name") == "NELM":
                 num_allowed = int(element.text or 0)
             elif element.tag == "i" and element.get("name") == "EDIFF":
@@ -94,7 +95,7 @@ def espresso(lines: Iterable[str]) -> list[bool]:
     return [*result, not failed] if has_results else result
 
 
-RULES: dict[str, Callable[[Iterable[str]], list[bool]]] = {
+RULES: dict[str, Callable[[IO[str]], list[bool]]] = {
     "vasp-out": outcar,
     "vasp-xml": vasprun,
     "espresso-out": espresso,

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 import ase
 import numpy as np
@@ -59,7 +59,7 @@ def _unreadable(path: Path, index: int, error: Exception) -> UnreadableError:
     return UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?")
 
 
-def _split(file: TextIO) -> Iterator[list[str]]:
+def _split(file: IO[str]) -> Iterator[list[str]]:
     """Lines of each frame: number of atoms, comment, atoms, and cell vectors (VEC1...) if there are any."""
     line = file.readline()
     while line:

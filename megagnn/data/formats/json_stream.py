@@ -14,7 +14,7 @@ SPACE = " \t\r\n"
 
 
 def iterate_entries(path: Path) -> Iterator[tuple[str | None, Any]]:
-    """Entries of the list or object at the top of a file, compressed or not: (key, value), key None in a list.
+    """(key, value) of each entry of the list (key None) or object at the top of a file, compressed or not.
 
     Memory is that of the largest entry.
 

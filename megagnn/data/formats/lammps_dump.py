@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import IO
 
 import ase
 import numpy as np
@@ -51,7 +51,7 @@ def iterate_dump(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.At
         options.unreadable(UnreadableError(f"cannot read {path}, frame {index}: {error}; is the file whole?"))
 
 
-def _split(file: TextIO) -> Iterator[tuple[list[str], str | None]]:
+def _split(file: IO[str]) -> Iterator[tuple[list[str], str | None]]:
     """Lines of each frame from ITEM: TIMESTEP on, and the style of units where one is named before it."""
     lines: list[str] = []
     style = next_style = None

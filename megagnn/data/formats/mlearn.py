@@ -30,8 +30,8 @@ from megagnn.data.record import Structure
 
 
 def is_mlearn(path: Path) -> bool:
-    """Whether a file looks like one of the mlearn set, by its ending and first characters (or of a list like it,
-    see `is_pymatgen_json`)."""
+    """Whether a file looks like one of the mlearn set (or like it, see `is_pymatgen_json`), by its ending and
+    first characters."""
     if not path.name.endswith(JSON_ENDINGS) or not path.is_file():
         return False
     try:

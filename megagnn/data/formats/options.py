@@ -1,4 +1,4 @@
-"""What a reader of any format is told: names, keys and units of labels, species, how structures are grouped."""
+"""What a reader of any format is told: names, keys and units of labels, species, how frames are grouped."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class ReadOptions:
             )
         if self.stress_key and "virial" in self.stress_key.lower() and self.virial_key is None:
             raise ValueError(
-                f"--stress-key {self.stress_key} names a virial, an energy that is minus the stress times the "
-                f"volume; read it with --virial-key {self.stress_key} (if it does hold a stress, add "
+                f"--stress-key {self.stress_key} names a virial, an energy that is minus the stress times "
+                f"the volume; read it with --virial-key {self.stress_key} (if it does hold a stress, add "
                 "--virial-key none)"
             )
 

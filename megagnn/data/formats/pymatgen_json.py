@@ -1,9 +1,9 @@
 """JSON files of structures as pymatgen writes them, with labels: lists, MatPES, MPtrj.
 
-Three forms are read: a list of entries ``{structure, energy, forces, stress}`` in the units of ASE; MatPES, the
-same with a ``matpes_id``; and MPtrj, an object of materials, each an object of frames with
-``uncorrected_total_energy``, ``force`` and ``stress``. Energies are total energies of the calculation: those of
-MPtrj without the corrections of the Materials Project, which are no function of positions.
+Three forms are read: a list of entries ``{structure, energy, forces, stress}`` in the units of ASE; MatPES,
+the same with a ``matpes_id``; and MPtrj, an object of materials, each an object of frames with
+``uncorrected_total_energy``, ``force`` and ``stress``. Energies are total energies of the calculation: those
+of MPtrj without the corrections of the Materials Project, which are no function of positions.
 
 Stresses of MPtrj are in kBar, compression positive, as VASP prints them. MatPES states kilobar for its six
 numbers, but neither their sign nor their order, so they are read only where units are declared, in the order
@@ -34,8 +34,8 @@ NOT_LABELS = ("structure", "matpes_id")
 
 
 def is_pymatgen_json(path: Path) -> bool:
-    """Whether a file is JSON whose first entry (or the first of its first entry) holds a structure, and its labels
-    are beside it, not under "outputs" as in mlearn."""
+    """Whether a file is JSON whose first entry (or the first in it) holds a structure, with labels beside it and
+    not under "outputs" as in mlearn."""
     if not path.name.endswith(JSON_ENDINGS) or not path.is_file():
         return False
     try:
@@ -127,7 +127,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any, bool]]:
 
 def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str, of_mptrj: bool) -> Frame:
     numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, where)
-    usual = {name: names for name, names in USUAL_NAMES.items()}
+    usual = dict(USUAL_NAMES)
     if of_mptrj:
         usual |= MPTRJ_NAMES
     found = {

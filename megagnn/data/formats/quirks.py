@@ -20,8 +20,8 @@ OWN_UNITS = {"qbox": Units({"energy": "Ha", "forces": "Ha/bohr", "length": "bohr
 
 STRESS_UNDECLARED = "stress left out: the sign and unit that the program prints are not known here"
 OTHER_AXES = (
-    "forces left out: they are in the axes of the input, positions only in Gaussian's standard orientation (run it "
-    "with nosymm)"
+    "forces left out: they are in the axes of the input, positions only in Gaussian's standard orientation "
+    "(run it with nosymm)"
 )
 
 
@@ -49,7 +49,7 @@ class Mender:
         return tuple(notes)
 
     def converged(self, atoms: ase.Atoms) -> bool:
-        """False where ASE's reader says that electronic steps failed, as that of ORCA does by an energy NaN."""
+        """False where ASE's reader says that electronic steps failed, as that of ORCA by an energy NaN."""
         energy = None if atoms.calc is None else atoms.calc.results.get("energy")
         return not (self.name == "orca-output" and energy is not None and np.isnan(energy))
 

@@ -50,8 +50,8 @@ def unknown_species(names: Iterable[str], what: str = "--species") -> str:
     reason = "numbers are not taken for elements, for they may be types" if unknown[0].isdigit() else ""
     reason = "isotopes are not told apart from their element" if isotopes else reason
     return (
-        f"unknown species {', '.join(unknown)}{f' ({reason})' if reason else ''}; say which elements they are, as in "
-        f"{what} {example}"
+        f"unknown species {', '.join(unknown)}{f' ({reason})' if reason else ''}; say which elements they "
+        f"are, as in {what} {example}"
     )
 
 

@@ -31,7 +31,7 @@ PRESSURES = {
 KNOWN = {
     "energy": "eV, meV, Ha, Ry, kcal/mol, kJ/mol, any of them with /atom",
     "forces": "an energy by a length, as eV/Å, Ha/bohr, kcal/mol/Å, with a minus sign for gradients",
-    "stress": "eV/Å^3, GPa, MPa, kBar, bar, Pa, atm, Ha/bohr^3, with a minus sign where compression is positive",
+    "stress": "eV/Å^3, GPa, MPa, kBar, bar, Pa, atm, Ha/bohr^3, with a minus where compression is positive",
     "virial": "eV, meV, Ha, Ry, kcal/mol, kJ/mol, with a minus sign where tension is positive",
     "length": "Å, bohr, nm, pm",
 }
