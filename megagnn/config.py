@@ -24,8 +24,11 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from megagnn.init_config import InitConfig
 from megagnn.models.presets import PRESETS
-from megagnn.overrides import check_keys, explain, parse_overrides, set_dotted
+from megagnn.overrides import Factors, Names, check_keys, explain, parse_overrides, set_dotted
+from megagnn.parallel_config import CONSERVATIVE_SCHEDULES as CONSERVATIVE_SCHEDULES
+from megagnn.parallel_config import ParallelConfig as ParallelConfig
 from megagnn.train.loss_presets import LOSS_PRESETS
 
 if sys.version_info >= (3, 11):
@@ -135,9 +138,9 @@ class DataConfig:
     of larger ones of the same seed."""
     subset_seed: NonNegativeInt = 0
     """Which structures those are."""
-    source_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    source_weights: Factors = Field(default_factory=dict)
     """Weights of sources in the loss, 1 for those not named: {"old data" = 0.2}."""
-    config_type_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    config_type_weights: Factors = Field(default_factory=dict)
     """The same of kinds of structures, as their files name them (config_type)."""
     reference_energies: str | None = None
     """File of reference energies, eV, by element or by source and element (docs/data.md); if not given, those
@@ -182,7 +185,7 @@ class LossConfig:
         (300.0, 0.1),
     )
     """`stratified_huber`: pairs (size of the label in eV/Å, factor of `huber_delta` from there on)."""
-    element_weights: dict[str, NonNegativeFloat] = Field(default_factory=dict)
+    element_weights: Factors = Field(default_factory=dict)
     """Weights of atoms in the force term by element, 1 for those not named: {H = 0.5}."""
     final_energy_weight: NonNegativeFloat | None = None
     """`energy_weight` of the last part of the run, by which validations judge; the same throughout if not
@@ -242,6 +245,10 @@ class OptimConfig:
     """Global gradient norm is clipped to this; no clipping if not given ("none" on the command line)."""
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A gradient norm above so many times the median of the last 100 is bad; no limit if not given."""
+    rates: Factors = Field(default_factory=dict)
+    """{layers = 0.1}: share of the learning rate that a part of the model has; the longest name counts."""
+    freeze: Names = ()
+    """Parts of the model that stay as they are, such as "element_embedding" or "layers.0"."""
     accumulate_steps: PositiveInt = 1
     """Batches of each rank whose gradients make one optimizer step."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
@@ -290,48 +297,15 @@ class TrainConfig:
     needs the memory for both."""
 
 
-CONSERVATIVE_SCHEDULES = ("two-pass", "conservative", "conservative-zb")
-"""Of `parallel.schedule`, those for losses on conservative forces."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class ParallelConfig:
-    """How the ranks divide the work: data x pipeline x tensor makes the number of ranks."""
-
-    data: PositiveInt | None = None
-    """Ranks that hold the same parameters and take different structures; what the others leave if not given.
-    """
-    pipeline: PositiveInt = 1
-    """Ranks that hold different layers; a step's `optim.accumulate_steps` batches go through them."""
-    schedule: Literal[
-        "auto", "gpipe", "1f1b", "interleaved", "zb-h1", "two-pass", "conservative", "conservative-zb"
-    ] = "auto"
-    """In which order pipeline ranks do what (docs/pipeline.md); the last three are for conservative forces.
-    `auto` is `conservative` for these, and else `1f1b`."""
-    stage_costs: Literal["modelled", "measured"] = "modelled"
-    """Layers are cut into stages of even cost: multiply-adds counted, or times on the first step's batch."""
-    stages: tuple[PositiveInt, ...] | None = None
-    """Layers of each stage, in their order, instead of such a cut."""
-    timeline_step: PositiveInt = 10
-    """After so many steps of a pipeline the timeline of one is kept, planned and measured: in TensorBoard and
-    for chrome://tracing in out_dir/timeline.json."""
-    tensor: PositiveInt = 1
-    """Ranks that hold one set of parameters between them and work on the same batch."""
-    plan: Literal["auto", "channel", "edge"] = "auto"
-    """How the edge products are divided over the tensor-parallel ranks."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """What data-parallel ranks divide: nothing, optimizer state (1), gradients, too (2), parameters, too (3).
-    """
-    bucket_megabytes: PositiveFloat = 25.0
-    """Data-parallel gradients are summed in messages of about this size, during the backward."""
-
-
 @dataclass(frozen=True, config=_STRICT)
 class RunConfig:
     """A whole run."""
 
     out_dir: str = "runs/default"
     """Folder of checkpoints, TensorBoard events and metrics."""
+    init_from: str | None = None
+    """A checkpoint with whose weights a new run begins; the keys of [model] that are not given are its."""
+    init: InitConfig = InitConfig()
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -462,11 +436,16 @@ class RunConfig:
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
-    """Read a TOML file and apply `--section.field value` overrides.
+    """Read a TOML file and apply `--section.field value` overrides; raises as `read_values` and
+    `config_from_dict`."""
+    return config_from_dict(read_values(path, overrides))
+
+
+def read_values(path: str | Path, overrides: typing.Sequence[str] = ()) -> dict[str, Any]:
+    """The keys that a TOML file and `--section.field value` overrides give, as nested dictionaries.
 
     Raises:
-        ValueError: unreadable TOML, an unknown key, or a value that cannot be; names the key and the nearest
-            valid one.
+        ValueError: unreadable TOML, or an override that is none.
         FileNotFoundError: no such file.
     """
     path = Path(path)
@@ -478,11 +457,15 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunCo
         raise ValueError(f"{path} is not valid TOML: {error}") from error
     for key, text in parse_overrides(overrides):
         set_dotted(RunConfig, values, key, text)
-    return config_from_dict(values)
+    return values
 
 
 def config_from_dict(values: dict[str, Any]) -> RunConfig:
-    """Nested dictionaries, as TOML gives them, to a complete RunConfig; raises as `load_config`."""
+    """Nested dictionaries, as TOML gives them, to a complete RunConfig.
+
+    Raises:
+        ValueError: an unknown key, or a value that cannot be; names the key and the nearest valid one.
+    """
     check_keys(RunConfig, values)
     model = dict(values.get("model", {}))
     if model.get("preset") in PRESETS:

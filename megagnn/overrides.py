@@ -4,12 +4,38 @@ import dataclasses
 import difflib
 import sys
 import typing
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+def _names(value: Any) -> Any:
+    return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+
+
+def _pairs(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in _names(value)]
+    if wrong := [name for name, equals, _ in pairs if not equals]:
+        raise ValueError(
+            f"pairs are written NAME=VALUE, with commas between them, got '{wrong[0]}'; write "
+            f"{wrong[0]}=VALUE"
+        )
+    return {name.strip(): text.strip() for name, _, text in pairs}
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""A list of names; on the command line "a,b"."""
+Pairs = Annotated[dict[str, str], BeforeValidator(_pairs)]
+"""A table of names; on the command line "a=b,c=d", or --section.field.a b."""
+Factors = Annotated[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]], BeforeValidator(_pairs)]
+"""A table of numbers of at least 0; on the command line as `Pairs`."""
 
 
 def parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, str]]:

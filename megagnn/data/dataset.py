@@ -152,6 +152,11 @@ class StructureDataset(Dataset[Graph]):
                 weights[names == name] *= weight
         self._weights = weights[:, None]
 
+    def number_levels(self, first: Sequence[str]) -> None:
+        """Number the levels of theory anew: these first, whether the data hold them or not."""
+        self.levels = _merge([first, self.levels], None, "level")
+        self._level_maps = [_map(store.header.levels, self.levels) for store in self.stores]
+
     def origin(self, index: int) -> tuple[Path, int]:
         """The store that holds a structure, and its number there."""
         return self.stores[int(self._store_of[index])].path, int(self._index_in_store[index])

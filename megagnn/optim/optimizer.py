@@ -13,6 +13,7 @@ from megagnn.ops import square_sum
 from megagnn.ops.dispatch import accumulator_type
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.apex import make_apex_adamw
+from megagnn.optim.parts import FROZEN, clear_frozen_gradients, share_of
 from megagnn.optim.sharded import ShardedAdamW
 from megagnn.optim.storage import DiskStorage, MemoryStorage, Storage
 from megagnn.parallel import messages
@@ -42,15 +43,22 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
     """Matrices, which decay, and vectors, which do not, each divided by their shares of the learning rate.
 
-    The product of rate and decay is the same for all matrices.
+    A share is that of the parametrisation times that of the part (optim/parts.py). The product of rate and
+    decay is the same for all matrices of a part, and follows the part's share.
     """
-    kinds: dict[tuple[bool, float], list[nn.Parameter]] = {(False, 1.0): [], (True, 1.0): []}
-    for p in model.parameters():
-        kinds.setdefault((p.ndim < 2, getattr(p, "rate", 1.0)), []).append(p)
+    kinds: dict[tuple[bool, float, float], list[nn.Parameter]] = {(False, 1.0, 1.0): [], (True, 1.0, 1.0): []}
+    for name, p in model.named_parameters():
+        share = share_of(name.removeprefix("model."), config)  # a potential's, or those of its model
+        kinds.setdefault((p.ndim < 2, getattr(p, "rate", 1.0), share), []).append(p)
     return [
-        {"params": params, "weight_decay": 0.0 if vectors else config.weight_decay / rate, "rate": rate}
-        for (vectors, rate), params in sorted(kinds.items(), key=lambda kind: kind[0])
-        if params or rate == 1.0
+        {
+            "params": params,
+            "weight_decay": 0.0 if vectors else config.weight_decay / rate,
+            "rate": rate * share,
+            **({FROZEN: True} if share == 0 else {}),
+        }
+        for (vectors, rate, share), params in sorted(kinds.items(), key=lambda kind: kind[0])
+        if params or rate == share == 1.0
     ]
 
 
@@ -103,6 +111,14 @@ def _say_that_weights_changed(optimizer: torch.optim.Optimizer, *_: Any) -> None
 def gradient_buffers(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Flat buffers of which the parameters' `.grad` are views; none for other optimizers than our own."""
     return optimizer.gradient_buffers() if isinstance(optimizer, FlatAdamW) else []
+
+
+def hold_frozen_parts(optimizer: torch.optim.Optimizer) -> None:
+    """The gradients, sums over the ranks by now, count as zero where a part is frozen (optim/parts.py)."""
+    if isinstance(optimizer, ShardedAdamW):
+        optimizer.clear_frozen_gradients()
+    else:
+        clear_frozen_gradients(optimizer)
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer, context: ParallelContext) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megagnn.optim.parts import FROZEN
 from megagnn.optim.pieces import Piece
 from megagnn.optim.residency import Residency
 from megagnn.optim.sharded_reducer import ShardedReducer
@@ -101,6 +102,12 @@ class ShardedAdamW(torch.optim.Optimizer):
                 self.storage.fetch(after.kept.values())
             yield unit
             self.storage.release(unit.kept.values())
+
+    def clear_frozen_gradients(self) -> None:
+        """Zero those of the groups that are frozen (optim/parts.py), in this rank's shards."""
+        frozen = {index for index, group in enumerate(self.param_groups) if group.get(FROZEN)}
+        for unit in self.units if frozen else ():
+            unit.clear_gradients(frozen)
 
     def gradient_square_sum(self) -> Tensor:
         """Sum of the squares of the gradients of this rank's shards, a float64 scalar.

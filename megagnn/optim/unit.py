@@ -16,7 +16,7 @@ compute is the same bits. The layout has P equal *shards*; rank r keeps shard r.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -279,6 +279,14 @@ class Unit:
             )
         if weights is not self.param_shard:
             self.param_shard.copy_(weights)
+
+    def clear_gradients(self, groups: Collection[int]) -> None:
+        """Zero this rank's gradients of some parameter groups."""
+        found = [run for run in self.runs() if run.group in groups]
+        for run in found:
+            self.grad_shard[run.begin : run.end].zero_()
+        if found:
+            self.storage.release([self.grad_shard])
 
     def square_sum(self) -> Tensor:
         """Of this rank's gradients, counting what every tensor-parallel rank holds by its share."""

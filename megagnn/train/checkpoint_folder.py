@@ -65,6 +65,14 @@ class FolderCheckpoint:
         names = [name for name in self.manifest.tensors if name.split("/")[0] in kinds]
         return load_whole(self.path, self.manifest, names)
 
+    def whole_tensor(self, name: str) -> Tensor:
+        """The whole of one tensor, "KIND/NAME"; raises ValueError if it is not there."""
+        from megagnn.train.checkpoint_storage import load_whole
+
+        if name not in self.manifest.tensors:
+            raise ValueError(f"checkpoint {self.path} does not fit the model: missing {name}")
+        return load_whole(self.path, self.manifest, [name])[name]
+
     def restore_random_state(self, context: ParallelContext) -> None:
         """The generators of this process, where it has the place of one that wrote."""
         from megagnn.train.checkpoint_storage import load_whole

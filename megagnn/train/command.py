@@ -5,12 +5,13 @@ import shutil
 import sys
 from pathlib import Path
 
-from megagnn.config import RunConfig, flat_config, load_config
+from megagnn.config import RunConfig, flat_config
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.elastic import launch_identity
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.checkpoint_folder import checkpoint_steps
+from megagnn.train.fine_tune import run_config
 from megagnn.train.monitor import LINES
 from megagnn.train.run_lock import locked
 from megagnn.train.trainer import Trainer
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`megagnn train CONFIG.toml [--resume | --overwrite] [--section.field value ...]`."""
-    config = load_config(arguments.config, overrides)
+    config = run_config(arguments.config, overrides, arguments.resume)
     train, chosen = config.train, {"--resume": arguments.resume, "--overwrite": arguments.overwrite}
     fingerprint = {**flat_config(config), **chosen}
     with (

@@ -1,0 +1,257 @@
+"""A new run that begins with the weights of a checkpoint: other data, other elements, other levels of theory.
+
+The function is kept: weights, the output scale and the mean number of neighbours are the checkpoint's, rows
+of embeddings are found by element and by level, and rows that the checkpoint lacks are added. On what the
+checkpoint knows energies change by the reference energies alone, and forces not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from ase.data import atomic_numbers, chemical_symbols
+from torch import Tensor
+
+from megagnn.config import ModelConfig, RunConfig, config_from_dict, read_values
+from megagnn.data.dataset import StructureDataset
+from megagnn.init_config import InitConfig
+from megagnn.models.presets import PRESETS
+from megagnn.models.statistics import Statistics
+from megagnn.optim.pieces import Piece
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.world import broadcast_object
+from megagnn.train.checkpoint import Checkpoint, open_checkpoint
+from megagnn.train.checkpoint_folder import FolderCheckpoint, follow
+from megagnn.train.kept_references import kept_references
+
+# Of the section [model], what may differ from the checkpoint's: how the function is computed, what of it is
+# predicted, and how weights begin and are trained.
+FREE_KEYS = (
+    "preset",
+    "stress",
+    "initialisation",
+    "parametrisation",
+    "base_width",
+    "base_layers",
+    "aggregation_backend",
+    "edge_operation",
+    "edge_memory",
+    "edge_block",
+    "recompute_layers",
+)
+ELEMENTS, LEVELS = "element_embedding.weight", "level_embedding.weight"
+
+
+def run_config(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> RunConfig:
+    """The configuration of a run; with `init_from` what [model] leaves open is the checkpoint's.
+
+    A run that goes on has written down its model and does not need the checkpoint that it began with.
+
+    Raises:
+        ValueError: see `config.load_config`; a key of [model] that contradicts the checkpoint.
+        FileNotFoundError: no such file, or no checkpoint.
+    """
+    values = read_values(path, overrides)
+    init_from = values.get("init_from")
+    if not isinstance(init_from, str):
+        return config_from_dict(values)
+    given = dict(values.get("model", {}))
+    values = {**values, "model": {**PRESETS.get(given.get("preset", "default"), {}), **given}}
+    own = Path(str(values.get("out_dir", RunConfig.out_dir))) / "config.json"
+    if resume and own.is_file():
+        return _with_model(values, _model_of_run(own), str(own))
+    try:
+        return _with_model(values, open_checkpoint(Path(init_from).expanduser()).config.model, init_from)
+    except FileNotFoundError:
+        if not own.is_file():
+            raise
+        return _with_model(values, _model_of_run(own), str(own))  # torchrun starts a run again
+
+
+def check_model(own: ModelConfig, other: ModelConfig, where: str) -> None:
+    """Raises ValueError if a model is another function than that of a checkpoint."""
+    for field in dataclasses.fields(ModelConfig):
+        got, want = getattr(own, field.name), getattr(other, field.name)
+        by_energy = field.name == "forces" and "direct" not in (got, want)
+        if got != want and field.name not in FREE_KEYS and not by_energy:
+            raise ValueError(
+                f"model.{field.name} is {got!r} in the configuration and {want!r} in {where}, with whose "
+                "weights the run begins; leave it out, or give it that value"
+            )
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The checkpoint that a new run begins with."""
+
+    checkpoint: Checkpoint | FolderCheckpoint
+    settings: InitConfig
+
+    @classmethod
+    def open(cls, config: RunConfig, context: ParallelContext) -> Beginning | None:
+        """The checkpoint of `init_from`; None without one. All ranks read the one that the main rank finds
+        behind a link.
+
+        Raises:
+            ValueError: not a checkpoint, a damaged one, or one of another model.
+            FileNotFoundError: no such file.
+        """
+        if config.init_from is None:
+            return None
+        path = Path(broadcast_object(str(follow(Path(config.init_from).expanduser())), context))
+        checkpoint = open_checkpoint(path)
+        check_model(config.model, checkpoint.config.model, str(checkpoint.path))
+        return cls(checkpoint, config.init)
+
+    def fit(self, fitted: Statistics, dataset: StructureDataset) -> Statistics:
+        """Statistics of the new run, of those fitted on its training split and those of the checkpoint.
+
+        Elements and levels of theory of the checkpoint stay, so that it can still be used there; sources are
+        those of the data.
+
+        Raises:
+            ValueError: settings that name an element, a level or a source that is not there.
+        """
+        old, settings = self.checkpoint.statistics, self.settings
+        self._check_names(fitted)
+        elements = tuple(sorted({*old.elements, *fitted.elements}))
+        spread = [_spread(row, fitted.elements, elements) for row in fitted.references]
+        found = dataclasses.replace(
+            fitted,
+            elements=elements,
+            references=tuple(spread),
+            mean_neighbours=old.mean_neighbours,
+            output_scale=old.output_scale,
+        )
+        if settings.references == "keep":
+            return kept_references(found, old, settings.new_sources, dataset, str(self.checkpoint.path))
+        return found
+
+    def _check_names(self, fitted: Statistics) -> None:
+        old, settings, where = self.checkpoint.statistics, self.settings, self.checkpoint.path
+        symbols = [chemical_symbols[z] for z in old.elements]
+        own = [chemical_symbols[z] for z in fitted.elements]
+        tables: list[tuple[str, Mapping[str, str], Sequence[str], Sequence[str], str]] = [
+            ("new_elements", settings.new_elements, own, symbols, "element"),
+            ("new_levels", settings.new_levels, fitted.levels, old.levels, "level of theory"),
+            ("new_sources", settings.new_sources, fitted.sources, old.sources, "source"),
+        ]
+        for key, pairs, ours, theirs, what in tables:
+            for new, known in pairs.items():
+                if new not in ours:
+                    raise ValueError(
+                        f"init.{key} names the {what} '{new}', which the training data do not hold; they "
+                        f"hold {', '.join(ours)}"
+                    )
+                if known not in theirs:
+                    raise ValueError(
+                        f"init.{key} begins the {what} '{new}' as '{known}', which {where} does not know; it "
+                        f"knows {', '.join(theirs)}"
+                    )
+                if new in theirs and key != "new_sources":
+                    raise ValueError(
+                        f"init.{key} names the {what} '{new}', whose row {where} holds already; leave it out"
+                    )
+
+    def fill(self, pieces: Sequence[Piece], statistics: Statistics) -> None:
+        """Weights and their moving average, which begins with them, in a rank's pieces of any layout.
+
+        Raises:
+            ValueError: the checkpoint is of another model.
+        """
+        kind = self.settings.weights
+        for wanted in ("model", "average"):
+            mine = [piece for piece in pieces if piece.kind == wanted]
+            rest = [piece for piece in mine if piece.name not in (ELEMENTS, LEVELS)]
+            self._load([dataclasses.replace(piece, kind=kind) for piece in rest])
+            for piece in mine:
+                if piece.name == ELEMENTS:
+                    _copy(piece, self._element_rows(statistics))
+                elif piece.name == LEVELS:
+                    _copy(piece, self._level_rows(statistics, piece.layout.full_shape[1]))
+
+    def _load(self, pieces: Sequence[Piece]) -> None:
+        if isinstance(self.checkpoint, FolderCheckpoint):
+            self.checkpoint.load(pieces)
+            return
+        for piece in pieces:
+            _copy(piece, self._whole(piece.name))
+
+    def _whole(self, name: str) -> Tensor:
+        key = f"{self.settings.weights}/{name}"
+        if isinstance(self.checkpoint, FolderCheckpoint):
+            return self.checkpoint.whole_tensor(key)
+        if key not in self.checkpoint.tensors:
+            raise ValueError(f"checkpoint {self.checkpoint.path} does not fit the model: missing {key}")
+        return self.checkpoint.tensors[key]
+
+    def _element_rows(self, statistics: Statistics) -> Tensor:
+        """(elements, F): those of the checkpoint, and new ones as another element's or the mean of all."""
+        alike = {atomic_numbers[a]: atomic_numbers[b] for a, b in self.settings.new_elements.items()}
+        old = self.checkpoint.statistics.elements
+        return _rows(self._whole(ELEMENTS), old, statistics.elements, alike)
+
+    def _level_rows(self, statistics: Statistics, width: int) -> Tensor:
+        """The same for levels of theory; a checkpoint with one level has no table, which is one of zeros."""
+        old = self.checkpoint.statistics.levels
+        has_table = self.checkpoint.config.model.level_embedding and len(old) > 1
+        table = self._whole(LEVELS) if has_table else torch.zeros(len(old), width)
+        return _rows(table, old, statistics.levels, self.settings.new_levels)
+
+    def describe(self, statistics: Statistics) -> str:
+        """What is kept and what is new, for the user."""
+        old, settings = self.checkpoint.statistics, self.settings
+        new = [chemical_symbols[z] for z in statistics.elements if z not in old.elements]
+        new_elements = [f"{s} (as {settings.new_elements.get(s, 'the mean of all')})" for s in new]
+        levels = [name for name in statistics.levels if name not in old.levels]
+        new_levels = [f"{n} (as {settings.new_levels.get(n, 'the mean of all')})" for n in levels]
+        return (
+            f"begins with the {'averaged ' if settings.weights == 'average' else ''}weights of "
+            f"{self.checkpoint.path}, step {self.checkpoint.progress.step}; new elements: "
+            f"{', '.join(new_elements) or 'none'}; new levels of theory: {', '.join(new_levels) or 'none'}; "
+            f"references {'kept' if settings.references == 'keep' else 'fitted anew'}"
+        )
+
+
+def _with_model(values: dict[str, Any], model: ModelConfig, where: str) -> RunConfig:
+    """The configuration of these values, with what [model] leaves open from another model."""
+    config = config_from_dict({**values, "model": {**dataclasses.asdict(model), **values["model"]}})
+    check_model(config.model, model, where)
+    return config
+
+
+def _model_of_run(path: Path) -> ModelConfig:
+    try:
+        return config_from_dict(json.loads(path.read_text())).model
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path}, the configuration of the run, cannot be read: {error}") from None
+
+
+def _rows(table: Tensor, old: Sequence[Any], new: Sequence[Any], alike: Mapping[Any, Any]) -> Tensor:
+    """A table with the rows of `old` in the order of `new`; others as the row of `alike`, or their mean."""
+    table = table.double()
+    rows = {name: table[index] for index, name in enumerate(old)}
+    mean = table.mean(0)
+    return torch.stack([rows.get(name, rows[alike[name]] if name in alike else mean) for name in new])
+
+
+@torch.no_grad()
+def _copy(piece: Piece, whole: Tensor) -> None:
+    if tuple(whole.shape) != piece.layout.full_shape:
+        raise ValueError(
+            f"the checkpoint does not fit the model: {piece.name} is {tuple(whole.shape)}, the model has "
+            f"{piece.layout.full_shape}"
+        )
+    piece.values.copy_(piece.layout.slice_of(whole).reshape(-1)[piece.begin : piece.end])
+
+
+def _spread(row: Sequence[float], old: Sequence[int], new: Sequence[int]) -> tuple[float, ...]:
+    """Numbers of some elements as numbers of more, zero for the others."""
+    found = dict(zip(old, row, strict=True))
+    return tuple(found.get(z, 0.0) for z in new)

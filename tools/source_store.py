@@ -1,0 +1,42 @@
+"""Write one source of a store into a store of its own: python tools/source_store.py STORE SOURCE OUT
+
+STORE may be an archive. The structures keep their split and their groups.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from megagnn.data.formats.options import ReadOptions
+from megagnn.data.formats.packed import read_store, store_header
+from megagnn.data.store import write_store
+
+
+def main() -> int:
+    """Write the store; return the exit code."""
+    parser = argparse.ArgumentParser(description="Write one source of a store into a store of its own.")
+    parser.add_argument("store", type=Path, help="directory of the store, or its archive")
+    parser.add_argument("source", help="name of the source")
+    parser.add_argument("out", type=Path, help="directory to be made")
+    args = parser.parse_args()
+    try:
+        header = store_header(args.store)
+        if args.source not in header.sources:
+            raise ValueError(
+                f"{args.store} has no source '{args.source}'; it has {', '.join(header.sources)}"
+            )
+        found = [s for s in read_store(args.store, ReadOptions()) if s.source == args.source]
+        splits = np.array([s.split for s in found], dtype=np.uint8)
+        provenance = {args.source: header.provenance[args.source]}
+        write_store(args.out, found, splits=splits, provenance=provenance)
+    except ValueError as error:
+        print(f"source_store: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {len(found):,} structures of {args.source}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
