@@ -161,6 +161,10 @@ class StructureDataset(Dataset[Graph]):
         """The store that holds a structure, and its number there."""
         return self.stores[int(self._store_of[index])].path, int(self._index_in_store[index])
 
+    def origins(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(S,) number of the store that holds each structure, and its number there."""
+        return self._store_of, self._index_in_store
+
     def keep(self, indices: NDArray[np.int64]) -> None:
         """Leave out all structures but these, which are numbered anew in the order of the data."""
         kept = np.sort(indices)

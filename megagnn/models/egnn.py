@@ -17,7 +17,7 @@ from megagnn.models.statistics import Statistics
 from megagnn.ops import Segments, dual, gather, segment_sum
 from megagnn.ops.recompute import recomputed
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import initialise, num_parameters
+from megagnn.parallel.parameter import deferred_parameters, initialise, num_parameters
 from megagnn.tensor_parallel.cost import PlanChoice, choose_plan
 from megagnn.tensor_parallel.layers import Embedding, share
 from megagnn.tensor_parallel.partition import partition_edges
@@ -208,6 +208,12 @@ class EGNN(nn.Module):
         shift of its source."""
         element_N = self.element_index[batch[keys.ATOMIC_NUMBERS]]
         return self.references[batch[keys.SOURCE][batch[keys.BATCH]], element_N]
+
+
+def parameter_names(config: ModelConfig, statistics: Statistics) -> list[str]:
+    """Names of the parameters of the whole model, for which no memory is taken."""
+    with deferred_parameters():
+        return [name for name, _ in EGNN(config, statistics).named_parameters()]
 
 
 def _run(layer: EGNNLayer, *arguments: Any) -> Any:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megagnn.config import ModelConfig, RunConfig, config_from_dict, read_values
 from megagnn.data.dataset import StructureDataset
+from megagnn.data.reference_file import References
 from megagnn.init_config import InitConfig
 from megagnn.models.presets import PRESETS
 from megagnn.models.statistics import Statistics
@@ -28,7 +29,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
 from megagnn.train.checkpoint import Checkpoint, open_checkpoint
 from megagnn.train.checkpoint_folder import FolderCheckpoint, follow
-from megagnn.train.kept_references import kept_references
+from megagnn.train.kept_references import known_references, spread, with_known
 
 # Of the section [model], what may differ from the checkpoint's: how the function is computed, what of it is
 # predicted, and how weights begin and are trained.
@@ -109,38 +110,51 @@ class Beginning:
         check_model(config.model, checkpoint.config.model, str(checkpoint.path))
         return cls(checkpoint, config.init)
 
-    def fit(self, fitted: Statistics, dataset: StructureDataset) -> Statistics:
-        """Statistics of the new run, of those fitted on its training split and those of the checkpoint.
+    def references(self, given: References | None, dataset: StructureDataset) -> References | None:
+        """References that are known before a fit: a user's own, and before those what is kept.
+
+        Raises:
+            ValueError: a source that the checkpoint does not have.
+        """
+        self._check_names(dataset)
+        if self.settings.references == "fit":
+            return given
+        old, where = self.checkpoint.statistics, str(self.checkpoint.path)
+        kept = known_references(old, dataset.sources, self.settings.new_sources, where)
+        return {name: {**row, **(given or {}).get(name, {})} for name, row in kept.items()}
+
+    def statistics(self, fitted: Statistics, known: References | None) -> Statistics:
+        """Those of the new run, of those fitted on its training split and those of the checkpoint.
 
         Elements and levels of theory of the checkpoint stay, so that it can still be used there; sources are
         those of the data.
 
-        Raises:
-            ValueError: settings that name an element, a level or a source that is not there.
+        known: what `references` gave for the fit.
         """
         old, settings = self.checkpoint.statistics, self.settings
-        self._check_names(fitted)
         elements = tuple(sorted({*old.elements, *fitted.elements}))
-        spread = [_spread(row, fitted.elements, elements) for row in fitted.references]
         found = dataclasses.replace(
             fitted,
             elements=elements,
-            references=tuple(spread),
+            references=tuple(spread(row, fitted.elements, elements) for row in fitted.references),
+            unspanned=tuple(
+                tuple(spread(row, fitted.elements, elements) for row in rows) for rows in fitted.unspanned
+            ),
             mean_neighbours=old.mean_neighbours,
             output_scale=old.output_scale,
         )
-        if settings.references == "keep":
-            return kept_references(found, old, settings.new_sources, dataset, str(self.checkpoint.path))
+        if settings.references == "keep" and known is not None:
+            return with_known(found, old, known, settings.new_sources)
         return found
 
-    def _check_names(self, fitted: Statistics) -> None:
+    def _check_names(self, dataset: StructureDataset) -> None:
         old, settings, where = self.checkpoint.statistics, self.settings, self.checkpoint.path
         symbols = [chemical_symbols[z] for z in old.elements]
-        own = [chemical_symbols[z] for z in fitted.elements]
+        own = [chemical_symbols[z] for z in sorted({int(z) for row in dataset.source_elements() for z in row})]
         tables: list[tuple[str, Mapping[str, str], Sequence[str], Sequence[str], str]] = [
             ("new_elements", settings.new_elements, own, symbols, "element"),
-            ("new_levels", settings.new_levels, fitted.levels, old.levels, "level of theory"),
-            ("new_sources", settings.new_sources, fitted.sources, old.sources, "source"),
+            ("new_levels", settings.new_levels, dataset.levels, old.levels, "level of theory"),
+            ("new_sources", settings.new_sources, dataset.sources, old.sources, "source"),
         ]
         for key, pairs, ours, theirs, what in tables:
             for new, known in pairs.items():
@@ -249,9 +263,3 @@ def _copy(piece: Piece, whole: Tensor) -> None:
             f"{piece.layout.full_shape}"
         )
     piece.values.copy_(piece.layout.slice_of(whole).reshape(-1)[piece.begin : piece.end])
-
-
-def _spread(row: Sequence[float], old: Sequence[int], new: Sequence[int]) -> tuple[float, ...]:
-    """Numbers of some elements as numbers of more, zero for the others."""
-    found = dict(zip(old, row, strict=True))
-    return tuple(found.get(z, 0.0) for z in new)

@@ -18,7 +18,7 @@ class Progress:
     first_structure: int = 0
     """Structures of that epoch that its plan leaves out: done before the number of ranks changed."""
     best_loss: float = float("inf")
-    """Lowest validation loss so far."""
+    """Lowest validation loss so far; infinite where none was taken, or where the loss has changed since."""
     best_step: int | None = None
     """When that was."""
     average_updates: int = 0
@@ -35,5 +35,7 @@ class Progress:
     """Bad steps in all."""
     validation_due: bool = False
     """Whether a signal left no time for the validation of this step: a resumed run begins with it."""
+    validated_on: str = ""
+    """Fingerprint of the validation split: losses on another cannot be compared."""
     stages: list[int] = field(default_factory=list)
     """Layers of each pipeline stage, where there are any."""

@@ -1,11 +1,15 @@
 """Whether a run may continue from a checkpoint, and what it takes from it."""
 
 import dataclasses
+import hashlib
+import json
 import sys
+from typing import Any
 
 import numpy as np
 
 from megagnn.config import RunConfig, flat_config
+from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
@@ -14,6 +18,8 @@ from megagnn.train.progress import Progress
 
 # With another value of these the continued run would see other batches, or hold another model.
 MUST_BE_EQUAL = (
+    "init_from",
+    "init",
     "model",
     "data.paths",
     "data.num_structures",
@@ -26,6 +32,8 @@ MUST_BE_EQUAL = (
     "train.dtype",
     "train.geometry",
 )
+# What a validation loss is made of, beside the weights and the validation split.
+JUDGED_BY = ("loss.", "data.source_weights", "data.config_type_weights")
 # How the same function is computed: a continued run may do it in another way.
 MAY_CHANGE = (
     "model.aggregation_backend",
@@ -66,22 +74,51 @@ def check_same_run(
             file=sys.stderr,
         )
     then, now = flat_config(checkpoint.config), flat_config(config)
-    changed = [key for key in now if now[key] != then.get(key)]
+    changed = _changed(then, now)
     for key in changed:
         if key in MAY_CHANGE:
             continue
         if key.startswith(tuple(f"{name}." for name in MUST_BE_EQUAL)) or key in MUST_BE_EQUAL:
             raise ValueError(
-                f"{where}: {key} was {then.get(key)!r} and is now {now[key]!r}; give it the old value, or "
-                "start another run in another out_dir"
+                f"{where}: {key} was {then.get(key)!r} and is now {now.get(key)!r}; give it the old "
+                "value, or start another run in another out_dir"
             )
-    if not _same_data(checkpoint.statistics, statistics):
+    same = _same_data if config.init_from is None else _same_new_data
+    if not same(checkpoint.statistics, statistics):
         raise ValueError(f"{where}: the training data are not those of the run; give it the same data.paths")
     told = [key for key in changed if key not in MAY_DIFFER]
     if config.train.num_epochs is not None and "train.num_epochs" not in changed:
         told = [key for key in told if key != "train.num_steps"]  # follows from the epochs
     if told and context.is_main:
         print(f"warning: resumed with other settings than before: {', '.join(told)}", file=sys.stderr)
+
+
+def judges_anew(checkpoint: FolderCheckpoint, config: RunConfig, judged_by: str) -> str:
+    """Why the lowest validation loss so far is no measure for the next ones, in words; empty if it is.
+
+    judged_by: fingerprint of the validation split.
+    """
+    progress, then, now = checkpoint.progress, flat_config(checkpoint.config), flat_config(config)
+    why = [key for key in _changed(then, now) if key.startswith(JUDGED_BY)]
+    if progress.validated_on and progress.validated_on != judged_by:
+        why.append("the validation split")
+    if not why or progress.best_step is None:
+        return ""
+    return (
+        f"validation losses cannot be compared with those before, for {', '.join(why)} changed: the best "
+        f"checkpoint is sought anew, and that of step {progress.best_step} stays best until the next "
+        "validation"
+    )
+
+
+def fingerprint_of(dataset: StructureDataset) -> str:
+    """What tells a split of some stores from another: its structures and their labels, wherever they lie."""
+    digest = hashlib.sha256()
+    for store in dataset.stores:
+        digest.update(json.dumps(sorted(store.header.sha256.items())).encode())
+    for column in dataset.origins():
+        digest.update(column.astype("<i8").tobytes())
+    return digest.hexdigest()[:16]
 
 
 def position_of(progress: Progress, sampler: BudgetSampler) -> Progress:
@@ -93,6 +130,21 @@ def position_of(progress: Progress, sampler: BudgetSampler) -> Progress:
     done = then.num_structures(progress.epoch, num_batches, progress.first_structure)
     first = progress.first_structure + done
     return dataclasses.replace(progress, dp_size=sampler.dp_size, first_structure=first, step_in_epoch=0)
+
+
+def _changed(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Keys with another value; a table's entries are keys that one of the two may lack."""
+    return [key for key in {**now, **then} if now.get(key) != then.get(key)]
+
+
+def _same_new_data(then: Statistics, now: Statistics) -> bool:
+    """Whether statistics that a checkpoint gave a part of are of the data that `now` was fitted on."""
+    if then.sources != now.sources or then.levels != now.levels or then.source_levels != now.source_levels:
+        return False
+    held = zip(then.source_elements, now.source_elements, strict=True)
+    return all(set(b) <= set(a) for a, b in held) and np.allclose(
+        then.mean_energy, now.mean_energy, rtol=1e-6, atol=1e-6
+    )
 
 
 def _same_data(then: Statistics, now: Statistics) -> bool:

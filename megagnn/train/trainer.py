@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from megagnn.config import RunConfig, config_to_dict, with_num_steps
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import for_sources, read_reference_energies
+from megagnn.models.egnn import parameter_names
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
@@ -23,11 +25,13 @@ from megagnn.optim.optimizer import (
     clipped_step,
     gradient_buffers,
     gradient_norm,
+    hold_frozen_parts,
     is_sharded,
     make_optimizer,
     make_sharded_optimizer,
     set_learning_rate,
 )
+from megagnn.optim.parts import check_parts
 from megagnn.optim.pieces import Piece
 from megagnn.optim.schedule import learning_rate
 from megagnn.optim.sharded_reducer import ShardedReducer
@@ -48,6 +52,7 @@ from megagnn.train.checkpoint_pieces import num_steps_of, pieces_loaded, pieces_
 from megagnn.train.checkpoint_store import CheckpointStore
 from megagnn.train.evaluate import evaluate
 from megagnn.train.export import export_checkpoint
+from megagnn.train.fine_tune import Beginning
 from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.gradients import GRADIENT_METHODS, accumulate
 from megagnn.train.loader import BatchLoader, open_split
@@ -55,7 +60,7 @@ from megagnn.train.loss import Loss, check_labels, step_counts
 from megagnn.train.monitor import Monitor
 from megagnn.train.parity import ParityPoints
 from megagnn.train.progress import Progress
-from megagnn.train.resume import check_same_run, position_of
+from megagnn.train.resume import check_same_run, fingerprint_of, judges_anew, position_of
 from megagnn.train.signals import StopSignals
 
 
@@ -81,7 +86,10 @@ class Trainer:
         )
         checkpoint = self.checkpoints.newest() if resume else None
         self.told: list[str] = []  # what looks wrong in the data, on the main rank
-        self.statistics = self._fit_statistics(train_set, checkpoint)
+        beginning = Beginning.open(config, context) if checkpoint is None else None
+        if found := beginning.checkpoint if beginning is not None else checkpoint:
+            train_set.number_levels(found.statistics.levels)
+        self.statistics = self._fit_statistics(train_set, checkpoint, beginning)
         valid_set = open_split(config.data, config.model, "valid", context, self.statistics)
         for dataset in (train_set, valid_set):
             dataset.weigh(config.data.source_weights, config.data.config_type_weights)
@@ -96,10 +104,16 @@ class Trainer:
         self._make_optimizer()
         self.loss = Loss(config.loss)
         self.gradient_method = GRADIENT_METHODS[config.train.gradient_method]
-        self.progress = Progress(dp_size=context.dp_size)
+        self.progress = Progress(dp_size=context.dp_size, validated_on=fingerprint_of(valid_set))
         self.parity: ParityPoints | None = None  # of the last validation, for the plot at the end
+        self.begun_with = ""
         if checkpoint is not None:
             self._take_over(checkpoint)
+        elif beginning is not None:
+            pieces = self._pieces()
+            beginning.fill(pieces, self.statistics)
+            pieces_loaded(self.optimizer, num_steps=0)
+            self.begun_with = beginning.describe(self.statistics)
         self._timeline_step = min(self.progress.step + config.parallel.timeline_step, config.train.num_steps)
 
     @property
@@ -142,6 +156,8 @@ class Trainer:
     def _make_optimizer(self) -> None:
         """The optimizer, what sums its gradients over ranks, and the moving average."""
         config, model = self.config, self.potential.model
+        if config.optim.rates or config.optim.freeze:
+            check_parts(config.optim, parameter_names(config.model, self.statistics))
         self.optimizer: torch.optim.Optimizer
         self.reducer: GradientReducer | ShardedReducer
         self.average: WeightAverage | ShardedAverage
@@ -162,14 +178,23 @@ class Trainer:
         )
         self.average = WeightAverage(model, config.optim.ema_decay)
 
-    def _fit_statistics(self, train_set: StructureDataset, checkpoint: FolderCheckpoint | None) -> Statistics:
+    def _fit_statistics(
+        self,
+        train_set: StructureDataset,
+        checkpoint: FolderCheckpoint | None,
+        beginning: Beginning | None,
+    ) -> Statistics:
         """The main rank's, so that machines that round differently agree; a resumed run keeps its own."""
         path = self.config.data.reference_energies
         given = for_sources(read_reference_energies(path), train_set.sources, path) if path else None
         fitted = None
+        if beginning is not None:
+            given = beginning.references(given, train_set)
         if self.context.is_main:
             baseline = train_set.baseline(given)
             fitted = compute_statistics(train_set, baseline)
+            if beginning is not None:
+                fitted = beginning.statistics(fitted, given)
             self.told = [*train_set.warnings(), *baseline.told]
         statistics: Statistics = broadcast_object(fitted, self.context)
         if checkpoint is None:
@@ -192,6 +217,8 @@ class Trainer:
             self.checkpoints,
         ):
             monitor.say(self._summary())
+            if self.begun_with:
+                monitor.say(self.begun_with)
             for line in self.told:
                 monitor.say(f"warning: {line}")
             monitor.text("config", f"```json\n{json.dumps(config_to_dict(self.config), indent=2)}\n```")
@@ -264,6 +291,7 @@ class Trainer:
             loss, shares = accumulate(
                 self.gradient_method, self.potential, batches, loss_now, counts, self.reducer
             )
+        hold_frozen_parts(self.optimizer)
         norm = gradient_norm(self.optimizer, self.context)
         recent, stop = self.progress.recent_norms, bool(signals.received)
         found = judge(loss, norm, recent, optim.spike_factor, stop, self.context)
@@ -398,7 +426,13 @@ class Trainer:
         pieces_loaded(self.optimizer, checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates
         checkpoint.restore_random_state(self.context)
-        self.progress = position_of(checkpoint.progress, self.train.sampler)
+        progress = position_of(checkpoint.progress, self.train.sampler)
+        judged_by = fingerprint_of(self.valid.dataset)
+        if why := judges_anew(checkpoint, self.config, judged_by):
+            progress = dataclasses.replace(progress, best_loss=float("inf"))
+            if self.context.is_main:
+                print(f"warning: {why}", file=sys.stderr)
+        self.progress = dataclasses.replace(progress, validated_on=judged_by)
 
     def _stage_sizes(self) -> list[int]:
         return [] if self.pipeline is None else [len(stage.layers) for stage in self.pipeline.stages]
