@@ -1,14 +1,15 @@
 """Runs that begin with a checkpoint: what they keep, what they add, and what they refuse."""
 
 import dataclasses
-import json
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from ase.build import bulk, molecule
+from ase.build import bulk
 
 from megagnn.cli import main
 from megagnn.config import config_from_dict
@@ -17,8 +18,10 @@ from megagnn.data.dataset import StructureDataset
 from megagnn.data.record import Structure
 from megagnn.data.store import write_store
 from megagnn.models.potential import Potential
+from megagnn.parallel.context import ParallelContext
 from megagnn.train.checkpoint import load_checkpoint, load_potential
 from megagnn.train.fine_tune import run_config
+from megagnn.train.trainer import Trainer
 from tests import runs
 
 FEW = ("--train.num_steps", "4", "--optim.warmup_steps", "1", "--train.validate_every", "4")
@@ -69,10 +72,8 @@ def predicted(potential: Potential, store: Path, split: str = "test") -> dict[st
 
 
 @pytest.mark.parametrize("form", ["folder", "file", "run"])
-def test_the_function_is_kept(
-    run_dir: Path, store: Path, new_store: Path, tmp_path: Path, form: str
-) -> None:
-    """On old structures energies without references and forces are those of the checkpoint; the run is new."""
+def test_the_function_is_kept(run_dir: Path, store: Path, new_store: Path, tmp_path: Path, form: str) -> None:
+    """Energies without references and forces of old structures are the checkpoint's; the run is new."""
     place = {"folder": "checkpoints/best", "file": "checkpoints/best.safetensors", "run": "checkpoints/last"}
     path = run_dir / place[form]
     trainer = runs.make_trainer(new_store, tmp_path / "run", *DOUBLE, "--init_from", str(path))
@@ -98,7 +99,9 @@ def test_new_elements_begin_as_others(folder: Path, new_store: Path, tmp_path: P
     options = ("--init_from", str(folder), "--init.new_elements", "Au=Ag", "--init.weights", "model")
     trainer = runs.make_trainer(new_store, tmp_path / "run", *DOUBLE, *options)
     silver = [
-        dataclasses.replace(s, atomic_numbers=np.where(s.atomic_numbers == 79, 47, s.atomic_numbers).astype("u1"))
+        dataclasses.replace(
+            s, atomic_numbers=np.where(s.atomic_numbers == 79, 47, s.atomic_numbers).astype("u1")
+        )
         for s in gold()
     ]
     as_silver = write_gold(tmp_path / "silver", silver)
@@ -111,7 +114,7 @@ def test_new_elements_begin_as_others(folder: Path, new_store: Path, tmp_path: P
 def test_train_resume_and_evaluate(
     folder: Path, new_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run of 4 steps in one go and in two, which need the checkpoint only to begin; bit for bit the same."""
+    """4 steps in one go and in two, which need the checkpoint only to begin, are the same bits."""
     copy = tmp_path / "base.safetensors"
     assert main(["export", str(folder), str(copy)]) == 0
     settings = ("--optim.freeze", "layers.0", "--optim.rates", "energy_head=1,layers=0.1")
@@ -136,3 +139,184 @@ def test_train_resume_and_evaluate(
     assert all(torch.equal(tensor, b.tensors[name]) for name, tensor in a.tensors.items())
     assert a.config.init_from == str(copy)
     assert main(["evaluate", str(tmp_path / "parts/checkpoints/best"), str(new_store)]) == 0
+
+
+def test_the_model_is_the_checkpoint_s(folder: Path, new_store: Path, tmp_path: Path) -> None:
+    """Keys of [model] that are not set are those of the checkpoint; what is set and differs is refused."""
+    (tmp_path / "empty.toml").write_text("[train]\nnum_steps = 200\n")
+    from_it = ["--init_from", str(folder), "--data.paths", str(new_store)]
+    found = run_config(tmp_path / "empty.toml", from_it).model
+    assert (found.width, found.num_layers, found.cutoff, found.stress) == (16, 2, 4.0, True)
+    found = run_config(tmp_path / "empty.toml", [*from_it, "--model.stress", "false"]).model
+    assert (found.width, found.stress) == (16, False)
+    for key, value in (("width", "32"), ("cutoff", "5.0"), ("preset", "study")):
+        named = "distance_feature" if key == "preset" else key
+        with pytest.raises(ValueError, match=rf"model\.{named} is .* in the configuration and .* in .*last"):
+            run_config(tmp_path / "empty.toml", [*from_it, f"--model.{key}", value])
+    bare = config_from_dict({"init_from": str(folder), "data": {"paths": [str(new_store)]}})
+    with pytest.raises(ValueError, match=r"model\.width is 128 in the configuration and 16 in"):
+        Trainer(bare, ParallelContext())
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (("--model.width", "24"), r"model\.width is 24 in the configuration and 16 in .*; leave it out"),
+        (("--init.new_elements", "Pt=Ag"), "names the element 'Pt', which the training data do not hold"),
+        (
+            ("--init.new_elements", "Au=Si"),
+            "begins the element 'Au' as 'Si', which .* does not know; it knows",
+        ),
+        (("--init.new_elements", "Cu=Ag"), "names the element 'Cu', whose row .* holds already"),
+        (("--init.new_levels", "EMT=EMT"), "names the level of theory 'EMT', whose row .* holds already"),
+        (("--init.references", "keep"), "has no source 'gold', it has clusters, crystals; name one by"),
+        (("--init.references", "keep", "--init.new_sources", "gold=all"), "as 'all', which .* does not know"),
+        (
+            ("--optim.freeze", "layer.0"),
+            "optim.freeze names 'layer.0', .* the nearest is 'layers.0', the parts",
+        ),
+        (
+            ("--optim.rates", "layers.2=0.1"),
+            "optim.rates names 'layers.2', .*layers.0, layers.1, energy_head",
+        ),
+        (("--optim.rates", "layers"), "pairs are written NAME=VALUE"),
+        (("--optim.rates", "layers=-1"), "'optim.rates.layers': input should be greater than or equal to 0"),
+        (("--optim.freeze", "element_embedding,layers,energy_head"), "leave no part of the model to train"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(
+    folder: Path,
+    new_store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    rule: str,
+) -> None:
+    assert tune(folder, new_store, tmp_path / "run", *options) == 2
+    assert re.search(rule, capsys.readouterr().err)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_what_is_no_checkpoint(
+    run_dir: Path, new_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder that holds one, a text, a damaged file, nothing."""
+    text, damaged = tmp_path / "text.safetensors", tmp_path / "damaged.safetensors"
+    text.write_text("no checkpoint")
+    content = bytearray((run_dir / "checkpoints/best.safetensors").read_bytes())
+    content[-1] ^= 1
+    damaged.write_bytes(bytes(content))
+    for path, rule in (
+        (run_dir, "is a folder, not a checkpoint; did you mean .*checkpoints/best"),
+        (text, "is truncated or not a safetensors file"),
+        (damaged, "is damaged: its checksum"),
+        (tmp_path / "none", "no checkpoint at"),
+    ):
+        assert tune(path, new_store, tmp_path / "run") == 2
+        assert re.search(rule, capsys.readouterr().err), path
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_references(folder: Path, new_store: Path, tmp_path: Path) -> None:
+    """Fitted anew, of the data alone; or kept, with all elements of the old source, and gold fitted."""
+    base = ("--init_from", str(folder))
+    old = load_checkpoint(folder).statistics
+    fitted = runs.make_trainer(new_store, tmp_path / "fit", *base).statistics
+    assert fitted.source_elements == ((29, 79),)
+    keep = ("--init.references", "keep", "--init.new_sources", "gold=crystals")
+    kept = runs.make_trainer(new_store, tmp_path / "keep", *base, *keep).statistics
+    assert kept.source_elements == ((29, 47, 79),)
+    assert kept.references[0][:2] == old.references[old.sources.index("crystals")]
+    left, golds = [], []
+    train = StructureDataset([new_store], "train", 4.0)
+    for record in map(train.record, range(len(train))):
+        numbers = record[keys.ATOMIC_NUMBERS]
+        left.append((record[keys.ENERGY] - (numbers == 29).sum() * kept.references[0][0]) / len(numbers))
+        golds.append((numbers == 79).mean())
+    want = np.dot(golds, left) / np.dot(golds, golds)
+    assert kept.references[0][2] == pytest.approx(want, rel=1e-9)
+    for statistics in (fitted, kept):
+        assert (statistics.output_scale, statistics.mean_neighbours) == (
+            old.output_scale,
+            old.mean_neighbours,
+        )
+
+
+def test_levels_of_theory(folder: Path, tmp_path: Path) -> None:
+    """A checkpoint with one level gets a table of zeros; that of two gets a row for the third."""
+    two = write_gold(tmp_path / "two", [*gold("EMT", "a"), *gold("other", "b", seed=4)])
+    first = runs.make_trainer(two, tmp_path / "first", "--init_from", str(folder), *DOUBLE)
+    assert first.statistics.levels == ("EMT", "other")
+    table = dict(first.potential.model.named_parameters())["level_embedding.weight"]
+    assert table.shape == (2, 16)
+    assert (table == 0).all()
+    with torch.no_grad():
+        table[0], table[1] = 1.0, 3.0
+    first._save()
+    first.checkpoints.wait()
+    third = write_gold(tmp_path / "third", gold("new", "c"))
+    for options, row in (((), 2.0), (("--init.new_levels", "new=other"), 3.0)):
+        given = ("--init_from", str(first.last_path), "--init.weights", "model", *DOUBLE, *options)
+        found = runs.make_trainer(third, tmp_path / "second", *given)
+        assert found.statistics.levels == ("EMT", "other", "new")
+        assert found.statistics.source_levels == ((2,),)
+        table = dict(found.potential.model.named_parameters())["level_embedding.weight"]
+        assert table.mean(1).tolist() == [1.0, 3.0, row]
+        batch = next(found.train.batches())
+        assert (batch[keys.LEVEL] == 2).all()
+
+
+@pytest.mark.parametrize("implementation", ["own", "torch", "sharded", "bfloat16"])
+def test_frozen_parts_and_rates(folder: Path, new_store: Path, tmp_path: Path, implementation: str) -> None:
+    """Frozen parts keep their bits, with decay, and are in no norm; others move by their rates."""
+    options = {
+        "own": (),
+        "torch": ("--optim.implementation", "torch"),
+        "sharded": ("--parallel.zero_stage", "3"),
+        "bfloat16": ("--train.dtype", "bfloat16"),
+    }[implementation]
+    some = ("--init_from", str(folder), "--optim.freeze", "element_embedding,layers.0")
+    rates = ("--optim.rates.layers", "0.01", "--optim.weight_decay", "0.1", "--optim.ema_decay", "0.5")
+    trainer = runs.make_trainer(new_store, tmp_path / "run", *FEW, *some, *rates, *options)
+    before = {(p.name, p.kind): p.values.clone() for p in trainer._pieces() if p.kind in ("model", "average")}
+    norms: list[float] = []
+    original = trainer._log
+
+    def log(loss: torch.Tensor, shares: Any, norm: torch.Tensor, *rest: Any) -> None:
+        norms.append(float(norm))
+        original(loss, shares, norm, *rest)
+
+    trainer._log = log  # type: ignore[method-assign]
+    trainer.config = dataclasses.replace(
+        trainer.config, train=dataclasses.replace(trainer.config.train, log_every=1)
+    )
+    trainer.run()
+    moved: dict[str, float] = {}
+    for piece in trainer._pieces():
+        if piece.kind not in ("model", "average"):
+            if piece.name.startswith(("element_embedding", "layers.0")):
+                assert (piece.values == 0).all(), f"{piece.kind} of {piece.name}"
+            continue
+        change = (piece.values - before[piece.name, piece.kind]).abs().max().item()
+        if piece.name.startswith(("element_embedding", "layers.0")):
+            assert change == 0, f"{piece.kind} of {piece.name}"
+        elif piece.kind == "model":
+            moved[piece.name] = change
+    slow = [change for name, change in moved.items() if name.startswith("layers.1")]
+    fast = [change for name, change in moved.items() if name.startswith("energy_head")]
+    assert 0 < max(slow) < 0.05 * min(fast)
+    free = runs.make_trainer(new_store, tmp_path / "free", *FEW, "--init_from", str(folder), *options)
+    free._step(next(free.train.steps(0, 0)), MagicMock(), MagicMock(received=""))
+    frozen = ("element_embedding", "layers.0")
+    whole = sum(float(p.values.double().square().sum()) for p in free._pieces() if p.kind == "exp_avg")
+    rest = sum(
+        float(p.values.double().square().sum())
+        for p in free._pieces()
+        if p.kind == "exp_avg" and not p.name.startswith(frozen)
+    )
+    share = float(free.optimizer.param_groups[0]["betas"][0])
+    assert norms[0] == pytest.approx(
+        rest**0.5 / (1 - share), rel=1e-2 if implementation == "bfloat16" else 1e-4
+    )
+    assert whole > 1.01 * rest

@@ -1,0 +1,102 @@
+"""`best` after a resume: it moves again where validation losses cannot be compared with those before."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megagnn.data.store import write_store
+from megagnn.train.checkpoint_folder import follow
+from tests import runs
+
+SHORT = ("--train.num_steps", "8", "--train.validate_every", "4", "--optim.warmup_steps", "1")
+LONGER = ("--train.num_steps", "12", *SHORT[2:])
+
+
+def best_of(out_dir: Path) -> tuple[int, float]:
+    """Step of the best checkpoint, and its validation loss."""
+    folder = follow(out_dir / "checkpoints" / "best")
+    progress = json.loads((folder / "manifest.json").read_text())["progress"]
+    return progress["best_step"], progress["best_loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--loss.force_weight", "1000"), "loss.force_weight"),
+        (("--loss.forces", "mse", "--loss.huber_delta", "1e-6"), "loss.forces, loss.huber_delta"),
+        (("--data.source_weights.clusters", "1000"), "data.source_weights.clusters"),
+        ((), ""),
+    ],
+)
+def test_best_moves_again_after_another_loss(
+    store: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    named: str,
+) -> None:
+    """Losses that are so much larger would never be the lowest; without a change they are compared."""
+    out = tmp_path / "run"
+    assert runs.train(store, out, *SHORT) == 0
+    step, loss = best_of(out)
+    assert step == 8
+    capsys.readouterr()
+    assert runs.train(store, out, *LONGER, *options, "--resume") == 0
+    told = capsys.readouterr().err
+    assert ("validation losses cannot be compared with those before" in told) == bool(named)
+    assert (
+        f"for {named} changed: the best checkpoint is sought anew, and that of step 8 stays" in told
+        or not named
+    )
+    after, new_loss = best_of(out)
+    assert after == 12
+    if named:
+        assert new_loss > loss, "without the reset it could not have moved"
+
+
+def test_until_the_next_validation_the_old_best_stays(store: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert runs.train(store, out, *SHORT) == 0
+    options = ("--train.num_steps", "20", "--train.validate_every", "4", "--loss.energy_weight", "50")
+    trainer = runs.make_trainer(store, out, *options, resume=True)
+    assert (trainer.progress.best_loss, trainer.progress.best_step) == (float("inf"), 8)
+    original = trainer._step
+
+    def step(*arguments: object) -> bool:
+        return original(*arguments) or trainer.progress.step == 10  # type: ignore[arg-type]
+
+    trainer._step = step  # type: ignore[method-assign]
+    trainer.run()
+    assert follow(trainer.best_path).name == "step-00000008"
+    again = runs.make_trainer(store, out, *options, resume=True)
+    assert again.progress.best_loss == float("inf"), "still sought, though nothing has changed since"
+
+
+def test_other_validation_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store is made anew with the same training split and another validation split."""
+    store, out = tmp_path / "store", tmp_path / "run"
+    runs.write_data(store)
+    assert runs.train(store, out, *SHORT) == 0
+    records = runs.structures()
+    by_group = np.array([0, 0, 0, 0, 2, 1, 0, 0, 0, 0, 2, 1], dtype=np.uint8)
+    splits = np.array([by_group[int(s.group) // 2] for s in records], dtype=np.uint8)
+    write_store(store, records, splits=splits, overwrite=True)
+    capsys.readouterr()
+    assert runs.train(store, out, *LONGER, "--resume") == 0
+    assert "for the validation split changed" in capsys.readouterr().err
+    assert best_of(out)[0] == 12
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_validated_on(store: Path, tmp_path: Path) -> None:
+    """One of an earlier version keeps its best loss."""
+    out = tmp_path / "run"
+    trainer = runs.make_trainer(store, out, *SHORT)
+    trainer.progress = dataclasses.replace(trainer.progress, validated_on="", best_loss=1e-9, best_step=0)
+    trainer._save()
+    trainer.checkpoints.wait()
+    again = runs.make_trainer(store, out, *SHORT, resume=True)
+    assert again.progress.best_loss == 1e-9
+    assert again.progress.validated_on
