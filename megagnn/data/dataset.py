@@ -111,7 +111,7 @@ class StructureDataset(Dataset[Graph]):
         record[keys.LEVEL] = int(self._level_maps[k][record[keys.LEVEL]])
         record[keys.STRUCTURE] = index
         if self._weights is not None:
-            record[keys.WEIGHTS] = self._weights[index] * record.get(keys.WEIGHTS, np.float32(1))
+            record[keys.WEIGHTS] = self._weights[index] * record.get(keys.WEIGHTS, np.ones(3, np.float32))
         return record
 
     def config_types(self) -> NDArray[np.str_]:

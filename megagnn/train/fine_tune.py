@@ -150,7 +150,9 @@ class Beginning:
     def _check_names(self, dataset: StructureDataset) -> None:
         old, settings, where = self.checkpoint.statistics, self.settings, self.checkpoint.path
         symbols = [chemical_symbols[z] for z in old.elements]
-        own = [chemical_symbols[z] for z in sorted({int(z) for row in dataset.source_elements() for z in row})]
+        own = [
+            chemical_symbols[z] for z in sorted({int(z) for row in dataset.source_elements() for z in row})
+        ]
         tables: list[tuple[str, Mapping[str, str], Sequence[str], Sequence[str], str]] = [
             ("new_elements", settings.new_elements, own, symbols, "element"),
             ("new_levels", settings.new_levels, dataset.levels, old.levels, "level of theory"),

@@ -31,7 +31,7 @@ def known_references(
         if old_name not in old.sources:
             raise ValueError(
                 f"init.references is 'keep', but {where} has no source '{old_name}', it has "
-                f"{', '.join(old.sources)}; name one by init.new_sources = {{\"{name}\" = "
+                f'{", ".join(old.sources)}; name one by init.new_sources = {{"{name}" = '
                 f'"{old.sources[0]}"}}, or set init.references = "fit"'
             )
         at = old.sources.index(old_name)
@@ -40,7 +40,9 @@ def known_references(
     return found
 
 
-def with_known(found: Statistics, old: Statistics, known: References, new_sources: Mapping[str, str]) -> Statistics:
+def with_known(
+    found: Statistics, old: Statistics, known: References, new_sources: Mapping[str, str]
+) -> Statistics:
     """Statistics whose sources have these references, and know these elements, too.
 
     found: of the new run, fitted with `known` as given references; its elements are those of both models. The
