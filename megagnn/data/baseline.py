@@ -188,8 +188,8 @@ def _told_of_fixed(
     alone = {chemical_symbols[z]: min(e) for z, e in of_atoms.items() if chemical_symbols[z] not in given}
     for symbol, energy in absurd_references({**alone, **present}).items():
         told.append(
-            f"{source}: the reference energy of {symbol}, {energy:.6g} eV, is not that of any atom; check its "
-            "unit"
+            f"{source}: the reference energy of {symbol}, {energy:.6g} eV, is not that of any atom; check "
+            "its unit"
         )
     return told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,13 @@ COUNTS = ("structures", "groups", "atoms", "max", "energy", "forces", "stress")
 COLUMNS = ("source", "split", *COUNTS, "E rms", "F rms", "S rms")
 
 
-def describe(store: Store) -> str:
+def describe(store: Store, notes: Sequence[str] = ()) -> str:
     """A readable summary: per source and split the counts, spread of labels, then elements and provenance,
-    and what looked wrong when it was prepared at the end.
+    notes, if any, and what looks wrong at the end.
 
     "E rms" is the root mean square energy per atom in meV/atom after per-element references fitted
     on training energies, without isolated atoms; "F rms" the root mean square of force components in eV/Å;
-    "S rms" of stress components in eV/Å^3. These are the errors of knowing nothing, which a model has to beat.
+    "S rms" of stress components in eV/Å^3. These are the errors of knowing nothing, which a model must beat.
     """
     header, known = store.header, baseline_of(store)
     lines = [
@@ -45,12 +46,8 @@ def describe(store: Store) -> str:
         lines.append(f"{source}: {', '.join(shares)}; {_periodicity(store, store.source == index)}")
     lines += [*_reference_lines(store, known), "", f"split: {json.dumps(header.split, ensure_ascii=False)}"]
     lines += [f"provenance of {s}: {json.dumps(p, ensure_ascii=False)}" for s, p in header.provenance.items()]
-    return "\n".join([*lines, *(f"warning: {line}" for line in warnings_of(store, known))])
-
-
-def warnings_of(store: Store, known: Baseline | None = None) -> list[str]:
-    """What looks wrong in a store, in words: found when it was prepared, and of its reference energies."""
-    return [*store.header.warnings, *(known or baseline_of(store)).told]
+    warnings = [f"warning: {line}" for line in (*header.warnings, *known.told)]
+    return "\n".join([*lines, *notes, *warnings])
 
 
 def _rows(store: Store, known: Baseline) -> list[tuple[str, ...]]:

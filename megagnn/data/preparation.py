@@ -12,10 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from megagnn.data.audit import Audit
 from megagnn.data.formats import ReadOptions, UnreadableError, detect_format, read_structures
 from megagnn.data.formats.packed import store_header
+from megagnn.data.isolated import ISOLATED_DISTANCE, is_isolated_atom, isolated_group
 from megagnn.data.record import Structure
-from megagnn.data.split import DEFAULT_FRACTIONS, SPLITS, TEST_PREFIX, check_fractions, split_groups
+from megagnn.data.reference_file import EVERY_SOURCE, References, for_sources
+from megagnn.data.sides import Sides
+from megagnn.data.split import DEFAULT_FRACTIONS, FIXED_PREFIXES, SPLITS, without_prefix
 from megagnn.data.store import StoreHeader, write_store
 from megagnn.data.store_format import GROUPS_FILE, sha256_of
 from megagnn.data.validate import Rules, StructureError, check_structure
@@ -25,14 +29,16 @@ NO_NAMES_WARNING = (
     "its sources hold the same molecule. Prepare it again from its files to be sure."
 )
 
+GIVEN = "the file of reference energies"
+
 
 @dataclass(frozen=True)
 class Input:
-    """One file to read, and whether it is a fixed test set."""
+    """One file to read, and the side of the split it is made for: "valid" or "test", None for neither."""
 
     path: Path
     source: str | None = None
-    is_test: bool = False
+    side: str | None = None
 
 
 @dataclass
@@ -47,6 +53,9 @@ class Preparation:
         fractions: of train, valid and test; where a source has a test file, valid is carved out of the rest.
         seed: of the split.
         keep_splits: structures read from stores stay on the side they were on; only others are drawn.
+        references: reference energies by source, eV, which the store will hold.
+        isolated_distance: Å, from which a single atom is isolated of its images.
+        accept_labels: write the store although its labels are surely wrong (see `audit.Audit`).
         skip_bad: leave structures that break a rule or cannot be read out and count them, rather than stop.
         keep_unconverged: keep structures whose electronic steps did not converge, which are else left out and
             counted.
@@ -60,17 +69,20 @@ class Preparation:
     fractions: tuple[float, ...] = DEFAULT_FRACTIONS
     seed: int = 0
     keep_splits: bool = True
+    references: References = field(default_factory=dict)
+    isolated_distance: float = ISOLATED_DISTANCE
+    accept_labels: bool = False
     skip_bad: bool = False
     keep_unconverged: bool = False
     progress: bool = False
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
-    _kept: list[int | None] = field(default_factory=list, init=False)
+    warnings: list[str] = field(default_factory=list, init=False)
 
     def write(self, out: str | Path, overwrite: bool = False) -> StoreHeader:
         """Read, check, split and write; on any error nothing remains.
 
         Raises:
-            ValueError: see the readers, `check_structure`, `split_groups` and `write_store`.
+            ValueError: see the readers, `check_structure`, `Audit.check`, `split_groups` and `write_store`.
         """
         for entry in self.inputs:
             detect_format(entry.path)  # a missing file is told before an hour of reading the others
@@ -79,7 +91,8 @@ class Preparation:
             "fractions": list(self.fractions),
             "seed": self.seed,
             "group_by": self.options.group_by,
-            "test_files": [entry.path.name for entry in self.inputs if entry.is_test],
+            "test_files": [entry.path.name for entry in self.inputs if entry.side == "test"],
+            "valid_files": [entry.path.name for entry in self.inputs if entry.side == "valid"],
         }
         stores = [entry.path for entry in self.inputs if self._is_store(entry)]
         if stores and self.keep_splits:
@@ -87,17 +100,22 @@ class Preparation:
                 "kept": {path.name: store_header(path).split for path in stores},
                 "others": description if len(stores) < len(self.inputs) else None,
             }
-        self.provenance, self._kept = {}, []
+        self.provenance, self.warnings = {}, []
+        self._sides, self._audit = Sides(self.fractions, self.seed), Audit()
+        references: References = {}
         return write_store(
             out,
-            self._structures(),
+            self._structures(references),
             splits=self._split,
             provenance=self.provenance,
             split_description=description,
+            warnings=self.warnings,
+            references=references,
             overwrite=overwrite,
         )
 
-    def _structures(self) -> Iterator[Structure]:
+    def _structures(self, references: References) -> Iterator[Structure]:
+        """Structures as they are read; then what is wrong with their labels, and their reference energies."""
         with tqdm(unit=" structures", disable=None if self.progress else True) as bar:
             for entry in self.inputs:
                 bar.set_description(entry.path.name)
@@ -106,6 +124,28 @@ class Preparation:
                     yield structure
         for record in self.provenance.values():
             record["rejection_rate"] = record["num_rejected"] / record["num_read"]
+        self.warnings += self._audit.check(self.accept_labels)
+        references.update(self._references())
+
+    def _split(self, groups: Sequence[str], sources: Sequence[str]) -> NDArray[np.uint8]:
+        sides = self._sides.split(groups, sources)
+        self.warnings += [*self._sides.warnings, *self._audit.copies(sides)]
+        return sides
+
+    def _references(self) -> References:
+        """Those given, and those that stores hold of what is read from them."""
+        known = dict(self.references)
+        every = known.pop(EVERY_SOURCE, {})
+        found: References = {}
+        for entry in self.inputs:
+            held = store_header(entry.path).references if self._is_store(entry) else {}
+            for source, row in held.items():
+                name = entry.source or self.options.source or source
+                if name in self.provenance:
+                    found.setdefault(name, {}).update(row)
+        for source, row in for_sources({EVERY_SOURCE: every, **known}, self.provenance, GIVEN).items():
+            found.setdefault(source, {}).update(row)
+        return found
 
     def _checked(self, entry: Input) -> Iterator[Structure]:
         options = replace(self.options, source=entry.source or self.options.source)
@@ -144,21 +184,30 @@ class Preparation:
                 record["num_without"][label] += getattr(structure, label) is None
             for note in structure.notes:
                 record["notes"][note] = record["notes"].get(note, 0) + 1
-            self._kept.append(structure.split if self.keep_splits and not entry.is_test else None)
-            yield replace(structure, group=self._group(structure, entry))
+            yield self._placed(structure, entry, frame)
         if unreadable:
             record = self._record(options.source_name(entry.path), options.level or "unknown")
             for _ in unreadable:
                 record["num_read"] += 1
                 _reject(record, "unreadable")
             what = f"{len(unreadable)} frame(s) left out" if num_structures else "nothing could be read of it"
-            print(f"warning: {entry.path}: {what}: {unreadable[0]}", file=sys.stderr)
+            self.warnings.append(f"{entry.path}: {what}: {unreadable[0]}")
 
-    def _group(self, structure: Structure, entry: Input) -> str:
-        """Test files keep their groups apart; a store split anew no longer does."""
-        if entry.is_test:
-            return TEST_PREFIX + structure.group
-        return structure.group if self.keep_splits else structure.group.removeprefix(TEST_PREFIX)
+    def _placed(self, structure: Structure, entry: Input, frame: int) -> Structure:
+        """The structure with the name of its group in the store. Test and validation files keep their groups
+        apart; a store split anew no longer does."""
+        kept = structure.split if self.keep_splits and entry.side is None else None
+        isolated = is_isolated_atom(structure, self.isolated_distance)
+        if entry.side is not None:
+            group = FIXED_PREFIXES[SPLITS.index(entry.side)] + structure.group
+        elif kept is not None:
+            group = structure.group
+        else:
+            group = isolated_group(structure) if isolated else without_prefix(structure.group)
+        placed = replace(structure, group=group)
+        self._sides.add(placed, kept, isolated and entry.side is None)
+        self._audit.add(placed, isolated, f"{entry.path}, frame {frame}")
+        return placed
 
     def _is_store(self, entry: Input) -> bool:
         return (self.format or detect_format(entry.path)) == "store"
@@ -187,39 +236,6 @@ class Preparation:
             record["method"] = level
         return record
 
-    def _split(self, groups: Sequence[str], sources: Sequence[str]) -> NDArray[np.uint8]:
-        """What came with a side keeps it and test files go to test; the rest is drawn by groups.
-
-        A source with a test file gets no other test part. A group of a test file is held out of other
-        sources, too, unless its own source trains on it: that was its publisher's choice.
-        """
-        result = np.full(len(groups), SPLITS.index("test"), dtype=np.uint8)
-        pinned: dict[str, int] = {}
-        drawn, tested = [], set()
-        for index, (group, kept) in enumerate(zip(groups, self._kept, strict=True)):
-            if kept is not None:
-                result[index] = pinned[group] = kept
-            elif group.startswith(TEST_PREFIX):
-                tested.add(index)
-            else:
-                drawn.append(index)
-        trained_on = {(sources[index], groups[index]) for index in drawn}
-        for index in sorted(tested):
-            group = groups[index].removeprefix(TEST_PREFIX)
-            if (sources[index], group) not in trained_on:
-                pinned.setdefault(group, SPLITS.index("test"))
-        train, valid, _ = check_fractions(self.fractions)
-        rest = (train / (train + valid), valid / (train + valid), 0.0)
-        result[drawn] = split_groups(
-            [groups[index] for index in drawn],
-            [sources[index] for index in drawn],
-            self.fractions,
-            self.seed,
-            fractions_of={sources[index]: rest for index in tested},
-            pinned=pinned,
-        )
-        return result
-
 
 def _reject(record: dict[str, Any], rule: str) -> None:
     record["num_rejected"] += 1
@@ -227,7 +243,7 @@ def _reject(record: dict[str, Any], rule: str) -> None:
 
 
 def _file_record(entry: Input) -> dict[str, Any]:
-    record: dict[str, Any] = {"name": entry.path.name, "test": entry.is_test}
+    record: dict[str, Any] = {"name": entry.path.name, "test": entry.side == "test"}
     if entry.path.is_file():
         record["sha256"] = sha256_of(entry.path)
     return record

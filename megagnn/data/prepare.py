@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megagnn.data.formats import FORMATS, ReadOptions, Units, detect_format, parse_species, parse_units
 from megagnn.data.formats.packed import is_store, unpack_store
 from megagnn.data.inspect import describe
+from megagnn.data.isolated import ISOLATED_DISTANCE
 from megagnn.data.preparation import Input, Preparation
+from megagnn.data.reference_file import read_reference_energies
 from megagnn.data.split import DEFAULT_FRACTIONS
 from megagnn.data.store import Store, StoreHeader
 from megagnn.data.validate import Rules
@@ -51,6 +53,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="[NAME=]FILE",
         help="fixed test set; valid is then cut from the rest",
+    )
+    parser.add_argument(
+        "--valid", nargs="+", default=[], metavar="[NAME=]FILE", help="fixed validation set, in the same way"
+    )
+    parser.add_argument(
+        "--reference-energies",
+        type=Path,
+        metavar="FILE",
+        help="energies of free atoms, eV, by element or source and element (TOML, JSON, or lines 'H -13.6'); "
+        "isolated atoms among the data give theirs by themselves, others are fitted",
+    )
+    parser.add_argument(
+        "--isolated-distance",
+        type=float,
+        default=ISOLATED_DISTANCE,
+        metavar="Å",
+        help=f"a single atom farther from its images is an isolated atom (default: {ISOLATED_DISTANCE:g})",
+    )
+    parser.add_argument(
+        "--accept-labels", action="store_true", help="write labels whose units or signs are surely wrong"
     )
     parser.add_argument(
         "--group-by",
@@ -111,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: see `Preparation.write`, or arguments that make no sense.
     """
-    inputs = parse_inputs(args.files, args.source, args.test, args.out.name)
+    inputs = parse_inputs(args.files, args.source, {"test": args.test, "valid": args.valid}, args.out.name)
     if _is_one_archive(inputs, args):
         store = unpack_store(inputs[0].path, args.out, args.overwrite)
     else:
@@ -135,16 +157,17 @@ def run(args: argparse.Namespace) -> int:
             rules=Rules(args.min_distance, args.max_force),
             fractions=DEFAULT_FRACTIONS if args.split is None else parse_fractions(args.split),
             seed=args.seed or 0,
-            keep_splits=not args.test and args.split is args.seed is args.group_by is None,
+            keep_splits=not (args.test or args.valid) and args.split is args.seed is args.group_by is None,
+            references=read_reference_energies(args.reference_energies) if args.reference_energies else {},
+            isolated_distance=args.isolated_distance,
+            accept_labels=args.accept_labels,
             skip_bad=args.on_bad == "skip",
             keep_unconverged=args.keep_unconverged,
             progress=True,
         )
         preparation.write(args.out, args.overwrite)
         store = Store.open(args.out)
-    print(describe(store))
-    for line in missing_labels(store.header):
-        print(line)
+    print(describe(store, missing_labels(store.header)))
     return 0
 
 
@@ -166,20 +189,21 @@ def missing_labels(header: StoreHeader) -> list[str]:
 
 
 def parse_inputs(
-    files: Sequence[str], source: str | None, test_files: Sequence[str], default: str
+    files: Sequence[str], source: str | None, fixed: Mapping[str, Sequence[str]], default: str
 ) -> list[Input]:
     """Inputs from [NAME=]FILE arguments.
 
     Files without a name, other than stores, are one source: mostly they are parts of one data set, and a
-    source of its own would give each its own reference energies. A test file without a name belongs to the
-    one source there is.
+    source of its own would give each its own reference energies. A test or validation file without a name
+    belongs to the one source there is.
 
     Args:
         source: name of the source of files without one, or None.
+        fixed: files made for one side of the split, "test" or "valid".
         default: the same where there are several such files and no `source`.
 
     Raises:
-        ValueError: a test file that could belong to several sources, or to none.
+        ValueError: such a file that could belong to several sources, or to none.
     """
     named = list(map(_named, files))
     unnamed = [path for name, path in named if name is None and not (path.exists() and is_store(path))]
@@ -190,14 +214,15 @@ def parse_inputs(
     else:
         inputs = [Input(path, name or source) for name, path in named]
     names = [entry.source or ReadOptions().source_name(entry.path) for entry in inputs]
-    for name, path in map(_named, test_files):
-        own = name or source or (names[0] if len(set(names)) == 1 else None)
-        if own not in names:
-            raise ValueError(
-                f"test file {path} needs the name of its source, one of {', '.join(dict.fromkeys(names))}: "
-                f"--test NAME={path}"
-            )
-        inputs.append(Input(path, own, is_test=True))
+    for side, texts in fixed.items():
+        for name, path in map(_named, texts):
+            own = name or source or (names[0] if len(set(names)) == 1 else None)
+            if own not in names:
+                raise ValueError(
+                    f"{side} file {path} needs the name of its source, one of "
+                    f"{', '.join(dict.fromkeys(names))}: --{side} NAME={path}"
+                )
+            inputs.append(Input(path, own, side))
     repeated = [
         str(path) for path, count in Counter(entry.path.resolve() for entry in inputs).items() if count > 1
     ]

@@ -19,9 +19,10 @@ SPLITS = ("train", "valid", "test")
 
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 
-TEST_PREFIX = "test file: "
-"""Groups of fixed test files are named apart: whether they are kin to their own training data is their
-publisher's choice."""
+TEST_PREFIX, VALID_PREFIX = "test file: ", "validation file: "
+FIXED_PREFIXES = {SPLITS.index("valid"): VALID_PREFIX, SPLITS.index("test"): TEST_PREFIX}
+"""Groups of fixed test and validation files are named apart: whether they are kin to their own training data
+is their publisher's choice."""
 
 # Random assignments tried, until every split of every source is within GOOD_MISFIT of its target.
 MAX_ATTEMPTS = 64
@@ -79,15 +80,22 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, float, float]:
     """Fractions of train, valid and test as floats.
 
     Raises:
-        ValueError: not three numbers, one negative, none for train, or a sum other than 1.
+        ValueError: not three numbers, one negative, or a sum other than 1.
     """
     parts = tuple(float(f) for f in fractions)
-    if len(parts) != 3 or min(parts, default=-1) < 0 or abs(sum(parts) - 1) > 1e-6 or parts[0] == 0:
+    if len(parts) != 3 or min(parts, default=-1) < 0 or abs(sum(parts) - 1) > 1e-6:
         raise ValueError(
-            "split fractions are three numbers, train, valid and test, none negative, train not 0, summing "
-            f"to 1; got {fractions}, for example 0.8,0.1,0.1 would do"
+            "split fractions are three numbers, train, valid and test, none negative, summing to 1; "
+            f"got {fractions}, for example 0.8,0.1,0.1 would do"
         )
     return parts[0], parts[1], parts[2]
+
+
+def without_prefix(group: str) -> str:
+    """The name of a group of a fixed test or validation file as its source has it."""
+    for prefix in FIXED_PREFIXES.values():
+        group = group.removeprefix(prefix)
+    return group
 
 
 def _bound_together(sizes: Sizes) -> list[list[str]]:
@@ -137,8 +145,8 @@ class _Draw:
                 names = ", ".join(SPLITS[k] for k in self.wanted[source])
                 raise ValueError(
                     f"source {source!r} has {count} group(s), too few to fill {names} without leaking; give "
-                    "a test file of its own (--test), another grouping (--group-by), or a split fraction "
-                    "of 0"
+                    "files of its own (--test, --valid), another grouping (--group-by frame takes every "
+                    "frame of a trajectory for unrelated to the others), or a split fraction of 0"
                 )
 
     def best(self, seed: int) -> dict[str, int]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megagnn.data.split import SPLITS, TEST_PREFIX
+from megagnn.data.isolated import ISOLATED_PREFIX
+from megagnn.data.split import SPLITS, without_prefix
 from megagnn.data.store import Store
 
 # A copy of a store has these in common; a store of other labels for the same structures has not.
@@ -16,8 +17,8 @@ CONTENT = ("positions.npy", "energy.npy", "forces.npy")
 def check_together(stores: Sequence[Store]) -> None:
     """Refuse stores that would count structures twice or leak test structures into training.
 
-    Groups are compared where their names are stored. A group of a fixed test file that its own store trains
-    on, as its publisher chose, is left out of the comparison.
+    Groups are compared where their names are stored. A group of a fixed test or validation file that its own
+    store trains on, as its publisher chose, is left out of the comparison, and so are isolated atoms.
 
     Raises:
         ValueError: one store given twice or a copy of it, or a group on different sides in two stores.
@@ -52,9 +53,15 @@ def group_sides(store: Store) -> dict[str, int]:
     if names is None:
         return {}
     groups, rows = np.unique(store.group, return_index=True)
-    by_name = {names[g]: int(k) for g, k in zip(groups.tolist(), store.split[rows].tolist(), strict=True)}
-    sides = {name: side for name, side in by_name.items() if not name.startswith(TEST_PREFIX)}
-    for name, side in by_name.items():
-        if name.startswith(TEST_PREFIX) and name.removeprefix(TEST_PREFIX) not in sides:
-            sides[name.removeprefix(TEST_PREFIX)] = side
-    return sides
+    sides: dict[str, int] = {}
+    fixed: dict[str, int] = {}
+    for group, side in zip(groups.tolist(), store.split[rows].tolist(), strict=True):
+        name = names[group]
+        is_fixed, name = without_prefix(name) != name, without_prefix(name)
+        if name.startswith(ISOLATED_PREFIX):
+            continue  # references in one store, test cases in another
+        if is_fixed:
+            fixed[name] = max(side, fixed.get(name, side))
+        else:
+            sides[name] = side
+    return {**fixed, **sides}

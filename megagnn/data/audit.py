@@ -1,0 +1,49 @@
+"""What is checked of all structures that `prepare` reads, beyond the rules that each of them must meet."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagnn.data.copies import Copies
+from megagnn.data.plausibility import LabelCheck
+from megagnn.data.record import Structure
+
+
+class Audit:
+    """Collects while structures are read; then `check` their labels and, once they are split, `copies`."""
+
+    def __init__(self) -> None:
+        self._labels: dict[str, LabelCheck] = {}
+        self._copies = Copies()
+        self._isolated: list[bool] = []
+
+    def add(self, structure: Structure, isolated: bool, where: str) -> None:
+        """One structure in the order of the store: whether it is an isolated atom, and where it is from."""
+        self._isolated.append(isolated)
+        self._copies.add(structure, where)
+        if not isolated:
+            self._labels.setdefault(structure.source, LabelCheck(structure.source)).add(structure, where)
+
+    def check(self, accept: bool) -> list[str]:
+        """What is wrong with labels, in words.
+
+        Args:
+            accept: take sure faults for suspicions.
+
+        Raises:
+            ValueError: labels that are surely wrong.
+        """
+        faults = [fault for check in self._labels.values() for fault in check.faults()]
+        sure = [fault.text for fault in faults if fault.sure]
+        if sure and not accept:
+            raise ValueError(
+                "; ".join(sure)
+                + ". Nothing was written; if the labels are right as they are, --accept-labels "
+                "writes them"
+            )
+        return [fault.text for fault in faults] + self._copies.with_two_energies()
+
+    def copies(self, sides: NDArray[np.integer]) -> list[str]:
+        """Test and validation structures that are copies of training structures, in words."""
+        return self._copies.in_training(sides, np.array(self._isolated, dtype=np.bool_))

@@ -1,0 +1,197 @@
+"""Pairs of near frames: whether energies change as forces and stresses say.
+
+Between two structures of the same atoms that differ by displacements dx and a strain e, the energy changes by
+
+    dE = -sum(F . dx) + V (stress : e),
+
+with forces, stress and volume taken as the mean of both ends (the trapezoid rule, exact for quadratic
+energies). A unit or a sign that is wrong in one of the three shows as a factor, whatever the sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagnn.data.record import Structure
+
+MAX_DISPLACEMENT = 0.5
+"""Å. Thermal displacements are half of it; beyond, energies are no longer near quadratic."""
+
+MAX_STRAIN = 0.06
+MIN_STRAIN = 1e-5
+"""Below, the cell is the same but for rounding."""
+
+MAX_PAIRS = 2000
+MAX_SAMPLE = 300
+MAX_ATOMS = 512
+"""Bounds of time and memory: of pairs of consecutive frames, of the frames among which nearest ones are
+looked for, and of the atoms of such a frame."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The energy difference of two near frames and what it should be.
+
+    Attributes:
+        energy: eV, as labelled.
+        of_forces, of_stress: eV, what forces and stress say; 0 where nothing moved.
+        num_atoms, volume: of the structure; volume in Å^3, 0 without one.
+        displacement: Å, largest of an atom.
+    """
+
+    energy: float
+    of_forces: float
+    of_stress: float
+    num_atoms: int
+    volume: float
+    displacement: float
+
+
+class NearFrames:
+    """Collects pairs: consecutive frames as they come, and nearest ones among the first frames."""
+
+    def __init__(self) -> None:
+        self._last: Structure | None = None
+        self._sample: dict[bytes, list[Structure]] = {}
+        self._num_sampled = 0
+        self._pairs: list[Pair] = []
+
+    def add(self, structure: Structure) -> None:
+        """One structure, in the order of the file; without an energy it tells nothing."""
+        if structure.energy is None or structure.num_atoms > MAX_ATOMS:
+            self._last = None
+            return
+        if self._last is not None and len(self._pairs) < MAX_PAIRS:
+            found = pair_of(self._last, structure)
+            self._pairs += [found] if found else []
+        self._last = structure
+        if self._num_sampled < MAX_SAMPLE:
+            key = np.asarray(structure.atomic_numbers, dtype=np.uint8).tobytes()
+            self._sample.setdefault(key, []).append(structure)
+            self._num_sampled += 1
+
+    def pairs(self) -> list[Pair]:
+        """Those of consecutive frames; where they are few, nearest frames of the sample, too."""
+        if len(self._pairs) >= MAX_SAMPLE // 2:
+            return self._pairs
+        found = list(self._pairs)
+        for frames in self._sample.values():
+            for index, structure in enumerate(frames[:-1]):
+                candidates = [pair_of(structure, other) for other in frames[index + 2 : index + 40]]
+                near = [pair for pair in candidates if pair is not None]
+                if near:
+                    found.append(min(near, key=lambda pair: pair.displacement))
+        return found
+
+
+def pair_of(a: Structure, b: Structure) -> Pair | None:
+    """What labels of two structures say of their energy difference; None if they are not near, or equal."""
+    if a.num_atoms != b.num_atoms or not np.array_equal(a.pbc, b.pbc):
+        return None
+    if not np.array_equal(a.atomic_numbers, b.atomic_numbers) or a.energy is None or b.energy is None:
+        return None
+    moved, strain = b.positions - a.positions, np.zeros((3, 3))
+    volume = 0.0
+    if np.any(a.pbc):
+        if not np.all(a.pbc):  # of slabs and chains: only within one cell, where images are seldom crossed
+            if np.abs(a.cell - b.cell).max() > MIN_STRAIN:
+                return None
+        else:
+            strain = np.linalg.solve(a.cell, b.cell) - np.eye(3)
+            if np.abs(strain).max() > MAX_STRAIN:
+                return None
+            fractions = b.positions @ np.linalg.inv(b.cell) - a.positions @ np.linalg.inv(a.cell)
+            moved = (fractions - np.round(fractions)) @ ((a.cell + b.cell) / 2)
+            volume = float(abs(np.linalg.det(a.cell)) + abs(np.linalg.det(b.cell))) / 2
+    displacement = float(np.linalg.norm(moved, axis=1).max())
+    strained = float(np.abs(strain).max()) > MIN_STRAIN
+    if displacement > MAX_DISPLACEMENT or (displacement < 1e-4 and not strained):
+        return None
+    of_forces = of_stress = 0.0
+    if displacement >= 1e-4:
+        if a.forces is None or b.forces is None:
+            return None
+        of_forces = -float(((a.forces + b.forces) / 2 * moved).sum())
+    if strained:
+        if a.stress is None or b.stress is None:
+            return None
+        # strain about the middle of the two cells, so that the rule is symmetric in them
+        middle = np.linalg.solve((a.cell + b.cell) / 2, b.cell - a.cell)
+        of_stress = volume * float(((a.stress + b.stress) / 2 * (middle + middle.T) / 2).sum())
+    return Pair(b.energy - a.energy, of_forces, of_stress, a.num_atoms, volume, displacement)
+
+
+@dataclass(frozen=True)
+class Slope:
+    """How energies change against what labels say: 1 is right, -1 the wrong sign.
+
+    Attributes:
+        value: the factor.
+        misfit: median of what is left over the median without it: small is sure.
+        num_pairs: of frames.
+    """
+
+    value: float
+    misfit: float
+    num_pairs: int
+
+
+def slopes(pairs: list[Pair], per: str = "") -> tuple[Slope | None, Slope | None]:
+    """Of forces and of stress, by least absolute deviations, which single bad frames do not disturb.
+
+    Args:
+        per: "atom" or "volume" divides what labels say by the number of atoms or the volume, for energies per
+            atom and virials.
+
+    Returns:
+        None where no pair tells.
+    """
+    if not pairs:
+        return None, None
+    energy = np.array([pair.energy for pair in pairs])
+    divisor = np.ones(len(pairs))
+    if per == "atom":
+        divisor = np.array([pair.num_atoms for pair in pairs], dtype=np.float64)
+    forces = np.array([pair.of_forces for pair in pairs]) / divisor
+    stress = np.array([pair.of_stress for pair in pairs]) / divisor
+    if per == "volume":
+        stress = stress / np.array([pair.volume or 1.0 for pair in pairs])
+    columns = np.stack([forces, stress], axis=1)
+    used = [k for k in range(2) if np.count_nonzero(columns[:, k]) >= 3]
+    if not used:
+        return None, None
+    found, residual = _least_absolute(columns[:, used], energy)
+    result: list[Slope | None] = [None, None]
+    for position, k in enumerate(used):
+        others = [j for j in range(len(used)) if j != position]
+        without = energy
+        if others:
+            without = _least_absolute(columns[:, used][:, others], energy)[1]
+        rows = columns[:, k] != 0
+        scale = float(np.median(np.abs(without[rows])))
+        if scale > 0:
+            misfit = float(np.median(np.abs(residual[rows]))) / scale
+            result[k] = Slope(float(found[position]), misfit, int(rows.sum()))
+    return result[0], result[1]
+
+
+def _least_absolute(
+    columns: NDArray[np.float64], values: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Coefficients of the smallest sum of absolute residuals, by reweighted least squares; and residuals."""
+    sizes = np.median(np.abs(columns), axis=0)
+    sizes = np.where(sizes > 0, sizes, np.abs(columns).max(axis=0))
+    scaled = columns / sizes
+    floor = 1e-6 * float(np.median(np.abs(values))) + 1e-12
+    weights = 1.0 / np.maximum(np.abs(values), floor)  # large differences would rule the first guess
+    found = np.zeros(columns.shape[1])
+    for _ in range(60):
+        root = np.sqrt(weights)[:, None]
+        before, (found, *_) = found, np.linalg.lstsq(scaled * root, values * root[:, 0], rcond=None)
+        if np.allclose(found, before, rtol=1e-4, atol=0):
+            break
+        weights = 1.0 / np.maximum(np.abs(values - scaled @ found), floor)
+    return found / sizes, values - scaled @ found

@@ -1,0 +1,308 @@
+"""Whether labels can be what they are taken for: sizes, and agreement of energies, forces and stress.
+
+A wrong unit or sign trains without a word, and the model is wrong by that factor. Faults are *sure* where no
+data of this kind exist, or where the labels contradict each other by a clean factor; else they are
+suspicions. The limits are such that right data pass: molecules by xTB and all-electron methods, slabs by EMT,
+crystals and melts by DFT, at the most some eV/Å and tens of GPa.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megagnn.data.atomic_energies import HARTREE, all_electron_energy
+from megagnn.data.formats.options import empirical_formula
+from megagnn.data.near_frames import NearFrames, Pair, Slope, slopes
+from megagnn.data.record import Structure
+from megagnn.data.suspected_units import FORCES, KCAL, KJ, STRESS, explain_factor, explain_size
+
+LARGE_STRESS, IMPOSSIBLE_STRESS = 1.0, 10.0
+"""eV/Å^3, root mean square: 160 GPa is half the pressure in the Earth's core, 1600 GPa is in no data."""
+
+IMPOSSIBLE_VIRIAL = 30.0
+"""eV per atom, root mean square of stress times volume: a crystal has some 10 at 200 GPa, for it shrinks."""
+
+LARGE_FORCE = 15.0
+"""eV/Å, root mean square. Structures far from any equilibrium have 5; kcal/mol/Å make it 23 times larger."""
+
+RIGHT_SLOPES = (0.5, 2.0)
+"""Energies change as forces say within this factor, or something is wrong. The embedded and mlearn data lie
+within 0.89 and 1.08; smearing, loose convergence and large steps spoil it by some tenths."""
+
+BOHR_SLOPES = (1.75, 2.05)
+"""Within the factor of two, but sharp: 1.89 is a length in bohr, mostly of forces in Ha/bohr beside energies
+in Ha."""
+
+SURE_MISFIT, SHARP_MISFIT = 0.3, 0.12
+"""Share of the energy differences that a factor leaves unexplained. Right data leave 0.04 to 0.14."""
+
+MIN_PAIRS = 5
+
+LOST_PAIRS, LOST_MISFIT, LOST_DISPLACEMENT = 20, 0.9, 0.1
+"""Energies that go with the forces in no way, over as many pairs of frames that are as near (Å)."""
+
+OUTLIER, OUTLIER_TOTAL, OUTLIER_SPREADS = 3.0, 100.0, 30.0
+"""An energy is told that is off by so many eV per atom, eV in total, and robust standard deviations."""
+
+MAX_ROWS = 20000
+"""Structures from which energies of elements are estimated, for outliers."""
+
+SHOWN = 3
+
+ALL_ELECTRON_UNITS = {"Ha": HARTREE, "kcal/mol": KCAL, "kJ/mol": KJ}
+"""In which programs with all electrons write total energies."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with labels, in words."""
+
+    text: str
+    sure: bool
+
+
+class LabelCheck:
+    """The labels of one source: `add` its structures in order, then `faults`.
+
+    It keeps three numbers of each structure, and the positions of a bounded sample.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self._frames = NearFrames()
+        self._forces, self._stress = _Squares(), _Squares()
+        self._virial = _Squares()
+        self._compositions: dict[bytes, int] = {}
+        self._counts: list[NDArray[np.int64]] = []
+        self._rows: list[tuple[int, float]] = []
+        self._where: list[str] = []
+
+    def add(self, structure: Structure, where: str) -> None:
+        """One structure that is no isolated atom, and where it comes from."""
+        s = structure
+        self._frames.add(s)
+        if s.forces is not None:
+            self._forces.add(s.forces)
+        if s.stress is not None:
+            self._stress.add(s.stress)
+            self._virial.add(s.stress * abs(np.linalg.det(s.cell)) / s.num_atoms)
+        if s.energy is not None:
+            count = np.bincount(s.atomic_numbers, minlength=119)
+            index = self._compositions.setdefault(count.tobytes(), len(self._counts))
+            if index == len(self._counts):
+                self._counts.append(count)
+            self._rows.append((index, float(s.energy)))
+            self._where.append(where)
+
+    def faults(self) -> list[Fault]:
+        """What is wrong, the sure faults first."""
+        found = [*self._sizes(), *self._differences(), *self._totals(), *self._outliers()]
+        return sorted(found, key=lambda fault: not fault.sure)
+
+    def _fault(self, text: str, sure: bool) -> Fault:
+        return Fault(f"{self.source}: {text}", sure)
+
+    def _sizes(self) -> list[Fault]:
+        found = []
+        stress, forces = self._stress.rms, self._forces.rms
+        if stress > LARGE_STRESS:
+            names = explain_size(stress, STRESS, 0.3)
+            units = " or ".join(f"--units stress={name}" for name in names)
+            sure = stress > IMPOSSIBLE_STRESS or self._virial.rms > IMPOSSIBLE_VIRIAL
+            found.append(
+                self._fault(
+                    f"the stress is {stress:.3g} eV/Å^3 (root mean square), {160 * stress:.3g} GPa"
+                    + (f"; declare its unit, perhaps {units}" if units else "")
+                    + "; virials (eV) are named by --virial-key; --stress-key none leaves it out",
+                    sure,
+                )
+            )
+        if forces > LARGE_FORCE:
+            names = explain_size(forces, FORCES, LARGE_FORCE)
+            units = " or ".join(f"--units forces={name}" for name in names)
+            found.append(
+                self._fault(
+                    f"the forces are {forces:.3g} eV/Å (root mean square), far more than of thermal motion; "
+                    f"check their unit{', perhaps ' + units if units else ''}",
+                    False,
+                )
+            )
+        return found
+
+    def _differences(self) -> list[Fault]:
+        """Energies against forces and stress of near frames."""
+        pairs = self._frames.pairs()
+        of_forces, of_stress = slopes(pairs)
+        found = []
+        if of_forces is not None:
+            found += self._of_forces(of_forces, pairs)
+        if of_stress is not None and _is_wrong(of_stress):
+            virial = slopes(pairs, per="volume")[1]
+            if virial is not None and _is_clean(virial) and 0.7 < abs(virial.value) < 1.4:
+                sign = "" if virial.value < 0 else "-"
+                way = f"--stress-key none --virial-key KEY{' --units virial=-eV' if sign else ''}"
+                reason = f"as if it were the {sign}virial, in eV: read it by {way}"
+            else:
+                reason = _reason(explain_factor(of_stress.value, STRESS, "stress", self._stress.rms))
+            found.append(
+                self._fault(
+                    f"energies change with the cell {of_stress.value:.3g} times as the stress says "
+                    f"({of_stress.num_pairs} pairs of near frames), {reason}",
+                    True,
+                )
+            )
+        return found
+
+    def _of_forces(self, slope: Slope, pairs: list[Pair]) -> list[Fault]:
+        if not _is_wrong(slope):
+            near = [pair for pair in pairs if pair.displacement < LOST_DISPLACEMENT and pair.of_forces]
+            lost = slopes(near)[0] if len(near) >= LOST_PAIRS else None
+            if lost is not None and lost.misfit > LOST_MISFIT and abs(lost.value) < RIGHT_SLOPES[0]:
+                return [
+                    self._fault(
+                        f"energies of {len(near)} pairs of near frames do not change as the forces say; "
+                        "check that energies and forces are of one calculation and atoms in one order",
+                        False,
+                    )
+                ]
+            return []
+        texts = explain_factor(slope.value, FORCES, "forces", self._forces.rms)
+        per_atom = slopes(pairs, per="atom")[0]
+        sizes = [pair.num_atoms for pair in pairs]
+        if per_atom is not None and _is_clean(per_atom) and 0.8 < per_atom.value < 1.25 and min(sizes) > 2:
+            texts = ["energy=eV/atom", *texts]
+        return [
+            self._fault(
+                f"energies change {slope.value:.3g} times as the forces say ({slope.num_pairs} pairs of near "
+                f"frames), {_reason(texts)}",
+                True,
+            )
+        ]
+
+    def _totals(self) -> list[Fault]:
+        """Energies against those of all electrons, which are known to some per cent."""
+        if not self._rows:
+            return []
+        energies, indices = self._energies()
+        counts = np.array(self._counts)
+        medians = np.array([np.median(energies[indices == k]) for k in range(len(counts))])
+        light = [k for k, c in enumerate(counts) if np.flatnonzero(c).max() <= 36 and c[3:].any()]
+        found = [*self._per_atom(medians, counts)]
+        if not light:
+            return found
+        atomic = counts[light] @ all_electron_energy(np.arange(119))
+        ratios = medians[light] / atomic
+        middle = float(np.median(ratios))
+        formulas = {empirical_formula(np.repeat(np.arange(119), counts[k])) for k in light}
+        for name, unit in ALL_ELECTRON_UNITS.items():
+            off = np.abs(ratios * unit - 1)
+            if np.median(off) < 0.03 and off.max() < 0.08:
+                sure = len(formulas) >= 3 or middle > 2
+                text = f"energies are those of all electrons in {name}, within {100 * np.median(off):.1f} %"
+                return [*found, self._fault(f"{text}: declare it, --units energy={name}", sure)]
+        if middle > 2:
+            text = f"energies are {middle:.3g} times those of all electrons of the atoms; check their unit"
+            found.append(self._fault(text, True))
+        return found
+
+    def _per_atom(self, medians: NDArray[np.float64], counts: NDArray[np.int64]) -> list[Fault]:
+        """Cells of one formula and different sizes that have one energy."""
+        by_formula: dict[str, list[int]] = defaultdict(list)
+        for k, count in enumerate(counts):
+            by_formula[empirical_formula(np.repeat(np.arange(119), count))].append(k)
+        alike = different = 0
+        for rows in by_formula.values():
+            sizes = counts[rows].sum(axis=1)
+            for a in range(1, len(rows)):
+                if max(sizes[a], sizes[0]) >= 1.5 * min(sizes[a], sizes[0]):
+                    one, other = medians[rows[0]], medians[rows[a]]
+                    same = abs(one - other) < 0.05 * abs(one) and abs(one) > 0.5
+                    alike, different = alike + same, different + (not same)
+        if alike <= different:
+            return []
+        text = (
+            "cells of one formula and different sizes have one energy, as if it were per atom; declare it, "
+        )
+        return [self._fault(text + "--units energy=eV/atom", False)]
+
+    def _outliers(self) -> list[Fault]:
+        """Single energies far from those of the same composition and elements."""
+        if len(self._rows) < 10:
+            return []
+        energies, indices = self._energies()
+        counts = np.array(self._counts)
+        sizes = counts.sum(axis=1)[indices]
+        residual = energies / sizes - _robust_elements(energies, indices, counts)
+        for k in np.flatnonzero(np.bincount(indices) >= 5):
+            residual[indices == k] -= np.median(residual[indices == k])
+        spread = 1.4826 * float(np.median(np.abs(residual)))
+        far = np.abs(residual) > np.maximum(OUTLIER, OUTLIER_SPREADS * spread)
+        rows = np.flatnonzero(far & (np.abs(residual) * sizes > OUTLIER_TOTAL))
+        if not len(rows) or len(rows) > 0.1 * len(residual):
+            return []
+        worst = rows[np.argsort(-np.abs(residual[rows] * sizes[rows]))][:SHOWN]
+        shown = "; ".join(f"{self._where[k]} by {residual[k] * sizes[k]:.4g} eV" for k in worst)
+        text = f"{len(rows)} of {len(residual):,} energies are far off the others: {shown}"
+        return [
+            self._fault(f"{text}{'; ...' if len(rows) > SHOWN else ''}. Leave them out, or mend them", False)
+        ]
+
+    def _energies(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+        return np.array([e for _, e in self._rows]), np.array([k for k, _ in self._rows])
+
+
+class _Squares:
+    def __init__(self) -> None:
+        self.count, self.total = 0, 0.0
+
+    def add(self, values: NDArray[np.float64]) -> None:
+        self.count, self.total = self.count + values.size, self.total + float(np.square(values).sum())
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(self.total / self.count) if self.count else 0.0
+
+
+def _is_clean(slope: Slope) -> bool:
+    return slope.num_pairs >= MIN_PAIRS and slope.misfit < SURE_MISFIT
+
+
+def _is_wrong(slope: Slope) -> bool:
+    """A factor that is surely not one."""
+    if not _is_clean(slope):
+        return False
+    sharp = slope.misfit < SHARP_MISFIT and BOHR_SLOPES[0] < slope.value < BOHR_SLOPES[1]
+    return sharp or not RIGHT_SLOPES[0] <= slope.value <= RIGHT_SLOPES[1]
+
+
+def _reason(texts: list[str]) -> str:
+    if not texts:
+        return "so the unit or the sign of one of them is wrong; declare it (--units)"
+    return f"as with other units: declare them, perhaps --units {' or --units '.join(texts)}"
+
+
+def _robust_elements(
+    energies: NDArray[np.float64], indices: NDArray[np.int64], counts: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """(S,) energy per atom of elements by least absolute deviations, which outliers do not disturb."""
+    present = np.flatnonzero(counts.sum(axis=0))
+    sizes = counts.sum(axis=1)
+    shares = (counts[:, present] / sizes[:, None])[indices]
+    values = energies / sizes[indices]
+    rows = np.arange(0, len(values), max(1, len(values) // MAX_ROWS))
+    weights, found = np.ones(len(rows)), np.zeros(len(present))
+    for _ in range(30):
+        root = np.sqrt(weights)[:, None]
+        before, (found, *_) = (
+            found,
+            np.linalg.lstsq(shares[rows] * root, values[rows] * root[:, 0], rcond=None),
+        )
+        if np.allclose(before, found, rtol=1e-5):
+            break
+        weights = 1.0 / np.maximum(np.abs(values[rows] - shares[rows] @ found), 1e-3)
+    return shares @ found
