@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagnn.data.atomic_energies import HARTREE, all_electron_energy
-from megagnn.data.formats.options import empirical_formula
+from megagnn.data.formats.groups import empirical_formula
 from megagnn.data.near_frames import NearFrames, Pair, Slope, slopes
 from megagnn.data.record import Structure
 from megagnn.data.suspected_units import FORCES, KCAL, KJ, STRESS, explain_factor, explain_size

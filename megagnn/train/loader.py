@@ -49,7 +49,8 @@ def open_split(
     dataset = StructureDataset(data.paths, split, model.cutoff, model.self_edges, sources, levels)
     if len(dataset) == 0:
         raise ValueError(
-            f"the {split} split of {', '.join(map(str, data.paths))} is empty; prepare the data with one"
+            f"the {split} split of {', '.join(map(str, data.paths))} is empty; prepare the data with one, as by "
+            "--split 0.8,0.1,0.1, or add a store that has it to data.paths"
         )
     if context.is_main:
         barrier(context)
