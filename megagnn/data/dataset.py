@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,12 @@ class StructureDataset(Dataset[Graph]):
         cutoff: Å.
         self_edges: add the edge (i, i) to every atom.
         sources, levels: numbering to use instead, as of a trained model.
+        as_source, as_level: take all structures for ones of this source and level, whatever the stores say.
 
     Attributes:
         sources, levels: names; batches hold indices into these.
         num_atoms, num_edges: (S,) int64 of each structure, for the sampler; edges include self edges.
+        num_left_out: structures that were left out because the model does not know their elements.
 
     Raises:
         ValueError: no path, an unknown split, a source or level outside the given numbering, stores that must
@@ -65,19 +67,24 @@ class StructureDataset(Dataset[Graph]):
         self_edges: bool = False,
         sources: Sequence[str] | None = None,
         levels: Sequence[str] | None = None,
+        as_source: str | None = None,
+        as_level: str | None = None,
     ) -> None:
         if not paths:
             raise ValueError("a data set needs at least one store")
         self.stores = [Store.open(path) for path in paths]
         check_together(self.stores)
         self.split, self.cutoff, self.self_edges = split, float(cutoff), self_edges
-        self.sources = _merge([store.header.sources for store in self.stores], sources, "source")
-        self.levels = _merge([store.header.levels for store in self.stores], levels, "level")
-        self._source_maps = [_map(store.header.sources, self.sources) for store in self.stores]
-        self._level_maps = [_map(store.header.levels, self.levels) for store in self.stores]
+        source_tables = _tables([store.header.sources for store in self.stores], as_source)
+        level_tables = _tables([store.header.levels for store in self.stores], as_level)
+        self.sources = _merge(source_tables, sources, "source")
+        self.levels = _merge(level_tables, levels, "level")
+        self._source_maps = [_map(table, self.sources) for table in source_tables]
+        self._level_maps = [_map(table, self.levels) for table in level_tables]
         chosen = [np.arange(len(s)) if split == "all" else s.indices(split) for s in self.stores]
         self._store_of = np.repeat(np.arange(len(self.stores)), [len(c) for c in chosen])
         self._index_in_store = np.concatenate(chosen)
+        self.num_left_out = 0
         self._weights: NDArray[np.float32] | None = None
         self.num_atoms = _gather([s.num_atoms[c] for s, c in zip(self.stores, chosen, strict=True)])
         edges = [cached_num_edges(store, self.cutoff) for store in self.stores]
@@ -121,6 +128,15 @@ class StructureDataset(Dataset[Graph]):
     def files(self) -> NDArray[np.str_]:
         """(S,) name of the file that each structure was read from; empty where its store has but one."""
         return self._of_stores([store.files() for store in self.stores])
+
+    def origins(self) -> NDArray[np.str_]:
+        """(S,) where each structure was read: its file, after its store where there are several."""
+        if len(self.stores) == 1:
+            return self.files()
+        names = [store.path.name for store in self.stores]
+        stores = names if len(set(names)) == len(names) else [str(store.path) for store in self.stores]
+        pairs = zip(self._store_of, self.files(), strict=True)
+        return np.array([f"{stores[k]}/{file}" if file else stores[k] for k, file in pairs])
 
     def source_names(self) -> NDArray[np.str_]:
         """(S,) name of the source of each structure."""
@@ -180,6 +196,19 @@ class StructureDataset(Dataset[Graph]):
             source = self._source_maps[k][store.source[rows]]
             seen[np.repeat(source, store.num_atoms[rows]), store.arrays["atomic_numbers"][atoms]] = True
         return tuple(np.flatnonzero(row) for row in seen)
+
+    def with_other_elements(self, known: Sequence[Collection[int]]) -> NDArray[np.bool_]:
+        """(S,) whether a structure holds an atomic number that is not among those of its source."""
+        table = np.ones((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)
+        for index, elements in enumerate(known):
+            table[index, list(elements)] = False
+        found = [np.zeros(0, dtype=np.bool_)]
+        for k, store, rows in self._row_blocks():
+            num_atoms, numbers = store.num_atoms[rows], store.arrays["atomic_numbers"]
+            atoms = ragged_indices(store.arrays["offsets"], rows)
+            other = table[np.repeat(self._source_maps[k][store.source[rows]], num_atoms), numbers[atoms]]
+            found.append(np.logical_or.reduceat(other, np.cumsum(num_atoms) - num_atoms))
+        return np.concatenate(found)
 
     def force_squares(self) -> tuple[int, float]:
         """Number of labelled force components of this split and the sum of their squares, (eV/Å)^2."""
@@ -295,6 +324,11 @@ def _check_names(key: str, given: Mapping[str, float], known: Sequence[str]) -> 
             raise ValueError(f"{key} names '{name}', which no structure of the data has; {hint}")
 
 
+def _tables(tables: Sequence[Sequence[str]], name: str | None) -> Sequence[Sequence[str]]:
+    """Tables of names in which every name is `name`, if there is one."""
+    return tables if name is None else [[name] * len(table) for table in tables]
+
+
 def _merge(tables: Sequence[Sequence[str]], given: Sequence[str] | None, what: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name for table in tables for name in table))
     if given is None:
@@ -302,8 +336,8 @@ def _merge(tables: Sequence[Sequence[str]], given: Sequence[str] | None, what: s
     unknown = [name for name in names if name not in given]
     if unknown:
         raise ValueError(
-            f"the data hold the {what}(s) {unknown}, the model knows {list(given)}; prepare the data with "
-            f"--{what} naming the one that applies"
+            f"the data hold the {what}(s) {unknown}, the model knows {list(given)}; name the one that "
+            f"applies with --{what}, where the data are prepared or to `megagnn evaluate`"
         )
     return tuple(given)
 

@@ -5,22 +5,24 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from megagnn.config import ParallelConfig, flat_config
+from megagnn.config import ParallelConfig, RunConfig, flat_config
+from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import Potential
+from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.checkpoint import load_potential, open_checkpoint
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.loss import Loss, label_counts
-from megagnn.train.metrics import ErrorSums, format_table
+from megagnn.train.metrics import ErrorSums, Grouping, format_table, grouping
 from megagnn.train.parity import ParityPoints
 
 
@@ -32,6 +34,8 @@ class Evaluation:
     """{source: metrics}, see `ErrorSums.per_source`."""
     loss: float
     """The loss over the whole split, as one batch would give it (nan without a loss)."""
+    per_group: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """{"files": {name: metrics}, ...}, of the groupings asked for."""
     complete: bool = True
     """False where it was stopped; then there are no numbers."""
 
@@ -44,6 +48,7 @@ def evaluate(
     progress: bool = False,
     parity: ParityPoints | None = None,
     stop: Callable[[], bool] = lambda: False,
+    groupings: Mapping[str, Grouping] | None = None,
 ) -> Evaluation:
     """Errors over all structures of a loader, summed over ranks; the same on every rank.
 
@@ -52,8 +57,10 @@ def evaluate(
         progress: show a progress bar.
         parity: also collect points for a parity plot.
         stop: asked before every batch whether to give up; the same on all ranks.
+        groupings: errors of these groups of structures, too.
     """
-    sums = ErrorSums(potential, context)
+    groupings = groupings or {}
+    sums = ErrorSums(potential, context, groupings)
     # loss terms times their counts, and the counts, so that batches of unequal size add up exactly
     totals = torch.zeros(2, 3, dtype=torch.float64, device=context.device)
     batches = loader.batches()
@@ -76,7 +83,7 @@ def evaluate(
         all_reduce_sum(totals, context)
         weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=context.device)
         value = float((weights * totals[0] / totals[1].clamp(min=1)).sum())
-    return Evaluation(sums.per_source(), value)
+    return Evaluation(sums.per_source(), value, {kind: sums.per_group(kind) for kind in groupings})
 
 
 def _until(
@@ -101,11 +108,23 @@ def _loss_totals(
     return torch.tensor([sums, num], dtype=torch.float64, device=context.device)
 
 
+SPLITS = ("train", "valid", "test", "all")
+TITLES = {"files": "file", "config_types": "config_type"}
+"""Divisions of the structures beside that by source, and the titles of their tables."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn evaluate`."""
     parser.add_argument("checkpoint", type=Path, help="a run's checkpoints/best, or an exported file")
     parser.add_argument("data", type=Path, nargs="+", help="packed store(s)")
-    parser.add_argument("--split", choices=("train", "valid", "test"), default="test", help="default: test")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="default: test")
+    parser.add_argument("--source", help="take all structures for ones of this source of the model")
+    parser.add_argument("--level", help="and for ones of this level of theory")
+    parser.add_argument(
+        "--skip-unknown",
+        action="store_true",
+        help="leave structures out that hold elements which the model does not know in their source",
+    )
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the metrics here")
     parser.add_argument("--max-atoms", type=int, metavar="N", help="of a batch (default: as in training)")
     parser.add_argument("--max-edges", type=int, metavar="N", help="of a batch (default: as in training)")
@@ -125,43 +144,80 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tensor < 1:
         raise ValueError(f"--tensor must be at least 1, got {arguments.tensor}")
     checkpoint = open_checkpoint(arguments.checkpoint)
-    trained = checkpoint.config.data
-    data = dataclasses.replace(
-        trained,
-        paths=tuple(map(str, arguments.data)),
-        max_atoms=arguments.max_atoms or trained.max_atoms,
-        max_edges=arguments.max_edges or trained.max_edges,
-    )
-    config = dataclasses.replace(checkpoint.config, data=data)
-    asked = {
-        name: str(getattr(arguments, name))
-        for name in ("checkpoint", "split", "last_weights", "plot", "tensor")
-    }
-    fingerprint = {**flat_config(config), **asked}
+    config = _config(checkpoint.config, arguments)
+    names = ("checkpoint", "split", "source", "level", "skip_unknown", "last_weights", "plot", "tensor")
+    fingerprint = {**flat_config(config), **{name: str(getattr(arguments, name)) for name in names}}
     # The layout of the training does not matter: a rank reads its slices of whole parameters.
     layout = ParallelConfig(tensor=arguments.tensor)
     with parallel_context(arguments.device, arguments.threads, layout, fingerprint) as context:
+        dataset = _dataset(config, checkpoint.statistics, context, arguments)
         average = not arguments.last_weights
         potential = load_potential(checkpoint, average=average, context=context).to(context.device)
-        dataset = open_split(config.data, config.model, arguments.split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)
         parity = ParityPoints(potential, context) if arguments.plot is not None else None
-        result = evaluate(potential, loader, context, progress=True, parity=parity)
+        result = evaluate(
+            potential, loader, context, progress=True, parity=parity, groupings=_groupings(dataset)
+        )
         if parity is not None:
             parity.save(arguments.plot)
         if context.is_main:
-            print(format_table(result.per_source))
-            if arguments.json is not None:
-                _write_json(arguments.json, arguments, result)
+            _report(arguments, result, dataset.num_left_out)
     return 0
 
 
-def _write_json(path: Path, arguments: argparse.Namespace, result: Evaluation) -> None:
+def _config(trained: RunConfig, arguments: argparse.Namespace) -> RunConfig:
+    """The configuration of the run, with the data and the budget of batches that are asked for."""
+    paths = tuple(map(str, arguments.data))
+    same = [Path(path).resolve() for path in paths] == [Path(path).resolve() for path in trained.data.paths]
+    data = dataclasses.replace(
+        trained.data,
+        paths=paths,
+        max_atoms=arguments.max_atoms or trained.data.max_atoms,
+        max_edges=arguments.max_edges or trained.data.max_edges,
+        num_structures=trained.data.num_structures if same else None,  # a subset of the run's own data
+    )
+    return dataclasses.replace(trained, data=data)
+
+
+def _dataset(
+    config: RunConfig, statistics: Statistics, context: ParallelContext, arguments: argparse.Namespace
+) -> StructureDataset:
+    source, level = arguments.source, arguments.level
+    if source is not None:
+        levels = statistics.source_levels[statistics.source_index(source)]
+        level = statistics.levels[levels[0]] if level is None and len(levels) == 1 else level
+    if level is not None and level not in statistics.levels:
+        raise ValueError(
+            f"--level must be one of the model's levels of theory {list(statistics.levels)}, got '{level}'"
+        )
+    skip: bool = arguments.skip_unknown
+    return open_split(config.data, config.model, arguments.split, context, statistics, source, level, skip)
+
+
+def _groupings(dataset: StructureDataset) -> dict[str, Grouping]:
+    """Divisions in which the structures fall apart, by file and by config_type."""
+    found = {"files": grouping(dataset.origins()), "config_types": grouping(dataset.config_types())}
+    return {kind: groups for kind, groups in found.items() if len(groups.names) > 1}
+
+
+def _report(arguments: argparse.Namespace, result: Evaluation, num_left_out: int) -> None:
+    print(format_table(result.per_source))
+    for kind, groups in result.per_group.items():
+        print(f"\n{format_table(groups, TITLES[kind])}")
+    if num_left_out:
+        print(f"\nleft out: {num_left_out:,} structures with elements that the model does not know")
+    if arguments.json is not None:
+        _write_json(arguments.json, arguments, result, num_left_out)
+
+
+def _write_json(path: Path, arguments: argparse.Namespace, result: Evaluation, num_left_out: int) -> None:
     content = {
         "checkpoint": str(arguments.checkpoint),
         "data": [str(data) for data in arguments.data],
         "split": arguments.split,
         "sources": result.per_source,
+        **result.per_group,
+        "num_left_out": num_left_out,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

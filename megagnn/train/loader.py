@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -26,13 +27,20 @@ def open_split(
     split: str,
     context: ParallelContext,
     statistics: Statistics | None = None,
+    as_source: str | None = None,
+    as_level: str | None = None,
+    leave_out_unknown: bool | None = None,
 ) -> StructureDataset:
     """The structures of one split, with their edge counts.
 
     The main rank counts edges first and leaves the counts beside the data, so that the others only read them.
 
     Args:
+        split: "train", "valid", "test", or "all".
         statistics: of a trained model, whose numbering of sources and levels the data set takes over.
+        as_source, as_level: see `StructureDataset`.
+        leave_out_unknown: leave structures out that hold elements that the model does not know in their
+            source; false where a flag of the command would do so, for the message.
 
     Raises:
         ValueError: no data, an empty split, more structures wanted than there are, or a source, level or
@@ -46,22 +54,40 @@ def open_split(
         barrier(context)
     sources = statistics.sources if statistics else None
     levels = statistics.levels if statistics else None
-    dataset = StructureDataset(data.paths, split, model.cutoff, model.self_edges, sources, levels)
+    dataset = StructureDataset(
+        data.paths, split, model.cutoff, model.self_edges, sources, levels, as_source, as_level
+    )
+    where = f"the {split} split of {', '.join(map(str, data.paths))}".replace("the all split", "all")
     if len(dataset) == 0:
-        raise ValueError(
-            f"the {split} split of {', '.join(map(str, data.paths))} is empty; prepare the data with one, as by "
-            "--split 0.8,0.1,0.1, or add a store that has it to data.paths"
-        )
+        hint = "prepare the data with one, as by --split 0.8,0.1,0.1, or add a store that has it to data.paths"
+        if leave_out_unknown is not None:
+            hint = "name another with --split, or all"
+        raise ValueError(f"{where} is empty; {hint}")
     if context.is_main:
         barrier(context)
     if split == "train" and data.num_structures is not None:
         dataset.keep(nested_subset(dataset, data.num_structures, data.subset_seed))
     if statistics:
-        for index, elements in enumerate(dataset.source_elements()):
-            statistics.check_elements(
-                elements, index, f"the {split} split of {', '.join(map(str, data.paths))}"
-            )
+        _check_elements(dataset, statistics, where, leave_out_unknown)
     return dataset
+
+
+def _check_elements(
+    dataset: StructureDataset, statistics: Statistics, where: str, leave_out: bool | None
+) -> None:
+    others = dataset.with_other_elements(statistics.source_elements)
+    if not others.any():
+        return
+    if leave_out and others.all():
+        raise ValueError(f"{where} holds no structure whose elements the model knows, of {len(others)}")
+    if leave_out:
+        dataset.keep(np.flatnonzero(~others))
+        dataset.num_left_out = int(others.sum())
+        return
+    where = f"{where}, in {others.sum()} of {len(others)} structures,"
+    way_out = None if leave_out is None else "leave these structures out with --skip-unknown"
+    for index, elements in enumerate(dataset.source_elements()):
+        statistics.check_elements(elements, index, where, way_out)
 
 
 class BatchLoader:

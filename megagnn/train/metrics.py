@@ -1,8 +1,12 @@
-"""Errors per source against labels and baselines, summed over batches and ranks."""
+"""Errors against labels and baselines, per source and other groups, summed over batches and ranks."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megagnn.data import keys
@@ -11,20 +15,47 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.loss import free_atoms
 
-# Quantities whose absolute and squared values are summed, per source; the baselines know per-element energies
+# Quantities whose absolute and squared values are summed, per group; the baselines know per-element energies
 # and zero forces ("elements"), or the mean energy per atom ("mean").
 QUANTITIES = ("energy", "energy_elements", "energy_mean", "forces", "forces_zero", "stress", "stress_zero")
 
 
-class ErrorSums:
-    """Running sums of errors; `add` batches, `reduce` over ranks, then read `per_source`."""
+@dataclass(frozen=True)
+class Grouping:
+    """A division of a data set's structures into named groups, beside that by source."""
 
-    def __init__(self, potential: Potential, context: ParallelContext) -> None:
+    names: tuple[str, ...]
+    index_S: NDArray[np.int64]
+    """(S,) group of each structure, numbered as `keys.STRUCTURE`."""
+
+
+def grouping(labels: NDArray[np.str_]) -> Grouping:
+    """The groups of structures with equal labels, (S,); "(none)" are those whose label is empty."""
+    names, index = np.unique(labels, return_inverse=True)
+    return Grouping(tuple(str(name) or "(none)" for name in names), index.astype(np.int64))
+
+
+class ErrorSums:
+    """Running sums of errors; `add` batches, `reduce` over ranks, then read `per_source` or `per_group`.
+
+    groupings: {name: how to divide the structures}, beside the division by source.
+    """
+
+    def __init__(
+        self,
+        potential: Potential,
+        context: ParallelContext,
+        groupings: Mapping[str, Grouping] | None = None,
+    ) -> None:
         self.potential, self.context = potential, context
-        num_sources = len(potential.statistics.sources)
-        # (source, quantity, [count, sum of |e|, sum of e^2])
-        self.sums = torch.zeros(num_sources, len(QUANTITIES), 3, dtype=torch.float64, device=context.device)
-        self.structures = torch.zeros(num_sources, dtype=torch.float64, device=context.device)
+        groupings = groupings or {}
+        self._names = {"source": potential.statistics.sources}
+        self._names |= {kind: grouping.names for kind, grouping in groupings.items()}
+        self._index_S = [torch.from_numpy(g.index_S).to(context.device) for g in groupings.values()]
+        num_groups = sum(map(len, self._names.values()))
+        # (group, quantity, [count, sum of |e|, sum of e^2]), the groups of one division after another
+        self.sums = torch.zeros(num_groups, len(QUANTITIES), 3, dtype=torch.float64, device=context.device)
+        self.structures = torch.zeros(num_groups, dtype=torch.float64, device=context.device)
         mean = torch.tensor(potential.statistics.mean_energy, dtype=torch.float64)
         self.mean_energy = mean.to(context.device)
 
@@ -32,7 +63,10 @@ class ErrorSums:
     def add(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
         """Take the errors of one batch."""
         source_B, num_atoms_B = batch[keys.SOURCE], batch[keys.NUM_ATOMS]
-        self.structures.index_add_(0, source_B, torch.ones_like(source_B, dtype=torch.float64))
+        rows_BG = self._rows(batch)
+        self.structures.index_add_(
+            0, rows_BG.flatten(), torch.ones_like(rows_BG.flatten(), dtype=torch.float64)
+        )
         has_B = batch[keys.HAS_ENERGY]
         label_B = batch[keys.ENERGY]
         predictions = {
@@ -41,27 +75,33 @@ class ErrorSums:
             "energy_mean": self.mean_energy[source_B] * num_atoms_B,
         }
         for name, energy_B in predictions.items():
-            self._add(name, ((energy_B - label_B) / num_atoms_B)[has_B], source_B[has_B])
+            self._add(name, ((energy_B - label_B) / num_atoms_B)[has_B], rows_BG[has_B])
         if keys.FORCES in outputs:
             free_N = free_atoms(batch)
-            label_NC, source_N = batch[keys.FORCES][free_N], source_B[batch[keys.BATCH]][free_N]
-            self._add("forces", outputs[keys.FORCES][free_N] - label_NC, source_N)
-            self._add("forces_zero", label_NC, source_N)
+            label_NC, rows_NG = batch[keys.FORCES][free_N], rows_BG[batch[keys.BATCH]][free_N]
+            self._add("forces", outputs[keys.FORCES][free_N] - label_NC, rows_NG)
+            self._add("forces_zero", label_NC, rows_NG)
         if keys.STRESS in outputs:
             has_B = batch[keys.HAS_STRESS]
-            self._add(
-                "stress", (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].flatten(1), source_B[has_B]
-            )
-            self._add("stress_zero", batch[keys.STRESS][has_B].flatten(1), source_B[has_B])
+            error_B9 = (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].flatten(1)
+            self._add("stress", error_B9, rows_BG[has_B])
+            self._add("stress_zero", batch[keys.STRESS][has_B].flatten(1), rows_BG[has_B])
 
-    def _add(self, name: str, error: Tensor, source: Tensor) -> None:
-        """`error` is (K,) or (K, components); `source` is (K,)."""
-        if len(source) == 0:  # no label of this kind in the batch, or no structure at all
+    def _rows(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, G) rows of `sums` that each structure belongs to: one of each division."""
+        columns = [batch[keys.SOURCE], *(index_S[batch[keys.STRUCTURE]] for index_S in self._index_S)]
+        sizes = [len(names) for names in self._names.values()]
+        return torch.stack([column + sum(sizes[:k]) for k, column in enumerate(columns)], 1)
+
+    def _add(self, name: str, error: Tensor, rows_KG: Tensor) -> None:
+        """`error` is (K,) or (K, components)."""
+        if len(rows_KG) == 0:  # no label of this kind in the batch, or no structure at all
             return
-        error = error.double().reshape(len(source), -1)
-        count = torch.full_like(source, error.shape[1], dtype=torch.float64)
+        error = error.double().reshape(len(rows_KG), -1)
+        count = torch.full_like(error[:, 0], error.shape[1])
         terms_K3 = torch.stack([count, error.abs().sum(1), error.square().sum(1)], 1)
-        self.sums[:, QUANTITIES.index(name)].index_add_(0, source, terms_K3)
+        for rows_K in rows_KG.unbind(1):
+            self.sums[:, QUANTITIES.index(name)].index_add_(0, rows_K, terms_K3)
 
     def reduce(self) -> None:
         """Sum over the ranks; call once, after the last batch."""
@@ -70,18 +110,26 @@ class ErrorSums:
 
     def per_source(self) -> dict[str, dict[str, float]]:
         """MAE and RMSE of each source, in meV/atom, meV/Å and meV/Å^3, beside the baselines'."""
-        result: dict[str, dict[str, float]] = {}
-        for index, source in enumerate(self.potential.statistics.sources):
-            if self.structures[index] == 0:
-                continue
-            metrics: dict[str, float] = {"num_test": int(self.structures[index])}
-            for name, keyword in _NAMES.items():
-                count, absolute, square = self.sums[index, QUANTITIES.index(name)].tolist()
-                if count:
-                    metrics[keyword.format("mae")] = 1e3 * absolute / count
-                    metrics[keyword.format("rmse")] = 1e3 * (square / count) ** 0.5
-            result[source] = metrics
-        return result
+        return self.per_group("source")
+
+    def per_group(self, kind: str) -> dict[str, dict[str, float]]:
+        """The same of each group of a division by its name."""
+        first = 0
+        for name, names in self._names.items():
+            if name == kind:
+                break
+            first += len(names)
+        rows = {group: first + k for k, group in enumerate(self._names[kind])}
+        return {group: self._metrics(row) for group, row in rows.items() if self.structures[row] > 0}
+
+    def _metrics(self, row: int) -> dict[str, float]:
+        metrics: dict[str, float] = {"num_test": int(self.structures[row])}
+        for name, keyword in _NAMES.items():
+            count, absolute, square = self.sums[row, QUANTITIES.index(name)].tolist()
+            if count:
+                metrics[keyword.format("mae")] = 1e3 * absolute / count
+                metrics[keyword.format("rmse")] = 1e3 * (square / count) ** 0.5
+        return metrics
 
 
 _NAMES = {
@@ -106,13 +154,13 @@ _COLUMNS = (
 )
 
 
-def format_table(per_source: dict[str, dict[str, Any]]) -> str:
+def format_table(groups: dict[str, dict[str, Any]], title: str = "source") -> str:
     """A plain-text table of mean absolute errors beside their baselines; empty columns left out."""
-    columns = [c for c in _COLUMNS if any(c[2] in metrics for metrics in per_source.values())]
-    width = max([len("source"), *map(len, per_source)]) + 2
-    header = f"{'source':<{width}}{'structures':>11}" + "".join(f"{title:>13}" for title, _, _ in columns)
+    columns = [c for c in _COLUMNS if any(c[2] in metrics for metrics in groups.values())]
+    width = max([len(title), *map(len, groups)]) + 2
+    header = f"{title:<{width}}{'structures':>11}" + "".join(f"{title:>13}" for title, _, _ in columns)
     rows = [header, " " * (width + 11) + "".join(f"{unit:>13}" for _, unit, _ in columns), "-" * len(header)]
-    for source, metrics in per_source.items():
+    for group, metrics in groups.items():
         values = [f"{metrics[key]:>13.1f}" if key in metrics else f"{'-':>13}" for _, _, key in columns]
-        rows.append(f"{source:<{width}}{metrics['num_test']:>11d}" + "".join(values))
+        rows.append(f"{group:<{width}}{metrics['num_test']:>11d}" + "".join(values))
     return "\n".join(rows)

@@ -6,11 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megagnn.cli import main
 from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from tests import runs
 from tests.tolerances import assert_close
@@ -85,10 +87,21 @@ def test_two_ranks_from_training_to_metrics(files: tuple[Path, Path], tmp_path: 
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
 
     best = str(whole / "checkpoints/best")
-    evaluated = torchrun("evaluate", best, str(store), "--json", str(metrics))
+    records = [
+        replace(s, file=f"{k % 2}.xyz", config_type="odd" if k % 3 else "")
+        for k, s in enumerate(runs.structures())
+    ]
+    named = str(runs.write_data(tmp_path / "named", records))
+    evaluated = torchrun("evaluate", best, named, "--json", str(metrics), "--max-atoms", "12")
     assert evaluated.returncode == 0, evaluated.stderr
-    sources = json.loads(metrics.read_text())["sources"]
-    assert {name: m["num_test"] for name, m in sources.items()} == {"clusters": 6, "crystals": 6}
+    found = json.loads(metrics.read_text())
+    assert {name: m["num_test"] for name, m in found["sources"].items()} == {"clusters": 6, "crystals": 6}
+    assert main(["evaluate", best, named, "--json", str(metrics)]) == 0
+    alone = json.loads(metrics.read_text())
+    for kind, names in (("files", {"0.xyz", "1.xyz"}), ("config_types", {"(none)", "odd"})):
+        assert found[kind].keys() == alone[kind].keys() == names
+        for name in names:
+            assert found[kind][name] == pytest.approx(alone[kind][name], rel=1e-5)
 
 
 def test_tensor_parallel_from_training_to_metrics(files: tuple[Path, Path], tmp_path: Path) -> None:
