@@ -129,7 +129,7 @@ class StructureDataset(Dataset[Graph]):
         """(S,) name of the file that each structure was read from; empty where its store has but one."""
         return self._of_stores([store.files() for store in self.stores])
 
-    def origins(self) -> NDArray[np.str_]:
+    def file_names(self) -> NDArray[np.str_]:
         """(S,) where each structure was read: its file, after its store where there are several."""
         if len(self.stores) == 1:
             return self.files()

@@ -196,7 +196,7 @@ def _dataset(
 
 def _groupings(dataset: StructureDataset) -> dict[str, Grouping]:
     """Divisions in which the structures fall apart, by file and by config_type."""
-    found = {"files": grouping(dataset.origins()), "config_types": grouping(dataset.config_types())}
+    found = {"files": grouping(dataset.file_names()), "config_types": grouping(dataset.config_types())}
     return {kind: groups for kind, groups in found.items() if len(groups.names) > 1}
 
 

@@ -59,7 +59,7 @@ def open_split(
     )
     where = f"the {split} split of {', '.join(map(str, data.paths))}".replace("the all split", "all")
     if len(dataset) == 0:
-        hint = "prepare the data with one, as by --split 0.8,0.1,0.1, or add a store that has it to data.paths"
+        hint = "prepare the data with one, as by --split 0.8,0.1,0.1, or add a store that has it"
         if leave_out_unknown is not None:
             hint = "name another with --split, or all"
         raise ValueError(f"{where} is empty; {hint}")
