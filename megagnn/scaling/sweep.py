@@ -27,6 +27,8 @@ the data,
     warmup        optim.warmup_steps: share of the steps
     validations   train.validate_every and checkpoint_every: times in the run
 
+Errors are those on the test split, or on `split`, "valid" or a list of both.
+
 Results go to out_dir/runs.jsonl, or to the file that `results` names, such as one under version control.
 """
 
@@ -119,8 +121,8 @@ class Sweep:
     processes: int
     threads: int
     """Threads of each run."""
-    split: str
-    """Where the losses of the results are measured."""
+    splits: tuple[str, ...]
+    """Where the losses of the results are measured; those of the second are named `valid/force_mae`."""
     results: Path
     """Lines of results."""
     runs: tuple[PlannedRun, ...]
@@ -187,7 +189,7 @@ def load_sweep(path: str | Path) -> Sweep:
         out_dir,
         _positive(values, "processes", path),
         threads,
-        _split(path, values),
+        _splits(path, values),
         Path(str(values.get("results", out_dir / "runs.jsonl"))),
         tuple(runs),
     )
@@ -222,11 +224,12 @@ def _positive(values: Mapping[str, Any], key: str, path: Path) -> int:
     return value
 
 
-def _split(path: Path, values: Mapping[str, Any]) -> str:
-    split = values.get("split", "test")
-    if split not in ("valid", "test"):
-        raise ValueError(f"{path}: split must be 'test' or 'valid', got {split!r}")
-    return str(split)
+def _splits(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
+    given = values.get("split", "test")
+    splits = tuple(given) if isinstance(given, list) else (given,)
+    if not splits or len(set(splits)) < len(splits) or not set(splits) <= {"valid", "test"}:
+        raise ValueError(f"{path}: split must be 'test' or 'valid', or a list of both, got {given!r}")
+    return splits
 
 
 def _settings(path: Path, values: Mapping[str, Any]) -> list[tuple[str | None, dict[str, Any], list[str]]]:

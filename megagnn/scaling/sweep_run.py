@@ -103,9 +103,14 @@ def _measured(
     config, model = run.config, run.config.model
     checkpoint = open_checkpoint(trainer.best_path)
     potential = load_potential(checkpoint, context=context).to(context.device)
-    dataset = open_split(config.data, model, sweep.split, context, checkpoint.statistics)
-    loader = BatchLoader(dataset, config, context, shuffle=False)
-    result = evaluate(potential, loader, context, Loss(config.loss))
+    losses: dict[str, tuple[float, str]] = {}
+    for split in sweep.splits:
+        dataset = open_split(config.data, model, split, context, checkpoint.statistics)
+        loader = BatchLoader(dataset, config, context, shuffle=False)
+        result = evaluate(potential, loader, context, Loss(config.loss))
+        prefix = "" if split == sweep.splits[0] else f"{split}/"
+        found = losses_of(result.per_source, result.loss)
+        losses |= {prefix + name: value for name, value in found.items()}
     data = trainer.train.dataset
     num_atoms, num_edges = int(data.num_atoms.sum()), int(data.num_edges.sum())
     progress = trainer.progress
@@ -130,7 +135,7 @@ def _measured(
         flops=epochs * step_flops(model, num_atoms, num_edges),
         steps=progress.step,
         epochs=epochs,
-        losses=losses_of(result.per_source, result.loss),
+        losses=losses,
         seconds=seconds,
         memory_gib=_peak_memory(context),
         technique=technique(model, config),

@@ -51,7 +51,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep of three runs, finished."""
     made = tmp_path_factory.mktemp("sweep")
     runs.write_data(made / "store")
-    assert main(["sweep", str(write_sweep(made))]) == 0
+    text = SWEEP.replace("processes = 2", 'processes = 2\nsplit = ["test", "valid"]')
+    assert main(["sweep", str(write_sweep(made, text))]) == 0
     return made
 
 
@@ -150,7 +151,8 @@ def test_the_results_under_version_control_are_of_their_sweeps(path: Path) -> No
         ("width = [8, 16]", "width = [8, 8]", r"two runs are 'w8-s0'"),
         ("width = [8, 16]", "width = [8, -1]", r"run w-1-s0: configuration key 'model\.width'"),
         ("processes = 2", "processes = 0", r"processes must be a whole number, at least 1, got 0"),
-        ("processes = 2", 'split = "train"', r"split must be 'test' or 'valid', got 'train'"),
+        ("processes = 2", 'split = "train"', r"split must be 'test' or 'valid', or a list of both"),
+        ("processes = 2", 'split = ["test", "test"]', r"or a list of both, got \['test', 'test'\]"),
         ('config = "base.toml"', "", r"'config' is missing"),
         ("seed = [0]", "epochs = [5]", r"run w8-e5: epochs needs structures, and data\.max_structures"),
         ("seed = [0]", "warmup = [-1]", r"warmup must be a positive number, got -1"),
@@ -194,14 +196,15 @@ def test_results(folder: Path) -> None:
     assert whole.memory_gib is not None
 
 
-def test_losses_are_those_of_evaluate(folder: Path) -> None:
+@pytest.mark.parametrize(("split", "prefix"), [("test", ""), ("valid", "valid/")])
+def test_losses_are_those_of_evaluate(folder: Path, split: str, prefix: str) -> None:
     run = folder / "out" / "w16-s0"
     out = folder / "metrics.json"
-    checkpoint = run / "checkpoints" / "best.safetensors"
-    assert main(["evaluate", str(checkpoint), str(folder / "store"), "--json", str(out)]) == 0
+    arguments = [str(run / "checkpoints" / "best.safetensors"), str(folder / "store"), "--split", split]
+    assert main(["evaluate", *arguments, "--json", str(out)]) == 0
     expected = json.loads(out.read_text())["sources"]["clusters"]["force_mae_mev_per_angstrom"]
     (record,) = [r for r in read_records([folder / "out" / "runs.jsonl"]) if r.run == "w16-s0"]
-    assert 1e3 * record.losses["clusters/force_mae"][0] == pytest.approx(expected, rel=1e-6)
+    assert 1e3 * record.losses[f"{prefix}clusters/force_mae"][0] == pytest.approx(expected, rel=1e-6)
 
 
 def test_nothing_is_done_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
