@@ -75,10 +75,6 @@ class DataConfig:
 class LossConfig:
     """Weights and kinds of the loss terms; errors in eV per atom, eV/Å, eV/Å^3, sums over global counts."""
 
-    preset: Literal[
-        "default", "mace-weighted", "mace-stress", "mace-huber", "mace-universal", "mace-l1l2", "nequip"
-    ] = "default"
-    """Named set of kinds and weights, as those of MACE and NequIP; keys that are set come before it."""
     energy: LossKind = "huber"
     """Kind of the energy-per-atom loss."""
     forces: ForceLossKind = "huber"
@@ -113,6 +109,10 @@ class LossConfig:
     change: tuple[float, float] = (0.75, 0.75)
     """Shares of the run between which weights go in a straight line from the first to the final ones; two
     equal numbers for a switch."""
+    preset: Literal[
+        "default", "mace-weighted", "mace-stress", "mace-huber", "mace-universal", "mace-l1l2", "nequip"
+    ] = "default"
+    """Named set of kinds and weights, as those of MACE and NequIP; keys that are set come before it."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.change[0] <= self.change[1] <= 1:

@@ -78,12 +78,19 @@ class Configuration:
         """Terms for all that the model predicts."""
         forces, stress = self.model.get("forces") != "none", self.model.get("stress", False)
         return LossConfig(
-            *(self.loss,) * 3,
+            energy=self.loss,  # type: ignore[arg-type]
+            forces=FORCE_LOSSES.get(self.loss, self.loss),  # type: ignore[arg-type]
+            stress=self.loss,  # type: ignore[arg-type]
+            force_strata=((0.0, 1.0), (1.0, 0.4)),
+            element_weights={"C": 0.5},
             energy_weight=0.7,
             force_weight=1.0 if forces else 0.0,
             stress_weight=0.3 if stress else 0.0,
         )
 
+
+# Of forces, the kinds that other terms do not have.
+FORCE_LOSSES = {"huber": "stratified_huber", "mae": "norm"}
 
 CONFIGURATIONS = {
     "stress": Configuration({"stress": True}, "huber"),
@@ -145,6 +152,7 @@ def structures() -> tuple[dict[str, Any], ...]:
         if index in (1, 5):
             graph[keys.STRESS] = labels[1:4] + labels[1:4].T
         graph[keys.SOURCE] = graph[keys.LEVEL] = index % 2
+        graph[keys.WEIGHTS] = (0.5 + index % 3, 2.0 - index % 2, 0.25 * (1 + index))
         result.append(graph)
     return tuple(result)
 

@@ -37,6 +37,7 @@ def graphs() -> list[dict]:
         if index == 1:
             graph[keys.STRESS] = labels[1:4] + labels[1:4].T
         graph[keys.SOURCE] = graph[keys.LEVEL] = index % 2
+        graph[keys.WEIGHTS] = (0.5 + index % 3, 2.0 - index % 2, 0.25 * (1 + index))
         result.append(graph)
     return result
 
