@@ -74,6 +74,9 @@ def _atoms(lines: list[str], style: str | None, options: ReadOptions) -> tuple[a
         raise ValueError("the frame has no ITEM: ATOMS")
     columns = lines[start].split()[2:]
     rows = [line.split() for line in lines[start + 1 :] if line.strip()]
+    counts = [k + 1 for k, line in enumerate(lines[:start]) if line.startswith("ITEM: NUMBER OF ATOMS")]
+    if counts and int(lines[counts[0]]) != len(rows):
+        raise ValueError(f"{len(rows)} atoms are there of {int(lines[counts[0]])}")
     if any(len(row) != len(columns) for row in rows):
         raise ValueError("a line of an atom has not as many numbers as there are columns")
     numbers, notes = _numbers(columns, rows, options)
