@@ -34,8 +34,8 @@ NOT_LABELS = ("structure", "matpes_id")
 
 
 def is_pymatgen_json(path: Path) -> bool:
-    """Whether a file is JSON whose first entry (or the first in it) holds a structure, with labels beside it and
-    not under "outputs" as in mlearn."""
+    """Whether a file is JSON whose first entry (or the first in it) holds a structure, with labels beside it
+    and not under "outputs" as in mlearn."""
     if not path.name.endswith(JSON_ENDINGS) or not path.is_file():
         return False
     try:

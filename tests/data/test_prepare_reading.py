@@ -1,0 +1,126 @@
+"""What `megagnn prepare` makes of users' files: flags of reading, what is skipped, counted and told."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megagnn.cli import main
+from megagnn.data import keys
+from megagnn.data.store import Store
+from tests.data.formats.frames import STRESS, VOLUME, crystal, text_of, write
+
+ONE_SPLIT = ("--split", "1,0,0", "--group-by", "frame")
+
+
+def prepare(*arguments):
+    return main(["prepare", *map(str, arguments)])
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """Run a command that must fail with exit code 2, a message on stderr, and nothing written."""
+
+    def run(*arguments):
+        before = sorted(tmp_path.rglob("*"))
+        assert prepare(*arguments, "--out", tmp_path / "refused") == 2
+        assert sorted(tmp_path.rglob("*")) == before
+        return capsys.readouterr().err
+
+    return run
+
+
+def record(store):
+    (provenance,) = Store.open(store).header.provenance.values()
+    return provenance
+
+
+def test_virials_units_and_species_by_flags(tmp_path, capsys):
+    virial = text_of(-VOLUME * STRESS / 27.211386)
+    frames = [crystal(k, V=virial, species=("A", "B", "C")) for k in range(4)]
+    path = write(tmp_path / "a.xyz", *frames)
+    flags = ("--units", "energy=Ha,forces=Ha/bohr", "--species", "A=Cu,B=Pt,C=Ni", "--virial-key", "V")
+    keyed = ("--energy-key", "energy", "--forces-key", "forces")
+    assert prepare(path, *flags, *keyed, *ONE_SPLIT, "--out", tmp_path / "s") == 0
+    store = Store.open(tmp_path / "s")
+    assert np.allclose(store.structure(0)[keys.STRESS], STRESS, rtol=1e-5)
+    assert store.structure(1)[keys.ENERGY] == pytest.approx(-9.9 * 27.211386, rel=1e-6)
+    assert record(tmp_path / "s")["units"] == {"energy": "Ha", "forces": "Ha/bohr"}
+    assert record(tmp_path / "s")["species"] == {"A": "Cu", "B": "Pt", "C": "Ni"}
+    assert "a: 4 structures: stress made from the virial, as -virial/V" in capsys.readouterr().out
+
+
+def test_virial_given_as_stress_is_refused(tmp_path, refuse):
+    path = write(tmp_path / "a.xyz", crystal(virial=text_of(STRESS)))
+    assert "--virial-key virial" in refuse(path, "--stress-key", "virial")
+    assert "unknown unit 'foe'" in refuse(path, "--units", "energy=foe")
+    assert "'Xx' is not an element" in refuse(path, "--type-map", "1=Xx")
+    assert "ASE reads no format" in refuse(path, "--ase-format", "extxzy")
+
+
+def test_unconverged_structures_are_left_out_and_counted(tmp_path, capsys):
+    frames = [crystal(k, converged="F" if k == 1 else "T") for k in range(4)]
+    path = write(tmp_path / "a.xyz", *frames)
+    assert prepare(path, *ONE_SPLIT, "--out", tmp_path / "s") == 0
+    assert len(Store.open(tmp_path / "s")) == 3
+    assert record(tmp_path / "s")["rejected"] == {"unconverged": 1}
+    assert "a: 1 of 4 structures left out: unconverged (--keep-unconverged keeps" in capsys.readouterr().out
+    assert prepare(path, *ONE_SPLIT, "--keep-unconverged", "--out", tmp_path / "all") == 0
+    assert len(Store.open(tmp_path / "all")) == 4
+    assert record(tmp_path / "all")["rejected"] == {}
+
+
+def test_skip_covers_what_cannot_be_read(tmp_path, capsys, refuse):
+    good = write(tmp_path / "good.xyz", *(crystal(k) for k in range(4)))
+    cut = write(tmp_path / "cut.xyz", crystal(4), crystal(5)[:-200])
+    bare = write(tmp_path / "bare.xyz", crystal(6, energy=None).replace("forces", "f"), crystal(7))
+    junk = write(tmp_path / "junk.xyz", "no structure\n")
+    files = (good, cut, bare, junk)
+    assert "cut.xyz, frame 1" in refuse(good, cut, *ONE_SPLIT)
+    assert "bare.xyz: no energy or forces found" in refuse(good, bare, *ONE_SPLIT)
+    assert prepare(*files, *ONE_SPLIT, "--on-bad", "skip", "--out", tmp_path / "s") == 0
+    said = capsys.readouterr()
+    assert len(Store.open(tmp_path / "s")) == 6
+    assert record(tmp_path / "s")["rejected"] == {"unreadable": 2, "unlabelled": 1}
+    assert record(tmp_path / "s")["num_read"] == 9
+    assert "s: 2 of 9 structures left out: unreadable" in said.out
+    assert "cut.xyz: 1 frame(s) left out: cannot read" in said.err
+    assert "junk.xyz: nothing could be read of it: cannot read" in said.err
+    alone = refuse(junk, *ONE_SPLIT, "--on-bad", "skip")
+    assert "nothing could be read of it" in alone
+    assert "no structure to write" in alone
+
+
+def test_stores_of_equally_named_files_train_together(tmp_path):
+    for folder, seed in (("1", 0), ("2", 100)):
+        path = write(tmp_path / folder / "data.xyz", *(crystal(seed + k) for k in range(12)))
+        assert prepare(path, "--group-by", "frame", "--seed", folder, "--out", tmp_path / folder / "s") == 0
+    one, two = (set(Store.open(tmp_path / f / "s").group_names()) for f in "12")
+    assert not one & two
+    assert len(one) == len(two) == 12
+
+
+def test_far_positions_keep_their_distances(tmp_path):
+    text = crystal(0)
+    far = text.replace("Cu 0", "Cu 39700").replace("Cu -0", "Cu -40400")  # whole cells of 4 Å away
+    assert far != text
+    for name, frame in (("near", text), ("far", far)):
+        assert prepare(write(tmp_path / f"{name}.xyz", frame), *ONE_SPLIT, "--out", tmp_path / name) == 0
+    near, moved = (Store.open(tmp_path / n).arrays["positions"] for n in ("near", "far"))
+    difference = (moved - near) / np.diag([4.0, 4.2, 4.4]).diagonal()
+    assert np.abs(difference - np.rint(difference)).max() < 1e-6
+
+
+def test_json_of_pymatgen_with_a_scheme_of_units(tmp_path):
+    site = {"species": [{"element": "Cu", "occu": 1}], "abc": [0, 0, 0]}
+    entry = {
+        "structure": {"lattice": {"matrix": (3 * np.eye(3)).tolist()}, "sites": [site]},
+        "energy": -3.5,
+        "forces": [[0, 0, 0]],
+        "stress": (5 * np.eye(3)).tolist(),
+    }
+    (tmp_path / "a.json").write_text(json.dumps([entry]))
+    arguments = (tmp_path / "a.json", "--units", "stress=-GPa", *ONE_SPLIT, "--out", tmp_path / "s")
+    assert prepare(*arguments) == 0
+    stress = Store.open(tmp_path / "s").structure(0)[keys.STRESS]
+    assert np.allclose(stress, -5 / 160.21766 * np.eye(3), rtol=1e-5)
