@@ -192,6 +192,8 @@ class Preparation:
                 _reject(record, "unreadable")
             what = f"{len(unreadable)} frame(s) left out" if num_structures else "nothing could be read of it"
             self.warnings.append(f"{entry.path}: {what}: {unreadable[0]}")
+            if not num_structures:  # told at once: if nothing is left the command ends without a store
+                print(f"warning: {self.warnings[-1]}", file=sys.stderr)
 
     def _placed(self, structure: Structure, entry: Input, frame: int) -> Structure:
         """The structure with the name of its group in the store. Test and validation files keep their groups

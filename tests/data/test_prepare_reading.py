@@ -84,7 +84,8 @@ def test_skip_covers_what_cannot_be_read(tmp_path, capsys, refuse):
     assert record(tmp_path / "s")["rejected"] == {"unreadable": 2, "unlabelled": 1}
     assert record(tmp_path / "s")["num_read"] == 9
     assert "s: 2 of 9 structures left out: unreadable" in said.out
-    assert "cut.xyz: 1 frame(s) left out: cannot read" in said.err
+    assert "cut.xyz: 1 frame(s) left out: cannot read" in said.out
+    assert any("cut.xyz: 1 frame(s)" in line for line in Store.open(tmp_path / "s").header.warnings)
     assert "junk.xyz: nothing could be read of it: cannot read" in said.err
     alone = refuse(junk, *ONE_SPLIT, "--on-bad", "skip")
     assert "nothing could be read of it" in alone
