@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import megagnn
 from megagnn.parallel.rendezvous import rank_label
@@ -53,12 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             modules[name].add_arguments(sub)
     overrides: list[str] = []
     if chosen in TAKES_OVERRIDES:
-        argv, overrides = _split_overrides(argv)
+        from megagnn.config import RunConfig
+        from megagnn.overrides import split_overrides
+
+        argv, overrides = split_overrides(RunConfig, argv, FLAGS)
         for name in overrides:
             near = difflib.get_close_matches(name, FLAGS, n=1, cutoff=0.7)
             if near and "." not in name:
                 parser.error(f"unknown option {name}; did you mean {near[0]}?")
     arguments = parser.parse_args(argv)
+    _expand_home(arguments)
     from megagnn.ops.allocator import configure_allocator  # imports torch, which --version need not wait for
 
     configure_allocator()
@@ -77,18 +82,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Take the configuration overrides, `--section.field value`, out of the arguments."""
-    arguments, overrides, rest = [], [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if not argument.startswith("--") or argument in FLAGS:
-            arguments.append(argument)
-            continue
-        overrides.append(argument)
-        if "=" not in argument and rest and not rest[0].startswith("--"):
-            overrides.append(rest.pop(0))
-    return arguments, overrides
+def _expand_home(arguments: argparse.Namespace) -> None:
+    """A path's ~ is the user's home also where no shell has seen to it."""
+    for name, value in vars(arguments).items():
+        if isinstance(value, Path):
+            setattr(arguments, name, Path(os.path.expanduser(value)))
+        elif isinstance(value, list) and value and all(isinstance(one, Path) for one in value):
+            setattr(arguments, name, [Path(os.path.expanduser(one)) for one in value])
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from megagnn.init_config import InitConfig
 from megagnn.model_config import ModelConfig as ModelConfig
 from megagnn.models.presets import PRESETS
-from megagnn.overrides import Factors, Names, check_keys, explain, parse_overrides, set_dotted
+from megagnn.overrides import Factors, Names, UserPath, check_keys, explain, parse_overrides, set_dotted
 from megagnn.parallel_config import CONSERVATIVE_SCHEDULES as CONSERVATIVE_SCHEDULES
 from megagnn.parallel_config import ParallelConfig as ParallelConfig
 from megagnn.train.loss_presets import LOSS_PRESETS
@@ -47,7 +47,7 @@ ForceLossKind = Literal["mae", "mse", "huber", "norm", "stratified_huber"]
 class DataConfig:
     """Which structures, and how many at once."""
 
-    paths: tuple[str, ...] = ()
+    paths: tuple[UserPath, ...] = ()
     """Packed stores, as made by `megagnn prepare` or `megagnn label`."""
     num_structures: PositiveInt | None = None
     """Train on this many structures of the training split; all of them if not given. Smaller subsets are part
@@ -58,7 +58,7 @@ class DataConfig:
     """Weights of sources in the loss, 1 for those not named: {"old data" = 0.2}."""
     config_type_weights: Factors = Field(default_factory=dict)
     """The same of kinds of structures, as their files name them (config_type)."""
-    reference_energies: str | None = None
+    reference_energies: UserPath | None = None
     """File of reference energies, eV, by element or by source and element (docs/data.md); if not given, those
     that neither stores nor isolated atoms give are fitted."""
     max_atoms: PositiveInt = 2048
@@ -147,7 +147,7 @@ class OptimConfig:
     offload: Literal["none", "host", "disk"] = "none"
     """Where moments, master copies and gradient shards lie, and in ZeRO stage 3 parameters, too: beside the
     parameters, in the memory of the CPU, or in files."""
-    offload_dir: str | None = None
+    offload_dir: UserPath | None = None
     """Folder of those files, one the rank's own or shared."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     """After warm-up: cosine to the floor; stay, then decay linearly (warmup-stable-decay); or stay."""
@@ -217,9 +217,9 @@ class TrainConfig:
 class RunConfig:
     """A whole run."""
 
-    out_dir: str = "runs/default"
+    out_dir: UserPath = "runs/default"
     """Folder of checkpoints, TensorBoard events and metrics."""
-    init_from: str | None = None
+    init_from: UserPath | None = None
     """A checkpoint with whose weights a new run begins; the keys of [model] that are not given are its."""
     init: InitConfig = InitConfig()
     model: ModelConfig = ModelConfig()
@@ -371,8 +371,8 @@ def read_values(path: str | Path, overrides: typing.Sequence[str] = ()) -> dict[
         values = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
-    for key, text in parse_overrides(overrides):
-        set_dotted(RunConfig, values, key, text)
+    for key, texts in parse_overrides(overrides):
+        set_dotted(RunConfig, values, key, texts)
     return values
 
 

@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
+import os
 import sys
 import typing
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,48 +39,104 @@ Factors = Annotated[dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """A table of numbers of at least 0; on the command line as `Pairs`."""
 
 
-def parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, str]]:
-    """["--a.b", "1", "--c=2"] to [("a.b", "1"), ("c", "2")]; raises ValueError where a value is missing."""
+UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path of a file or a folder; ~ is the user's home."""
+
+
+def split_overrides(
+    root: type, argv: typing.Sequence[str], flags: typing.Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Takes the overrides, `--section.field value ...`, out of a command's arguments: (the rest, overrides).
+
+    Fields that are lists take all values that follow, up to the next option or a file, as the configuration.
+    """
+    arguments, overrides, rest = [], [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument in flags:
+            arguments.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+            while _is_list(root, argument[2:]) and rest and not _ends_list(rest[0]):
+                overrides.append(rest.pop(0))
+    return arguments, overrides
+
+
+def _ends_list(argument: str) -> bool:
+    return argument.startswith("--") or argument.endswith(".toml") or os.path.isfile(argument)
+
+
+def parse_overrides(arguments: typing.Sequence[str]) -> list[tuple[str, list[str]]]:
+    """["--a.b", "1", "2", "--c=3"] to [("a.b", ["1", "2"]), ("c", ["3"])]; raises ValueError where a value is
+    missing."""
     pairs, rest = [], list(arguments)
     while rest:
         key = rest.pop(0)
         if not key.startswith("--"):
             raise ValueError(f"expected an override of the form --section.field value, got '{key}'")
         key, equals, text = key[2:].partition("=")
-        if not equals:
-            if not rest:
-                raise ValueError(f"override --{key} has no value; write --{key} VALUE")
-            text = rest.pop(0)
-        pairs.append((key, text))
+        texts = [text] if equals else []
+        while not equals and rest and not rest[0].startswith("--"):
+            texts.append(rest.pop(0))
+        if not texts:
+            raise ValueError(f"override --{key} has no value; write --{key} VALUE")
+        pairs.append((key, texts))
     return pairs
 
 
-def set_dotted(root: type, values: dict[str, Any], key: str, text: str) -> None:
-    """Sets values[a][b] for key "a.b"; the text is read as a TOML value, or else taken as a string."""
-    value: Any = text
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        if text == "none" and _may_be_none(root, key):
-            value = None
+def set_dotted(root: type, values: dict[str, Any], key: str, texts: typing.Sequence[str]) -> None:
+    """Sets values[a][b] for key "a.b"; a text is read as a TOML value, or else taken as a string.
+
+    Raises:
+        ValueError: not a section, or several texts for a field that is no list.
+    """
     *sections, name = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"unknown configuration key '{key}': '{section}' is not a section")
-    if name == "paths" and isinstance(value, str):
-        value = value.split(",")
-    values[name] = value
+    if len(texts) == 1:
+        values[name] = _value(root, key, texts[0])
+        return
+    if not _is_list(root, key):
+        raise ValueError(f"configuration key '{key}' takes one value, got {len(texts)}: {' '.join(texts)}")
+    parts = [_value(root, key, text) for text in texts]
+    values[name] = [name for names in parts for name in names] if _is_names(root, key) else parts
 
 
-def _may_be_none(root: type, key: str) -> bool:
-    """Whether the field of a dotted key is optional, so that "none" leaves it out."""
-    section: Any = root
+def _value(root: type, key: str, text: str) -> Any:
+    """The value of one text for a field; names and paths may look like numbers."""
+    kinds = _types(root, key)
+    value: Any = text
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if text == "none" and type(None) in kinds:
+            return None
+    if _is_names(root, key) and not isinstance(value, list):
+        names = value if isinstance(value, str) else text
+        return [text] if os.path.exists(text) else [name.strip() for name in names.split(",") if name.strip()]
+    return text if kinds[0] is str and not isinstance(value, str) else value
+
+
+def _is_list(root: type, key: str) -> bool:
+    return typing.get_origin(_types(root, key)[0]) is tuple
+
+
+def _is_names(root: type, key: str) -> bool:
+    return _is_list(root, key) and str in typing.get_args(_types(root, key)[0])
+
+
+def _types(root: type, key: str) -> list[Any]:
+    """The types that the field of a dotted key may have, without what validates them; [None] for no field."""
+    kind: Any = root
     for part in key.split("."):
-        section = typing.get_type_hints(section, include_extras=True).get(part)
-        if not dataclasses.is_dataclass(section):
-            break
-    return type(None) in typing.get_args(section)
+        if not dataclasses.is_dataclass(kind):
+            return [None]
+        kind = typing.get_type_hints(kind).get(part)
+    return list(typing.get_args(kind)) if type(None) in typing.get_args(kind) else [kind]
 
 
 def check_keys(root: type, values: dict[str, Any], section: type | None = None, prefix: str = "") -> None:

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from megagnn.config import config_from_dict, config_to_dict, flat_config, load_config
+from megagnn.config import RunConfig, config_from_dict, config_to_dict, flat_config, load_config
+from megagnn.overrides import split_overrides
 
 
 @pytest.fixture
@@ -24,6 +25,54 @@ def test_file_and_overrides(file: Path) -> None:
     assert config.optim.clip_norm is None
     assert config.optim.betas == (0.9, 0.95)
     assert config.loss.energy == "mae"
+
+
+def test_several_values_of_a_list(file: Path, tmp_path: Path) -> None:
+    given = ["--data.paths", "one", "two three", "a=b", "--optim.betas", "0.8", "0.9", "--model.width", "8"]
+    config = load_config(file, given)
+    assert config.data.paths == ("one", "two three", "a=b")
+    assert (config.optim.betas, config.model.width) == ((0.8, 0.9), 8)
+    assert load_config(file, ["--data.paths=a=b,c"]).data.paths == ("a=b", "c")
+    assert load_config(file, ["--data.paths", '["a,b"]']).data.paths == ("a,b",)
+    assert load_config(file, ["--data.paths", "a, b", "c"]).data.paths == ("a", "b", "c")
+    (tmp_path / "x,y").mkdir()
+    assert load_config(file, ["--data.paths", f"{tmp_path}/x,y"]).data.paths == (f"{tmp_path}/x,y",)
+    with pytest.raises(ValueError, match=r"'model\.width' takes one value, got 2: 8 9"):
+        load_config(file, ["--model.width", "8", "9"])
+
+
+def test_names_that_look_like_numbers(file: Path) -> None:
+    config = load_config(
+        file, ["--out_dir", "2024", "--data.paths", "7", "true", "--optim.offload_dir", "none"]
+    )
+    assert (config.out_dir, config.data.paths, config.optim.offload_dir) == ("2024", ("7", "true"), None)
+
+
+def test_home(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """~ in a file or behind an equals sign, where no shell has replaced it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    file.write_text('out_dir = "~/runs/x"\n[data]\npaths = ["~/a", "b~"]\n')
+    config = load_config(file, ["--optim.offload=disk", "--optim.offload_dir=~/moments"])
+    assert (config.out_dir, config.data.paths) == ("/home/me/runs/x", ("/home/me/a", "b~"))
+    assert config.optim.offload_dir == "/home/me/moments"
+    assert load_config(file, ["--data.paths", "~/c,~/d"]).data.paths == ("/home/me/c", "/home/me/d")
+
+
+def test_overrides_among_arguments(tmp_path: Path) -> None:
+    """A list ends at the next option and at the configuration, whatever its name."""
+    other = tmp_path / "settings"
+    other.touch()
+    for config in ("run.toml", str(other)):
+        for given in (
+            ["train", "--data.paths", "a", "b", config, "--resume"],
+            ["train", config, "--resume", "--data.paths", "a", "b"],
+            ["train", config, "--data.paths", "a", "b", "--resume"],
+        ):
+            rest, overrides = split_overrides(RunConfig, given, ("--resume",))
+            assert sorted(rest) == sorted(["train", config, "--resume"])
+            assert overrides == ["--data.paths", "a", "b"]
+    rest, overrides = split_overrides(RunConfig, ["train", "--model.width", "8", "c"], ())
+    assert (rest, overrides) == (["train", "c"], ["--model.width", "8"])
 
 
 def test_round_trip(file: Path) -> None:

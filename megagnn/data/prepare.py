@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -251,11 +252,12 @@ def parse_fractions(text: str) -> tuple[float, ...]:
 def _named(text: str) -> tuple[str | None, Path]:
     """NAME=FILE; a file whose own name holds an equals sign is taken as it is where it exists."""
     name, equals, path = text.partition("=")
-    if not equals or Path(text).exists():
-        return None, Path(text)
+    whole = Path(os.path.expanduser(text))
+    if not equals or whole.exists():
+        return None, whole
     if not name or not path:
         raise ValueError(f"inputs are FILE or NAME=FILE, got {text!r}")
-    return name, Path(path)
+    return name, Path(os.path.expanduser(path))
 
 
 def _is_one_archive(inputs: Sequence[Input], args: argparse.Namespace) -> bool:

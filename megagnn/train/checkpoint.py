@@ -86,7 +86,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint | FolderCheckpoint:
         ValueError: not a checkpoint, truncated, or bits differ from what was written.
         FileNotFoundError: no such file.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if follow(path).is_dir():
         if not (follow(path) / MANIFEST).exists():
             raise ValueError(
@@ -103,12 +103,14 @@ def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpo
     """Verify and read a checkpoint: a file, or of a folder all whole tensors of these kinds; raises as
     `open_checkpoint`."""
 
+    path = Path(os.path.expanduser(path))
+
     def whole(folder: Path) -> Checkpoint:
         found = open_folder(folder)
-        return Checkpoint(found.config, found.statistics, found.progress, found.whole(kinds), Path(path))
+        return Checkpoint(found.config, found.statistics, found.progress, found.whole(kinds), path)
 
     opened = open_checkpoint(path)
-    return opened if isinstance(opened, Checkpoint) else _while_it_stays(Path(path), whole)
+    return opened if isinstance(opened, Checkpoint) else _while_it_stays(path, whole)
 
 
 def _while_it_stays(path: Path, read: Callable[[Path], T]) -> T:

@@ -64,7 +64,7 @@ def run_config(path: str | Path, overrides: Sequence[str] = (), resume: bool = F
         return config_from_dict(values)
     given = dict(values.get("model", {}))
     values = {**values, "model": {**PRESETS.get(given.get("preset", "default"), {}), **given}}
-    own = Path(str(values.get("out_dir", RunConfig.out_dir))) / "config.json"
+    own = Path(str(values.get("out_dir", RunConfig.out_dir))).expanduser() / "config.json"
     if resume and own.is_file():
         return _with_model(values, _model_of_run(own), str(own))
     try:
