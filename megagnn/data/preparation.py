@@ -246,6 +246,8 @@ def _reject(record: dict[str, Any], rule: str) -> None:
 
 def _file_record(entry: Input) -> dict[str, Any]:
     record: dict[str, Any] = {"name": entry.path.name, "test": entry.side == "test"}
+    if entry.side == "valid":
+        record["valid"] = True
     if entry.path.is_file():
         record["sha256"] = sha256_of(entry.path)
     return record

@@ -176,5 +176,5 @@ class Sides:
 
 
 def _is_missed(got: int, wanted: float) -> bool:
-    """Off by a factor of two, and by more than one structure, which a small set cannot help."""
-    return wanted > 0 and abs(got - wanted) > 1 and not wanted / MISSED <= got <= wanted * MISSED
+    """Off by a factor of two, and by more than two structures, which a small set cannot help."""
+    return wanted > 0 and abs(got - wanted) > 2 and not wanted / MISSED <= got <= wanted * MISSED

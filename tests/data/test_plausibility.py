@@ -1,0 +1,136 @@
+"""Labels in other units or with other signs are found; right ones are not."""
+
+import numpy as np
+import pytest
+from ase import units
+
+from megagnn.data.plausibility import LabelCheck
+from tests.data.trajectories import crystals, labelled, molecules, record, scaled
+
+HA, RY, BOHR = units.Hartree, units.Rydberg, units.Bohr
+KCAL, KJ = units.kcal / units.mol, units.kJ / units.mol
+KBAR = 1e3 * units.bar
+
+
+def faults(frames, **changes):
+    check = LabelCheck("data")
+    for index, atoms in enumerate(frames):
+        check.add(record(atoms, **changes), f"frame {index}")
+    return check.faults()
+
+
+def test_right_labels_are_silent():
+    assert faults(molecules()) == []
+    assert faults(molecules("C6H6")) == []
+    assert faults(crystals()) == []
+    assert faults(crystals(rattle=0.12, strain=0.0)) == []
+    assert faults(crystals(rattle=0.0)) == []
+    assert faults([*molecules(), *molecules("CH4"), *crystals()]) == []
+    assert faults(molecules(num_frames=1)) == []
+    assert faults([]) == []
+
+
+@pytest.mark.parametrize(
+    ("divisors", "way_out"),
+    [
+        ({"forces": HA / BOHR}, "--units forces=Ha/bohr"),
+        ({"forces": -1.0}, "--units forces=-eV/Å"),
+        ({"forces": KCAL}, "--units forces=kcal/mol/Å"),
+        ({"forces": KJ / 10}, "--units forces=kJ/mol/nm"),
+        ({"energy": HA}, "--units energy=Ha"),
+        ({"energy": KCAL}, "--units energy=kcal/mol"),
+        ({"energy": HA, "forces": HA / BOHR}, "--units energy=Ha,forces=Ha/bohr"),
+        ({"energy": HA, "forces": -HA / BOHR}, "--units energy=Ha,forces=-Ha/bohr"),
+        ({"energy": RY, "forces": RY / BOHR}, "--units energy=Ry,forces=Ry/bohr"),
+        ({"energy": KCAL, "forces": KCAL}, "--units energy=kcal/mol"),
+    ],
+)
+def test_units_of_energies_and_forces(divisors, way_out):
+    found = faults(scaled(molecules(), **divisors))
+    assert found[0].sure
+    assert any(way_out in fault.text for fault in found if fault.sure)
+
+
+def test_energies_per_atom():
+    found = faults(scaled(molecules(), energy=len(molecules()[0])))
+    assert found[0].sure
+    assert "--units energy=eV/atom" in found[0].text
+
+
+@pytest.mark.parametrize(
+    ("divisor", "way_out"),
+    [
+        (KBAR, "stress=kBar"),
+        (-KBAR, "stress=-kBar"),
+        (units.GPa, "stress=GPa"),
+        (-units.GPa, "stress=-GPa"),
+        (-1.0, "stress=-eV/Å^3"),
+        (units.bar, "stress=bar"),
+        (HA / BOHR**3, "stress=Ha/bohr^3"),
+    ],
+)
+def test_units_and_sign_of_stress(divisor, way_out):
+    found = faults(scaled(crystals(), stress=divisor))
+    assert found[0].sure
+    assert any(way_out in fault.text for fault in found)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_virials_read_as_stress(sign):
+    frames = [
+        labelled(f, **{**f.calc.results, "stress": sign * f.get_volume() * f.calc.results["stress"]})
+        for f in crystals()
+    ]
+    found = faults(frames)
+    assert found[0].sure
+    assert any("--virial-key" in fault.text and "in eV: read it by" in fault.text for fault in found)
+
+
+def test_size_of_stress_without_near_frames():
+    """One cell of its own composition: nothing but the size can tell."""
+    (fault,) = faults(scaled(crystals(num_frames=1), stress=KBAR))
+    assert fault.sure
+    assert "GPa" in fault.text
+    assert "--units stress=kBar" in fault.text
+    strong = [labelled(f, stress=2.0 * np.eye(3), energy=0.0) for f in crystals(num_frames=1)]
+    (fault,) = faults(strong)
+    assert not fault.sure  # 320 GPa: such data exist
+
+
+def test_size_of_forces_and_energies_that_agree():
+    found = faults(scaled(crystals(rattle=0.15, strain=0.0), energy=KCAL, forces=KCAL))
+    assert [fault.sure for fault in found] == [False]
+    assert "--units forces=kcal/mol/Å" in found[0].text
+
+
+def test_single_energies_that_are_off_are_named():
+    frames = list(molecules())
+    frames[5] = labelled(frames[5], **{**frames[5].calc.results, "energy": -8000.0})
+    (fault,) = faults(frames)
+    assert not fault.sure
+    assert "1 of 24 energies are far off the others: frame 5 by -" in fault.text
+
+
+def test_one_energy_off_among_many_compositions():
+    names = ("CH4", "H2O", "NH3", "C2H6", "CO2", "HCN", "CH3OH", "C2H2", "N2", "O2", "H2", "CO")
+    frames = [f for name in names for f in molecules(name, num_frames=2)]
+    assert faults(frames) == []
+    frames[7] = labelled(frames[7], energy=frames[7].calc.results["energy"] + 3000.0)
+    (fault,) = faults(frames)
+    assert "1 of 24 energies are far off the others: frame 7 by 2998 eV" in fault.text
+
+
+def test_forces_that_have_nothing_to_do_with_the_energies():
+    rng = np.random.default_rng(0)
+    frames = crystals(num_frames=30, rattle=0.02, strain=0.0)
+    mixed = [labelled(f, energy=f.calc.results["energy"], forces=rng.normal(size=(4, 3))) for f in frames]
+    (fault,) = faults(mixed)
+    assert not fault.sure
+    assert "do not change as the forces say" in fault.text
+
+
+def test_cells_of_two_sizes_with_one_energy():
+    cells = [labelled(f.repeat((1, 1, n)), energy=-14.0 + 0.01 * n) for n in (1, 2, 3) for f in crystals(2)]
+    assert any("--units energy=eV/atom" in fault.text for fault in faults(cells))
+    right = [labelled(f.repeat((1, 1, n)), energy=-14.0 * n) for n in (1, 2, 3) for f in crystals(2)]
+    assert faults(right) == []
