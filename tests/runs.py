@@ -1,5 +1,6 @@
 """A small labelled data set and a short run on it, for tests of training and of what comes after it."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,25 @@ def write_data(path: Path, records: list[Structure] | None = None) -> Path:
     records = records or structures()
     by_group = np.array([0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 1, 2], dtype=np.uint8)
     splits = np.array([by_group[int(s.group) // 2] for s in records], dtype=np.uint8)
+    write_store(path, records, splits=splits)
+    return path
+
+
+def gold(level: str = "EMT", source: str = "gold", element: str = "Au", seed: int = 3) -> list[Structure]:
+    """12 rattled crystals of an alloy of copper with an element that the first data lack; each its group."""
+    rng, found = np.random.default_rng(seed), []
+    for k in range(12):
+        atoms = bulk(element, "fcc", a=3.9, cubic=True)
+        atoms.numbers[: k % 3] = 29
+        atoms.positions += rng.normal(scale=0.1, size=atoms.positions.shape)
+        found.append(dataclasses.replace(labelled(atoms, source, f"{source} {k}"), level=level))
+    return found
+
+
+def write_gold(path: Path, records: list[Structure] | None = None) -> Path:
+    """The store: of each six crystals, four to train, one to validate, one to test."""
+    records = gold() if records is None else records
+    splits = np.array([(0, 0, 1, 0, 0, 2)[k % 6] for k in range(len(records))], dtype=np.uint8)
     write_store(path, records, splits=splits)
     return path
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -260,9 +261,10 @@ class Trainer:
     def _is_done(self) -> bool:
         """Whether all steps are done, or so many validations brought nothing that the run ends early."""
         train, progress = self.config.train, self.progress
-        if train.patience is None or progress.best_step is None or progress.validation_due:
+        unjudged = progress.best_step is None or math.isinf(progress.best_loss)
+        if train.patience is None or unjudged or progress.validation_due:
             return progress.step >= train.num_steps
-        waited = progress.step // train.validate_every - progress.best_step // train.validate_every
+        waited = progress.step // train.validate_every - (progress.best_step or 0) // train.validate_every
         return progress.step >= train.num_steps or waited >= train.patience
 
     def _batches(self) -> Iterator[list[dict[str, Tensor]]]:

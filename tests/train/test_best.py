@@ -100,3 +100,19 @@ def test_a_checkpoint_that_does_not_say_what_it_was_validated_on(store: Path, tm
     again = runs.make_trainer(store, out, *SHORT, resume=True)
     assert again.progress.best_loss == 1e-9
     assert again.progress.validated_on
+
+
+def test_patience_begins_anew_with_the_loss(store: Path, tmp_path: Path) -> None:
+    """A run that validations ended goes on where another loss judges."""
+    out, patience = tmp_path / "run", ("--train.patience", "1")
+    trainer = runs.make_trainer(store, out, *SHORT, *patience)
+    trainer.progress = dataclasses.replace(trainer.progress, step=4, best_loss=1e-9, best_step=0)
+    assert trainer._is_done
+    trainer._save()
+    trainer.checkpoints.wait()
+    again = runs.make_trainer(store, out, *SHORT, *patience, resume=True)
+    assert again._is_done
+    other = runs.make_trainer(store, out, *SHORT, *patience, "--loss.force_weight", "3", resume=True)
+    assert not other._is_done
+    other.run()
+    assert best_of(out)[0] > 4

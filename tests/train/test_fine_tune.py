@@ -9,14 +9,11 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from ase.build import bulk
 
 from megagnn.cli import main
 from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
-from megagnn.data.record import Structure
-from megagnn.data.store import write_store
 from megagnn.models.potential import Potential
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.checkpoint import load_checkpoint, load_potential
@@ -28,27 +25,9 @@ FEW = ("--train.num_steps", "4", "--optim.warmup_steps", "1", "--train.validate_
 DOUBLE = ("--train.dtype", "float64")
 
 
-def gold(level: str = "EMT", source: str = "gold", element: str = "Au", seed: int = 3) -> list[Structure]:
-    """12 rattled crystals of an alloy of copper with an element that the first data lack; each its group."""
-    rng, found = np.random.default_rng(seed), []
-    for k in range(12):
-        atoms = bulk(element, "fcc", a=3.9, cubic=True)
-        atoms.numbers[: k % 3] = 29
-        atoms.positions += rng.normal(scale=0.1, size=atoms.positions.shape)
-        found.append(dataclasses.replace(runs.labelled(atoms, source, f"{source} {k}"), level=level))
-    return found
-
-
-def write_gold(path: Path, records: list[Structure] | None = None) -> Path:
-    records = gold() if records is None else records
-    splits = np.array([(0, 0, 1, 0, 0, 2)[k % 6] for k in range(len(records))], dtype=np.uint8)
-    write_store(path, records, splits=splits)
-    return path
-
-
 @pytest.fixture(scope="module")
 def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_gold(tmp_path_factory.mktemp("gold") / "store")
+    return runs.write_gold(tmp_path_factory.mktemp("gold") / "store")
 
 
 def tune(checkpoint: Path, data: Path, out: Path, *more: str) -> int:
@@ -102,9 +81,9 @@ def test_new_elements_begin_as_others(folder: Path, new_store: Path, tmp_path: P
         dataclasses.replace(
             s, atomic_numbers=np.where(s.atomic_numbers == 79, 47, s.atomic_numbers).astype("u1")
         )
-        for s in gold()
+        for s in runs.gold()
     ]
-    as_silver = write_gold(tmp_path / "silver", silver)
+    as_silver = runs.write_gold(tmp_path / "silver", silver)
     old = load_potential(folder, torch.float64, average=False)
     before, after = predicted(old, as_silver), predicted(trainer.potential, new_store)
     for name, values in before.items():
@@ -245,7 +224,7 @@ def test_references(folder: Path, new_store: Path, tmp_path: Path) -> None:
 
 def test_levels_of_theory(folder: Path, tmp_path: Path) -> None:
     """A checkpoint with one level gets a table of zeros; that of two gets a row for the third."""
-    two = write_gold(tmp_path / "two", [*gold("EMT", "a"), *gold("other", "b", seed=4)])
+    two = runs.write_gold(tmp_path / "two", [*runs.gold("EMT", "a"), *runs.gold("other", "b", seed=4)])
     first = runs.make_trainer(two, tmp_path / "first", "--init_from", str(folder), *DOUBLE)
     assert first.statistics.levels == ("EMT", "other")
     table = dict(first.potential.model.named_parameters())["level_embedding.weight"]
@@ -255,7 +234,7 @@ def test_levels_of_theory(folder: Path, tmp_path: Path) -> None:
         table[0], table[1] = 1.0, 3.0
     first._save()
     first.checkpoints.wait()
-    third = write_gold(tmp_path / "third", gold("new", "c"))
+    third = runs.write_gold(tmp_path / "third", runs.gold("new", "c"))
     for options, row in (((), 2.0), (("--init.new_levels", "new=other"), 3.0)):
         given = ("--init_from", str(first.last_path), "--init.weights", "model", *DOUBLE, *options)
         found = runs.make_trainer(third, tmp_path / "second", *given)
