@@ -117,19 +117,26 @@ class Beginning:
             ValueError: a source that the checkpoint does not have.
         """
         self._check_names(dataset)
-        if self.settings.references == "fit":
+        kept = self._kept(dataset.sources)
+        if not kept:
             return given
-        old, where = self.checkpoint.statistics, str(self.checkpoint.path)
-        kept = known_references(old, dataset.sources, self.settings.new_sources, where)
-        return {name: {**row, **(given or {}).get(name, {})} for name, row in kept.items()}
+        own = given or {}
+        return {**own, **{name: {**row, **own.get(name, {})} for name, row in kept.items()}}
 
-    def statistics(self, fitted: Statistics, known: References | None) -> Statistics:
+    def _kept(self, sources: Sequence[str]) -> References:
+        """References of the checkpoint that stay, by the new run's sources."""
+        settings, where = self.settings, str(self.checkpoint.path)
+        if settings.references == "fit":
+            return {}
+        return known_references(self.checkpoint.statistics, sources, settings.new_sources, where)
+
+    def statistics(self, fitted: Statistics, given: References | None) -> Statistics:
         """Those of the new run, of those fitted on its training split and those of the checkpoint.
 
         Elements and levels of theory of the checkpoint stay, so that it can still be used there; sources are
         those of the data.
 
-        known: what `references` gave for the fit.
+        given: what `references` gave for the fit.
         """
         old, settings = self.checkpoint.statistics, self.settings
         elements = tuple(sorted({*old.elements, *fitted.elements}))
@@ -143,9 +150,9 @@ class Beginning:
             mean_neighbours=old.mean_neighbours,
             output_scale=old.output_scale,
         )
-        if settings.references == "keep" and known is not None:
-            return with_known(found, old, known, settings.new_sources)
-        return found
+        kept = self._kept(fitted.sources)
+        known = {name: {**row, **(given or {}).get(name, {})} for name, row in kept.items()}
+        return with_known(found, old, known, settings.new_sources) if known else found
 
     def _check_names(self, dataset: StructureDataset) -> None:
         old, settings, where = self.checkpoint.statistics, self.settings, self.checkpoint.path
@@ -226,12 +233,14 @@ class Beginning:
         new = [chemical_symbols[z] for z in statistics.elements if z not in old.elements]
         new_elements = [f"{s} (as {settings.new_elements.get(s, 'the mean of all')})" for s in new]
         levels = [name for name in statistics.levels if name not in old.levels]
+        names = ", ".join(self._kept(statistics.sources))
+        kept = f"kept for {names}, fitted for others" if names else "fitted anew"
         new_levels = [f"{n} (as {settings.new_levels.get(n, 'the mean of all')})" for n in levels]
         return (
             f"begins with the {'averaged ' if settings.weights == 'average' else ''}weights of "
             f"{self.checkpoint.path}, step {self.checkpoint.progress.step}; new elements: "
             f"{', '.join(new_elements) or 'none'}; new levels of theory: {', '.join(new_levels) or 'none'}; "
-            f"references {'kept' if settings.references == 'keep' else 'fitted anew'}"
+            f"references {kept}"
         )
 
 

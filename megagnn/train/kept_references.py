@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ase.data import chemical_symbols
+from ase.data import atomic_numbers, chemical_symbols
 
 from megagnn.data.reference_file import References
 from megagnn.models.statistics import Statistics
@@ -14,7 +14,8 @@ from megagnn.models.statistics import Statistics
 def known_references(
     old: Statistics, sources: Sequence[str], new_sources: Mapping[str, str], where: str
 ) -> References:
-    """What another model adds for an atom of each element that its source knows, for each of these sources.
+    """What another model adds for an atom of each element that its source knows, for those of these sources
+    that it has.
 
     Args:
         old: of the checkpoint.
@@ -23,45 +24,49 @@ def known_references(
         where: name of the checkpoint.
 
     Raises:
-        ValueError: a source that the checkpoint does not have.
+        ValueError: the checkpoint has none of the sources.
     """
     found: References = {}
     for name in sources:
         old_name = new_sources.get(name, name)
-        if old_name not in old.sources:
-            raise ValueError(
-                f"init.references is 'keep', but {where} has no source '{old_name}', it has "
-                f'{", ".join(old.sources)}; name one by init.new_sources = {{"{name}" = '
-                f'"{old.sources[0]}"}}, or set init.references = "fit"'
-            )
-        at = old.sources.index(old_name)
-        energies = dict(zip(old.elements, old.baseline()[at], strict=True))
-        found[name] = {chemical_symbols[z]: energies[z] for z in old.source_elements[at]}
+        if old_name in old.sources:
+            at = old.sources.index(old_name)
+            energies = dict(zip(old.elements, old.baseline()[at], strict=True))
+            found[name] = {chemical_symbols[z]: energies[z] for z in old.source_elements[at]}
+    if not found:
+        raise ValueError(
+            f"init.references is 'keep', but {where} has no source '{sources[0]}', it has "
+            f'{", ".join(old.sources)}; name one by init.new_sources = {{"{sources[0]}" = '
+            f'"{old.sources[0]}"}}, or set init.references = "fit"'
+        )
     return found
 
 
 def with_known(
     found: Statistics, old: Statistics, known: References, new_sources: Mapping[str, str]
 ) -> Statistics:
-    """Statistics whose sources have these references, and know these elements, too.
+    """Statistics of which some sources have these references, and know these elements, too.
 
     found: of the new run, fitted with `known` as given references; its elements are those of both models. The
-    shifts are in `known` already; what the old training data left open stays open.
+    old shifts are in `known` already; what the old training data left open stays open.
     """
-    rows, elements, unspanned = [], [], []
+    references, elements = list(found.references), list(found.source_elements)
+    shifts, unspanned = list(found.shifts), list(found.unspanned)
     for index, name in enumerate(found.sources):
-        at = old.sources.index(new_sources.get(name, name))
-        by_symbol = {z: known[name][chemical_symbols[z]] for z in old.source_elements[at]}
+        if name not in known:
+            continue
+        row = {atomic_numbers[symbol]: energy for symbol, energy in known[name].items()}
         fitted = dict(zip(found.elements, found.references[index], strict=True))
-        rows.append(tuple(by_symbol.get(z, fitted[z]) for z in found.elements))
-        elements.append(tuple(sorted({*found.source_elements[index], *by_symbol})))
-        still = [spread(row, old.elements, found.elements) for row in (old.unspanned or [()] * (at + 1))[at]]
-        unspanned.append((*still, *(found.unspanned[index] if found.unspanned else ())))
+        references[index] = tuple(row.get(z, fitted[z]) for z in found.elements)
+        elements[index] = tuple(sorted({*found.source_elements[index], *row}))
+        shifts[index] = 0.0
+        still_open = old.unspanned[old.sources.index(new_sources.get(name, name))] if old.unspanned else ()
+        unspanned[index] += tuple(spread(values, old.elements, found.elements) for values in still_open)
     return dataclasses.replace(
         found,
-        references=tuple(rows),
+        references=tuple(references),
         source_elements=tuple(elements),
-        shifts=(0.0,) * len(found.sources),
+        shifts=tuple(shifts),
         unspanned=tuple(unspanned),
     )
 

@@ -299,3 +299,26 @@ def test_frozen_parts_and_rates(folder: Path, new_store: Path, tmp_path: Path, i
         rest**0.5 / (1 - share), rel=1e-2 if implementation == "bfloat16" else 1e-4
     )
     assert whole > 1.01 * rest
+
+
+def test_old_data_mixed_in(
+    folder: Path, store: Path, new_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Old and new stores: old sources keep their references and count less, the new one is fitted."""
+    both, out = f"{store},{new_store}", tmp_path / "run"
+    options = ("--data.source_weights", "clusters=0.2,crystals=0.1", "--init.references", "keep")
+    given = ("--init_from", str(folder), *FEW, *options)
+    assert runs.train(Path(both), out, *given) == 0
+    assert "references kept for clusters, crystals, fitted for others" in capsys.readouterr().err
+    made = load_checkpoint(out / "checkpoints/last").statistics
+    old = load_checkpoint(folder).statistics
+    assert made.sources == ("clusters", "crystals", "gold")
+    assert [row[:2] for row in made.references[:2]] == list(old.baseline())
+    assert made.source_elements == ((29, 47), (29, 47), (29, 79))
+    trainer = runs.make_trainer(Path(both), tmp_path / "other", *given)
+    batch = next(trainer.train.batches())
+    weight = torch.tensor([0.2, 0.1, 1.0])[batch[keys.SOURCE]]
+    assert torch.allclose(batch[keys.WEIGHTS], weight[:, None].expand(-1, 3).to(batch[keys.WEIGHTS].dtype))
+    assert main(["evaluate", str(out / "checkpoints/best"), str(store), str(new_store)]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in made.sources)
