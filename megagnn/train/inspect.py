@@ -50,14 +50,15 @@ def describe_checkpoint(checkpoint: Checkpoint | FolderCheckpoint) -> str:
         f"levels       {', '.join(statistics.levels)}",
         f"neighbours   {statistics.mean_neighbours:.2f} per atom within {checkpoint.config.model.cutoff:g} Å",
         f"output scale {statistics.output_scale:.4f} eV/Å",
-        "reference energies, eV (fitted on the training split):",
+        "reference energies, eV (of the training split, isolated atoms or given):",
     ]
-    for source, row in zip(statistics.sources, statistics.references, strict=True):
+    shifts = statistics.shifts or (0.0,) * len(statistics.sources)
+    for source, row, shift in zip(statistics.sources, statistics.references, shifts, strict=True):
         shown = [
             f"{chemical_symbols[z]} {e:.4f}"
             for z, e in zip(statistics.elements, row, strict=True)
             if e != 0.0
-        ]
+        ] + [f"each atom {shift:+.4f}"] * (shift != 0.0)
         lines.append(f"  {source}: {', '.join(shown)}")
     lines += ["configuration:", json.dumps(config_to_dict(checkpoint.config), indent=2)]
     return "\n".join(lines)
