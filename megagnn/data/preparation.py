@@ -152,7 +152,7 @@ class Preparation:
         unreadable: list[UnreadableError] = []
         if self.skip_bad:
             options = replace(options, on_unreadable=unreadable.append)
-        num_structures = 0
+        num_kept = 0
         files_seen: set[str] = set()
         header = store_header(entry.path) if self._is_store(entry) else None
         origins = header.provenance if header else {}
@@ -160,7 +160,6 @@ class Preparation:
         if header and drawn_by_name and len(header.sources) > 1 and GROUPS_FILE not in header.sha256:
             print(NO_NAMES_WARNING.format(path=entry.path), file=sys.stderr)
         for frame, structure in enumerate(read_structures(entry.path, options, self.format)):
-            num_structures += 1
             record = self._record(structure.source, structure.level)
             if structure.source not in files_seen:
                 files_seen.add(structure.source)
@@ -184,16 +183,19 @@ class Preparation:
                 record["num_without"][label] += getattr(structure, label) is None
             for note in structure.notes:
                 record["notes"][note] = record["notes"].get(note, 0) + 1
+            num_kept += 1
             yield self._placed(structure, entry, frame)
         if unreadable:
             record = self._record(options.source_name(entry.path), options.level or "unknown")
             for _ in unreadable:
                 record["num_read"] += 1
                 _reject(record, "unreadable")
-            what = f"{len(unreadable)} frame(s) left out" if num_structures else "nothing could be read of it"
+            what = f"{len(unreadable)} frame(s) left out" if num_kept else "nothing could be read of it"
             self.warnings.append(f"{entry.path}: {what}: {unreadable[0]}")
-            if not num_structures:  # told at once: if nothing is left the command ends without a store
-                print(f"warning: {self.warnings[-1]}", file=sys.stderr)
+        elif not num_kept:
+            self.warnings.append(f"{entry.path}: nothing is kept of it; every structure broke a rule")
+        if not num_kept:  # told at once: if nothing is left the command ends without a store
+            print(f"warning: {self.warnings[-1]}", file=sys.stderr)
 
     def _placed(self, structure: Structure, entry: Input, frame: int) -> Structure:
         """The structure with the name of its group in the store. Test and validation files keep their groups

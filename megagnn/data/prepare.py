@@ -135,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: see `Preparation.write`, or arguments that make no sense.
     """
     inputs = parse_inputs(args.files, args.source, {"test": args.test, "valid": args.valid}, args.out.name)
+    _check_flags_of_stores(inputs, args)
     if _is_one_archive(inputs, args):
         store = unpack_store(inputs[0].path, args.out, args.overwrite)
     else:
@@ -258,6 +259,17 @@ def _named(text: str) -> tuple[str | None, Path]:
     if not name or not path:
         raise ValueError(f"inputs are FILE or NAME=FILE, got {text!r}")
     return name, Path(os.path.expanduser(path))
+
+
+def _check_flags_of_stores(inputs: Sequence[Input], args: argparse.Namespace) -> None:
+    """Refuse flags that say what files mean where there are none but stores, which say it themselves."""
+    flags = {"--units": args.units, "--species": args.species, "--ase-format": args.ase_format}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if given and all(entry.path.exists() and is_store(entry.path) for entry in inputs):
+        raise ValueError(
+            f"{', '.join(given)} would do nothing: stores have units and elements of their own; leave it "
+            "out, or prepare the store again from its files"
+        )
 
 
 def _is_one_archive(inputs: Sequence[Input], args: argparse.Namespace) -> bool:

@@ -58,6 +58,15 @@ def test_virial_given_as_stress_is_refused(tmp_path, refuse):
     assert "ASE reads no format" in refuse(path, "--ase-format", "extxzy")
 
 
+def test_flags_that_would_do_nothing_to_a_store(tmp_path, refuse):
+    path = write(tmp_path / "a.xyz", crystal(0), crystal(1))
+    assert prepare(path, *ONE_SPLIT, "--out", tmp_path / "s") == 0
+    assert "--units would do nothing: stores have units" in refuse(tmp_path / "s", "--units", "energy=Ha")
+    assert prepare(tmp_path / "s", path, "--units", "energy=Ha", *ONE_SPLIT, "--out", tmp_path / "both") == 0
+    energies = Store.open(tmp_path / "both").arrays["energy"]
+    assert energies[2:] == pytest.approx(27.211386 * energies[:2], rel=1e-6)
+
+
 def test_unconverged_structures_are_left_out_and_counted(tmp_path, capsys):
     frames = [crystal(k, converged="F" if k == 1 else "T") for k in range(4)]
     path = write(tmp_path / "a.xyz", *frames)
@@ -90,6 +99,9 @@ def test_skip_covers_what_cannot_be_read(tmp_path, capsys, refuse):
     alone = refuse(junk, *ONE_SPLIT, "--on-bad", "skip")
     assert "nothing could be read of it" in alone
     assert "no structure to write" in alone
+    far = write(tmp_path / "far.xyz", crystal(0))
+    apart = (good, far, *ONE_SPLIT, "--on-bad", "skip", "--energy-key", "E", "--forces-key", "none")
+    assert "far.xyz: nothing is kept of it; every structure broke a rule" in refuse(*apart)
 
 
 def test_stores_of_equally_named_files_train_together(tmp_path):

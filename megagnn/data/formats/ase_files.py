@@ -87,9 +87,7 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
             continue
         if found.index == 0 and options.on_unreadable is None:
             _check_labels(structure, found, options, path)
-        usual = [
-            label for label in options.label_keys if _usual(found, label) is not None and label != "virial"
-        ]
+        usual = {label: label for label in ("energy", "forces", "stress") if _usual(found, label) is not None}
         options.check_label_keys(usual, f"{path}, frame {found.index}")
         yield structure
     if not num_found and not num_told:

@@ -93,7 +93,7 @@ def _structure(entry: dict[str, Any], options: ReadOptions, path: Path, frame: i
     outputs = entry["outputs"]
     where = f"{path}, frame {frame}"
     numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, where)
-    options.check_label_keys([k for k in ("energy", "forces") if k in outputs], where)
+    options.check_label_keys({k: k for k in ("energy", "forces") if k in outputs}, where)
     found = Frame(
         path=path,
         index=frame,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,13 +82,13 @@ class ReadOptions:
             name for name, key in self.label_keys.items() if key not in (None, "none", *USUAL_NAMES[name])
         ]
 
-    def check_label_keys(self, usual: Collection[str], where: str) -> None:
+    def check_label_keys(self, usual: Mapping[str, str], where: str) -> None:
         """Refuse to pair labels named by a key with labels that merely have the usual name.
 
         A file with REF_energy and REF_forces often holds `forces` too, of another method.
 
         Args:
-            usual: labels of a frame found under their usual names.
+            usual: label -> its usual name, of those that a frame has under it.
             where: the frame, for the message.
 
         Raises:
@@ -98,7 +98,7 @@ class ReadOptions:
         given = self.foreign_keys
         unnamed = [name for name, key in self.label_keys.items() if key is None and name in usual]
         if given and unnamed:
-            flags = " ".join(f"--{name}-key {name}" for name in unnamed)
+            flags = " ".join(f"--{name}-key {usual[name]}" for name in unnamed)
             raise ValueError(
                 f"{where}: {' and '.join(given)} would be read by the key given, but "
                 f"{' and '.join(unnamed)} under the usual name, perhaps of another method; name all keys, "

@@ -133,7 +133,8 @@ def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str,
     found = {
         name: next((n for n in names if entry.get(n) is not None), None) for name, names in usual.items()
     }
-    options.check_label_keys([n for n in ("energy", "forces", "stress") if found[n] is not None], where)
+    usual_names = {label: name for label, name in found.items() if name is not None and label != "virial"}
+    options.check_label_keys(usual_names, where)
     labels: dict[str, Any] = {}
     for name, key in options.label_keys.items():
         labels[name] = None if key == "none" else entry.get(key or found[name])

@@ -7,6 +7,7 @@ from pathlib import Path
 import ase
 import numpy as np
 from ase.io.formats import open_with_compression
+from ase.units import Hartree
 
 from megagnn.data.formats.units import Units
 
@@ -36,7 +37,10 @@ class Mender:
     def __init__(self, path: Path, name: str) -> None:
         self.name = name
         self.units = OWN_UNITS.get(name, Units())
-        self.rotated = name == "gaussian-out" and _only_standard_orientation(path)
+        self.rotated = False
+        self.failed: list[float] = []
+        if name == "gaussian-out":
+            self.rotated, self.failed = _of_gaussian(path)
 
     def mend(self, atoms: ase.Atoms) -> tuple[str, ...]:
         """Take labels away that are none; returns notes on them."""
@@ -49,15 +53,26 @@ class Mender:
         return tuple(notes)
 
     def converged(self, atoms: ase.Atoms) -> bool:
-        """False where ASE's reader says that electronic steps failed, as that of ORCA by an energy NaN."""
+        """False where electronic steps failed: of ORCA ASE's reader gives the energy as NaN, Gaussian says so
+        before the energy."""
         energy = None if atoms.calc is None else atoms.calc.results.get("energy")
-        return not (self.name == "orca-output" and energy is not None and np.isnan(energy))
+        if energy is None:
+            return True
+        unfinished = self.name == "orca-output" and np.isnan(energy)
+        return not (unfinished or np.isclose(energy, self.failed, rtol=1e-12, atol=0.0).any())
 
 
-def _only_standard_orientation(path: Path) -> bool:
-    found = set()
+def _of_gaussian(path: Path) -> tuple[bool, list[float]]:
+    """Whether positions are in standard orientation only, and energies (eV) whose cycle did not converge."""
+    orientations, failed, has_failed = set(), [], False
     with open_with_compression(str(path), "rt") as file:
         for line in file:
             if line.rstrip().endswith("orientation:"):
-                found.add(line.strip().rstrip(":"))
-    return found == {"Standard orientation"}
+                orientations.add(line.strip().rstrip(":"))
+            elif "Convergence criterion not met" in line:
+                has_failed = True
+            elif line.strip().startswith("SCF Done:"):
+                if has_failed:
+                    failed.append(float(line.split("=")[1].split()[0].replace("D", "e")) * Hartree)
+                has_failed = False
+    return orientations == {"Standard orientation"}, failed

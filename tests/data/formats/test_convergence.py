@@ -3,6 +3,7 @@
 Outputs of programs are those of ASE's own test data, in place, changed as a run that failed would have them.
 """
 
+import importlib
 from pathlib import Path
 
 import ase.test
@@ -117,6 +118,14 @@ def test_orca(tmp_path):
         "FINAL SINGLE POINT ENERGY (Wavefunction not fully converged!) -1.1\nORCA TERMINATED NORMALLY\n"
     )
     assert converged(path, ase_format="orca-output") == [False]
+
+
+def test_gaussian(tmp_path):
+    text = importlib.import_module("ase.test.fio.test_gaussian_out").BUF_H2O_OPT
+    path = tmp_path / "run.log"
+    last = text.rindex("SCF Done:")
+    path.write_text(text[:last] + ">>>>>>>>>> Convergence criterion not met.\n " + text[last:])
+    assert converged(path) == [True, False]
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,8 @@ def test_mptrj(tmp_path):
     read = list(read_structures(write(tmp_path / "mptrj.json", frames)))
     assert [s.energy for s in read] == [-7.0, -8.0, -7.0, -8.0]
     assert [s.group for s in read] == ["mp-1", "mp-1", "mp-2", "mp-2"]
+    with pytest.raises(ValueError, match="with --forces-key force --stress-key stress if"):
+        list(read_structures(tmp_path / "mptrj.json", ReadOptions(energy_key="corrected_total_energy")))
     assert np.allclose(read[0].stress, np.diag([-0.01, 0.02, 0.0]), atol=1e-9)  # kBar, compression positive
     assert read[0].forces.tolist() == FORCES
 
