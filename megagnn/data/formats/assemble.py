@@ -101,7 +101,7 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
             frame=frame.index,
             numbers=numbers,
             info=frame.info,
-            content=content_name(numbers, positions, cell),
+            content=content_name(numbers, positions, cell) if options.by_content else "",
             file_content=options.file_content,
             auto=frame.group,
         ),

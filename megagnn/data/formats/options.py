@@ -76,6 +76,11 @@ class ReadOptions:
         }
 
     @property
+    def by_content(self) -> bool:
+        """Whether the group of a frame is named by its structure."""
+        return self.group_by in ("frame", "file")
+
+    @property
     def foreign_keys(self) -> list[str]:
         """Labels named by a key that is not their usual name: they may be of another method than the rest."""
         return [

@@ -150,6 +150,9 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
         group = f"{own} {store.group[index]}" if names is None else names[store.group[index]]
         stress = s[keys.STRESS].astype(np.float64) if keys.STRESS in s else None
         stress, notes = usable_stress(stress, s[keys.PBC])
+        content = ""
+        if options.by_content:
+            content = content_name(s[keys.ATOMIC_NUMBERS], s[keys.POSITIONS], s[keys.CELL])
         yield Structure(
             atomic_numbers=np.array(s[keys.ATOMIC_NUMBERS]),
             positions=s[keys.POSITIONS].astype(np.float64),
@@ -164,7 +167,7 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
                 frame=index,
                 numbers=s[keys.ATOMIC_NUMBERS],
                 info={},
-                content=content_name(s[keys.ATOMIC_NUMBERS], s[keys.POSITIONS], s[keys.CELL]),
+                content=content,
                 file_content=options.file_content,
                 auto=group,
             ),

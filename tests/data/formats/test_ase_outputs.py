@@ -8,7 +8,9 @@ import ase.test
 import numpy as np
 import pytest
 
+from megagnn.cli import main
 from megagnn.data.formats import ReadOptions, read_structures
+from megagnn.data.store import Store
 
 DATA = Path(ase.test.__file__).parent / "testdata"
 
@@ -84,6 +86,22 @@ def check(name, ase_format, num_frames, energy, force, tmp_path):
 def test_right_outputs_stay_silent(tmp_path, name, ase_format, num_frames, energy, force):
     read = check(name, ase_format, num_frames, energy, force, tmp_path)
     assert [s.notes for s in read] == [()] * num_frames
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_right_outputs_prepared_together_bring_no_warning(tmp_path):
+    files = {name: ase_format for name, ase_format, *_ in SILENT if name.startswith("aims/")}
+    paths = [f"S{k}={place(name, tmp_path)}" for k, name in enumerate(files)]
+    rest = [
+        f"T{k}={place(name, tmp_path)}"
+        for k, (name, given, *_) in enumerate(SILENT)
+        if ":" not in name and not given
+    ]
+    common = ("--group-by", "file", "--split", "1,0,0", "--out")
+    assert main(["prepare", *paths, *common, str(tmp_path / "a"), "--ase-format", "aims-output"]) == 0
+    assert main(["prepare", *rest, *common, str(tmp_path / "b")]) == 0
+    assert Store.open(tmp_path / "a").header.warnings == ()
+    assert Store.open(tmp_path / "b").header.warnings == ()
 
 
 @pytest.mark.filterwarnings("ignore")
