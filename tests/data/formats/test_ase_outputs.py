@@ -90,16 +90,16 @@ def test_right_outputs_stay_silent(tmp_path, name, ase_format, num_frames, energ
 
 @pytest.mark.filterwarnings("ignore")
 def test_right_outputs_prepared_together_bring_no_warning(tmp_path):
-    files = {name: ase_format for name, ase_format, *_ in SILENT if name.startswith("aims/")}
-    paths = [f"S{k}={place(name, tmp_path)}" for k, name in enumerate(files)]
-    rest = [
-        f"T{k}={place(name, tmp_path)}"
-        for k, (name, given, *_) in enumerate(SILENT)
-        if ":" not in name and not given
-    ]
+    def sources(names):
+        return [f"S{k}={place(name, tmp_path)}" for k, name in enumerate(names)]
+
+    of_aims = [name for name, ase_format, *_ in SILENT if ase_format == "aims-output"]
+    others = [name for name, ase_format, *_ in SILENT if ase_format is None and ":" not in name]
     common = ("--group-by", "file", "--split", "1,0,0", "--out")
-    assert main(["prepare", *paths, *common, str(tmp_path / "a"), "--ase-format", "aims-output"]) == 0
-    assert main(["prepare", *rest, *common, str(tmp_path / "b")]) == 0
+    assert (
+        main(["prepare", *sources(of_aims), *common, str(tmp_path / "a"), "--ase-format", "aims-output"]) == 0
+    )
+    assert main(["prepare", *sources(others), *common, str(tmp_path / "b")]) == 0
     assert Store.open(tmp_path / "a").header.warnings == ()
     assert Store.open(tmp_path / "b").header.warnings == ()
 
