@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ase
-import ase.io
 import numpy as np
 from tqdm import tqdm
 
 from megagnn.data import keys
 from megagnn.data.batch import Graph
-from megagnn.data.formats import detect_format, read_structures
+from megagnn.data.formats import ReadOptions, detect_format, parse_species, read_structures
+from megagnn.data.formats.ase_files import read_frames
 from megagnn.data.record import Structure
 from megagnn.parallel.launch import parallel_context
 from megagnn.train.checkpoint import open_checkpoint
 from megagnn.train.predicted_frames import check_format, output_format, with_predictions, write_frames
 from megagnn.train.predictor import Predictor, Results
 
+MAX_WARNINGS = 5
 Frame = tuple[int, ase.Atoms, Graph]
 """Number of a frame in its file, the frame, and the graph made of it."""
 
@@ -44,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out-format", metavar="NAME", help="ASE's name of its format (default: by its ending)"
     )
+    parser.add_argument("--ase-format", metavar="NAME", help="ASE's name of the format of FILE")
+    parser.add_argument("--species", help="elements of species or types of FILE, as prepare takes them")
     parser.add_argument("--source", help="source whose reference energies apply, if the model has several")
     parser.add_argument("--level", help="level of theory, if the source has several")
     parser.add_argument(
@@ -70,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{out} exists; add --overwrite to replace a file, or choose another --out")
     if out.exists() and file.exists() and out.samefile(file):
         raise ValueError(f"--out {out} is the input file; choose another file for the predictions")
+    species = {} if arguments.species is None else parse_species(arguments.species)
+    options = ReadOptions(ase_format=arguments.ase_format, species=species)
     format = output_format(out, arguments.out_format)
     checkpoint = open_checkpoint(arguments.checkpoint)
     data = checkpoint.config.data
@@ -87,9 +93,16 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"note: files of the format '{format}' do not hold: {', '.join(lost)}", file=sys.stderr)
         budget = (arguments.max_atoms or data.max_atoms, arguments.max_edges or data.max_edges)
         tally = Tally(file)
-        frames = predicted(file, predictor, budget, arguments.skip_unknown, format, tally)
-        write_frames(out, frames, format)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            frames = predicted(file, options, predictor, budget, arguments.skip_unknown, format, tally)
+            write_frames(out, frames, format)
     print(f"wrote {out}: {tally}")
+    told = list(dict.fromkeys(str(one.message) for one in caught if one.category is UserWarning))
+    for line in told[:MAX_WARNINGS]:
+        print(f"warning: {line}", file=sys.stderr)
+    if len(told) > MAX_WARNINGS:
+        print(f"warning: {len(told) - MAX_WARNINGS:,} more of the kind", file=sys.stderr)
     return 0
 
 
@@ -126,6 +139,7 @@ class Tally:
 
 def predicted(
     file: Path,
+    options: ReadOptions,
     predictor: Predictor,
     budget: tuple[int, int],
     skip_unknown: bool,
@@ -135,6 +149,7 @@ def predicted(
     """The frames of a file with predictions, in their order, batch by batch.
 
     Args:
+        options: of the reader; names of species and ASE's name of the format.
         budget: atoms and edges of a batch; a larger frame makes one of its own.
         skip_unknown: leave frames with unknown elements out.
         format: of the output, see `with_predictions`.
@@ -143,7 +158,7 @@ def predicted(
     Raises:
         ValueError: an unreadable file or one without frames, or a frame that cannot be predicted, by number.
     """
-    graphs = _graphs(file, predictor, skip_unknown, tally)
+    graphs = _graphs(file, options, predictor, skip_unknown, tally)
     with tqdm(desc="predict", unit=" frames", file=sys.stderr, disable=None) as bar:
         for batch in _batches(graphs, budget):
             found = predictor.results([graph for _, _, graph in batch])
@@ -175,9 +190,11 @@ def _batches(frames: Iterator[Frame], budget: tuple[int, int]) -> Iterator[list[
         yield batch
 
 
-def _graphs(file: Path, predictor: Predictor, skip_unknown: bool, tally: Tally) -> Iterator[Frame]:
+def _graphs(
+    file: Path, options: ReadOptions, predictor: Predictor, skip_unknown: bool, tally: Tally
+) -> Iterator[Frame]:
     known = set(predictor.statistics.source_elements[predictor.source_index])
-    for number, atoms in enumerate(_frames(file)):
+    for number, atoms in _frames(file, options):
         unknown = {s for s, z in zip(atoms.symbols, atoms.numbers, strict=True) if int(z) not in known}
         if unknown and skip_unknown:
             tally.unknown += 1
@@ -187,31 +204,16 @@ def _graphs(file: Path, predictor: Predictor, skip_unknown: bool, tally: Tally) 
         yield number, atoms, predictor.graph(atoms, f"{file}, frame {number}", way_out)
 
 
-def _frames(file: Path) -> Iterator[ase.Atoms]:
-    """Frames of any file that `prepare` reads; labels, where there are any, as results."""
-    format = detect_format(file)
+def _frames(file: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms]]:
+    """Number and atoms of each frame of any file that `prepare` reads, labelled or not."""
+    format = "ase" if options.ase_format and file.exists() else detect_format(file)
     if format == "store":
         raise ValueError(f"{file} is a packed store; `megagnn evaluate` takes stores, predict takes files")
     if format == "ase":
-        yield from _ase_frames(file)
+        yield from read_frames(file, options)
         return
-    for structure in read_structures(file):
-        yield _atoms_of(structure)
-
-
-def _ase_frames(file: Path) -> Iterator[ase.Atoms]:
-    number = 0
-    try:
-        for atoms in ase.io.iread(str(file), index=":", do_not_split_by_at_sign=True):
-            yield atoms
-            number += 1
-    except GeneratorExit:
-        raise
-    except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise ValueError(
-            f"cannot read {file}, frame {number}: {reason}; is the file whole and its format known to ASE?"
-        ) from error
+    for number, structure in enumerate(read_structures(file, options, format)):
+        yield number, _atoms_of(structure)
 
 
 def _atoms_of(structure: Structure) -> ase.Atoms:

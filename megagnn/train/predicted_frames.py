@@ -132,7 +132,7 @@ def check_format(out: Path, format: str, has_forces: bool, has_stress: bool) -> 
         if file.is_dir():
             raise ValueError(f"the format '{format}' of {out} is a folder; use .extxyz, .traj, .db or .json")
         try:
-            read: Any = ase.io.read(str(file), index=-1, format=format)
+            read: Any = ase.io.read(str(file), index=-1, format=format, do_not_split_by_at_sign=True)
         except Exception:  # a format that ASE only writes, such as pictures
             read = ase.Atoms()
     kept = dict(read.calc.results) if read.calc is not None else {}

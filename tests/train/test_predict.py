@@ -111,6 +111,30 @@ def test_labels_under_the_new_name_stay() -> None:
     assert "atomic_energies" in atoms.arrays
 
 
+def test_other_formats_in(checkpoint: Path, tmp_path: Path) -> None:
+    """What prepare reads: a dump of LAMMPS with types named, a file whose ending says nothing, a database."""
+    atoms = frames()[3]
+    expected = predicted(checkpoint, [atoms], tmp_path, "out.traj")[0].calc.results
+    x, y, z = atoms.cell.lengths()
+    rows = [f"{i + 1} 7 {a} {b} {c}" for i, (a, b, c) in enumerate(atoms.positions)]
+    bounds = [f"0 {length}" for length in (x, y, z)]
+    head = ["ITEM: TIMESTEP", "0", "ITEM: NUMBER OF ATOMS", "4", "ITEM: BOX BOUNDS pp pp pp", *bounds]
+    lines = [*head, "ITEM: ATOMS id type x y z", *rows]
+    (tmp_path / "dump").write_text("\n".join(lines) + "\n")
+    ase.io.write(tmp_path / "in.lammpstrj@1", atoms, format="extxyz")
+    ase.io.write(tmp_path / "in.db", atoms)
+    for file, flags in (
+        ("dump", ["--species", "7=Ag", "--ase-format", "lammps-dump-text"]),
+        ("in.lammpstrj@1", ["--ase-format", "extxyz"]),
+        ("in.db", []),
+    ):
+        out = tmp_path / f"of {file}.extxyz"
+        assert predict(checkpoint, tmp_path / file, out, *flags) == 0
+        results = ase.io.read(out, do_not_split_by_at_sign=True).calc.results
+        assert results["energy"] == pytest.approx(expected["energy"], abs=1e-6)
+        assert np.abs(results["stress"] - expected["stress"]).max() < 1e-6
+
+
 def test_float32_is_near(checkpoint: Path, tmp_path: Path) -> None:
     exact = predicted(checkpoint, frames(), tmp_path, "a.traj")
     near = predicted(checkpoint, frames(), tmp_path, "b.traj", "--dtype", "float32", "--max-edges", "1")
@@ -186,7 +210,7 @@ def test_what_predict_refuses(
     refused("does not exist", of=tmp_path / "absent.xyz")
     refused("--max-atoms must be at least 1", "--max-atoms", "0")
     other.write_text("")
-    refused("Empty file|holds no frames", of=other)
+    refused("file is empty", of=other)
     other.write_text("0\n\n")
     refused("frame 0 has no atoms", of=other)
     other.write_text('1\npbc="T T T" Lattice="1 0 0 2 0 0 0 0 1"\nCu 0 0 0\n')

@@ -94,6 +94,29 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
         options.unreadable(nothing_found(path, name))
 
 
+def read_frames(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms]]:
+    """Number and atoms of every frame of a file, in Å, labelled or not, by the readers that `read_ase` uses.
+
+    `info`, arrays and results are as ASE reads them; results of a format that has units of its own are left
+    out.
+
+    Raises:
+        ValueError: a file, or a frame, that cannot be read.
+    """
+    name, num_found = ase_format(path, options.ase_format), 0
+    for found in _frames(path, name, options):
+        num_found += 1
+        atoms, length = found.atoms, found.units.factor("length")
+        if length != 1.0:
+            atoms.set_cell(atoms.cell.array * length)
+            atoms.positions *= length
+        if found.units.of:
+            atoms.calc = None
+        yield found.index, atoms
+    if not num_found:
+        raise nothing_found(path, name)
+
+
 def fixed_atoms(atoms: ase.Atoms) -> NDArray[np.bool_] | None:
     """(N,) bool of atoms held fixed in all directions, or None if none is."""
     fixed = np.zeros(len(atoms), dtype=bool)
