@@ -1,5 +1,7 @@
 """What the parts of the model see: level of theory, source, element, seed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,3 +107,19 @@ def test_without_gradients_all_around(forces: str, mode: type[torch.no_grad]) ->
     assert found.keys() == expected.keys()
     for key, value in found.items():
         assert (value - expected[key]).abs().max() < 1e-12
+
+
+def test_atomic_energies_hold_the_shift_of_their_source() -> None:
+    """Where references are those of free atoms, the mean binding energy of a source is shared by its atoms."""
+    energies = []
+    for shifts in ((), (0.0, -2.5)):
+        potential = build_potential(model_config(), replace(STATISTICS, shifts=shifts), 3, torch.float64)
+        potential.model.wants_atomic_energies = True
+        batch = batch_from_atoms([ethanol(), ethanol()], potential.model.config.cutoff)
+        batch[keys.SOURCE] = torch.tensor([0, 1])
+        predicted = potential(batch)
+        sums = torch.stack([part.sum() for part in predicted[keys.ATOMIC_ENERGIES].split([9, 9])])
+        assert (sums - predicted[keys.ENERGY]).abs().max() < 1e-10
+        energies.append(predicted[keys.ATOMIC_ENERGIES])
+    assert (energies[1] - energies[0])[:9].abs().max() == 0
+    assert (energies[1] - energies[0] + 2.5)[9:].abs().max() < 1e-12
