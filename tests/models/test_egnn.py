@@ -110,7 +110,7 @@ def test_without_gradients_all_around(forces: str, mode: type[torch.no_grad]) ->
 
 
 def test_atomic_energies_hold_the_shift_of_their_source() -> None:
-    """Where references are those of free atoms, the mean binding energy of a source is shared by its atoms."""
+    """Beside references of free atoms, the mean binding energy of a source is shared by its atoms."""
     energies = []
     for shifts in ((), (0.0, -2.5)):
         potential = build_potential(model_config(), replace(STATISTICS, shifts=shifts), 3, torch.float64)
