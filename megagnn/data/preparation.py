@@ -208,10 +208,17 @@ class Preparation:
             group = structure.group
         else:
             group = isolated_group(structure) if isolated else without_prefix(structure.group)
-        placed = replace(structure, group=group)
+        placed = replace(structure, group=group, file=structure.file or self._file_name(entry))
         self._sides.add(placed, kept, isolated and entry.side is None)
         self._audit.add(placed, isolated, f"{entry.path}, frame {frame}")
         return placed
+
+    def _file_name(self, entry: Input) -> str:
+        """By what the store knows a file: its name, with its folders where another has the same name."""
+        if len(self.inputs) == 1:
+            return ""
+        alike = [other for other in self.inputs if other.path.name == entry.path.name]
+        return entry.path.name if len(alike) == 1 else str(entry.path)
 
     def _is_store(self, entry: Input) -> bool:
         return (self.format or detect_format(entry.path)) == "store"

@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 from ase import Atoms
+from ase.calculators.singlepoint import SinglePointCalculator
 
 from megagnn.calculator import MegaGNNCalculator
 from megagnn.cli import main
@@ -160,6 +162,26 @@ def test_a_table_per_file_and_kind(
     assert re.search(r"^file +structures", table, re.MULTILINE)
     everything(checkpoint, alone, tmp_path / "n.json")
     assert "config_type" not in capsys.readouterr().out, "of one kind there is nothing to divide"
+
+
+def test_a_table_per_test_file(checkpoint: Path, tmp_path: Path) -> None:
+    """As prepared of files: by their names, and by their folders where names are equal."""
+    images = [Atoms("CuAg", positions=[[0, 0, 0], [0, 0, 2.5 + 0.02 * k]]) for k in range(12)]
+    for k, atoms in enumerate(images):
+        atoms.calc = SinglePointCalculator(atoms, energy=1.0 + 0.01 * k)
+        atoms.info["config_type"] = "near" if k < 9 else "far"
+    files = [tmp_path / name for name in ("train.xyz", "one/a.xyz", "two/a.xyz", "b.xyz")]
+    for k, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        ase.io.write(file, images[3 * k : 3 * k + 3])
+    given = [f"clusters={file}" for file in files]
+    arguments = ["--test", *given[1:], "--out", str(tmp_path / "store"), "--level", "EMT"]
+    split = ["--split", "1,0,0", "--group-by", "frame"]
+    assert main(["prepare", given[0], *arguments, *split]) == 0
+    found = everything(checkpoint, tmp_path / "store", tmp_path / "m.json")
+    names = {str(files[1]): 3, str(files[2]): 3, "b.xyz": 3}
+    assert {name: m["num_test"] for name, m in found["files"].items()} == names
+    assert {name: m["num_test"] for name, m in found["config_types"].items()} == {"near": 6, "far": 3}
 
 
 def test_files_of_several_stores(checkpoint: Path, tmp_path: Path) -> None:
