@@ -230,6 +230,11 @@ class RunConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
+        if self.init_from is None and self.init != InitConfig():
+            raise ValueError(
+                "keys of [init] say what a run takes of a checkpoint, but init_from names none; name it, or "
+                "leave them out"
+            )
         for name in ("stress_weight", "final_stress_weight"):
             weight = getattr(self.loss, name) or 0.0
             if weight > 0 and not self.model.stress:

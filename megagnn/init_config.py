@@ -25,3 +25,10 @@ class InitConfig:
     given."""
     new_levels: Pairs = field(default_factory=dict)
     """{new = old}: the same of levels of theory."""
+
+    def __post_init__(self) -> None:
+        if self.new_sources and self.references == "fit":
+            raise ValueError(
+                "init.new_sources says whose references are kept, but init.references is 'fit'; set it to "
+                "'keep', or leave init.new_sources out"
+            )

@@ -177,6 +177,14 @@ def test_mistakes_are_told_and_nothing_is_written(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_settings_without_effect_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"keys of \[init\] .* but init_from names none"):
+        config_from_dict({"init": {"references": "keep"}})
+    with pytest.raises(ValueError, match=r"but init.references is 'fit'; set it to 'keep'"):
+        config_from_dict({"init_from": "base", "init": {"new_sources": {"a": "b"}}})
+    config_from_dict({"init_from": "base", "init": {"new_sources": {"a": "b"}, "references": "keep"}})
+
+
 def test_what_is_no_checkpoint(
     run_dir: Path, new_store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
