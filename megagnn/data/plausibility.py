@@ -49,6 +49,9 @@ LOST_PAIRS, LOST_MISFIT, LOST_DISPLACEMENT = 20, 0.9, 0.1
 OUTLIER, OUTLIER_TOTAL, OUTLIER_SPREADS = 3.0, 100.0, 30.0
 """An energy is told that is off by so many eV per atom, eV in total, and robust standard deviations."""
 
+MIN_ZEROS = 3
+"""Structures of energy 0, to the last digit, from which on that is no chance."""
+
 MAX_ROWS = 20000
 """Structures from which energies of elements are estimated, for outliers."""
 
@@ -101,11 +104,18 @@ class LabelCheck:
 
     def faults(self) -> list[Fault]:
         """What is wrong, the sure faults first."""
-        found = [*self._sizes(), *self._differences(), *self._totals(), *self._outliers()]
+        found = [*self._absent(), *self._sizes(), *self._differences(), *self._totals(), *self._outliers()]
         return sorted(found, key=lambda fault: not fault.sure)
 
     def _fault(self, text: str, sure: bool) -> Fault:
         return Fault(f"{self.source}: {text}", sure)
+
+    def _absent(self) -> list[Fault]:
+        """Energies of 0 that a program wrote because it had none, as converters of LAMMPS dumps do."""
+        if len(self._rows) < MIN_ZEROS or self._forces.rms == 0.0 or any(e != 0.0 for _, e in self._rows):
+            return []
+        text = f"all {len(self._rows):,} energies are 0 while the forces are not: the file has no energies"
+        return [self._fault(f"{text}; leave them out with --energy-key none", True)]
 
     def _sizes(self) -> list[Fault]:
         found = []

@@ -104,6 +104,16 @@ def test_skip_covers_what_cannot_be_read(tmp_path, capsys, refuse):
     assert "far.xyz: nothing is kept of it; every structure broke a rule" in refuse(*apart)
 
 
+def test_energies_that_a_converter_made_up_are_refused(tmp_path, refuse):
+    path = write(tmp_path / "dump.xyz", *(crystal(k, energy=0.0) for k in range(4)))
+    said = refuse(path, *ONE_SPLIT)
+    assert "all 4 energies are 0 while the forces are not" in said
+    assert prepare(path, *ONE_SPLIT, "--energy-key", "none", "--out", tmp_path / "s") == 0
+    assert np.isnan(Store.open(tmp_path / "s").arrays["energy"]).all()
+    one_zero = write(tmp_path / "rel.xyz", *(crystal(k, energy=0.1 * k) for k in range(4)))
+    assert prepare(one_zero, *ONE_SPLIT, "--out", tmp_path / "rel") == 0
+
+
 def test_stores_of_equally_named_files_train_together(tmp_path):
     for folder, seed in (("1", 0), ("2", 100)):
         path = write(tmp_path / folder / "data.xyz", *(crystal(seed + k) for k in range(12)))
