@@ -177,13 +177,14 @@ def missing_labels(header: StoreHeader) -> list[str]:
     """What prepared structures lack, in words: a line for each source and label, rule broken, and note."""
     lines = []
     for source, record in header.provenance.items():
-        num_kept = record.get("num_read", 0) - record.get("num_rejected", 0)
+        num_read = record.get("num_read", 0)  # 0 where the structures were made here, by `megagnn label`
+        num_kept = num_read - record.get("num_rejected", 0)
         for label, count in record.get("num_without", {}).items():
             if count:
                 lines.append(f"{source}: {count:,} of {num_kept:,} structures have no {label}")
-        for rule, count in record.get("rejected", {}).items():
+        for rule, count in record.get("rejected", {}).items() if num_read else ():
             hint = " (--keep-unconverged keeps them)" if rule == "unconverged" else ""
-            lines.append(f"{source}: {count:,} of {record['num_read']:,} structures left out: {rule}{hint}")
+            lines.append(f"{source}: {count:,} of {num_read:,} structures left out: {rule}{hint}")
         lines += [
             f"{source}: {count:,} structures: {note}" for note, count in record.get("notes", {}).items()
         ]

@@ -7,7 +7,9 @@ import pytest
 
 from megagnn.cli import main
 from megagnn.data import keys
-from megagnn.data.store import Store
+from megagnn.data.formats.packed import pack_store
+from megagnn.data.store import Store, write_store
+from tests.data.conftest import make_structure
 from tests.data.formats.frames import STRESS, VOLUME, crystal, text_of, write
 
 ONE_SPLIT = ("--split", "1,0,0", "--group-by", "frame")
@@ -77,6 +79,20 @@ def test_unconverged_structures_are_left_out_and_counted(tmp_path, capsys):
     assert prepare(path, *ONE_SPLIT, "--keep-unconverged", "--out", tmp_path / "all") == 0
     assert len(Store.open(tmp_path / "all")) == 4
     assert record(tmp_path / "all")["rejected"] == {}
+
+
+def test_an_archive_of_made_structures_says_nothing_of_what_was_read(tmp_path, capsys):
+    store = tmp_path / "made"
+    rejected = {
+        "num_rejected": 2,
+        "rejected": {"not_converged": 2},
+    }  # as `megagnn label` counts, without num_read
+    write_store(
+        store, [make_structure(source="A")], splits=np.zeros(1, dtype=np.uint8), provenance={"A": rejected}
+    )
+    pack_store(store, tmp_path / "made.tar.xz")
+    assert prepare(tmp_path / "made.tar.xz", "--out", tmp_path / "s") == 0
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_skip_covers_what_cannot_be_read(tmp_path, capsys, refuse):
