@@ -43,8 +43,9 @@ SURE_MISFIT, SHARP_MISFIT = 0.3, 0.12
 
 MIN_PAIRS = 5
 
-LOST_PAIRS, LOST_MISFIT, LOST_DISPLACEMENT = 20, 0.9, 0.1
-"""Energies that go with the forces in no way, over as many pairs of frames that are as near (Å)."""
+LOST_PAIRS, LOST_MISFIT, LOST_DISPLACEMENT, LOST_ENERGY = 20, 0.9, 0.1, 0.02
+"""Energies that go with the forces in no way, over as many pairs of frames that are as near (Å) and should
+differ by so much (eV, median), which is more than energies are rounded."""
 
 OUTLIER, OUTLIER_TOTAL, OUTLIER_SPREADS = 3.0, 100.0, 30.0
 """An energy is told that is off by so many eV per atom, eV in total, and robust standard deviations."""
@@ -171,12 +172,15 @@ class LabelCheck:
     def _of_forces(self, slope: Slope, pairs: list[Pair]) -> list[Fault]:
         if not _is_wrong(slope):
             near = [pair for pair in pairs if pair.displacement < LOST_DISPLACEMENT and pair.of_forces]
-            lost = slopes(near)[0] if len(near) >= LOST_PAIRS else None
+            lost = None
+            if len(near) >= LOST_PAIRS and np.median([abs(pair.of_forces) for pair in near]) > LOST_ENERGY:
+                lost = slopes(near)[0]
             if lost is not None and lost.misfit > LOST_MISFIT and abs(lost.value) < RIGHT_SLOPES[0]:
                 return [
                     self._fault(
                         f"energies of {len(near)} pairs of near frames do not change as the forces say; "
-                        "check that energies and forces are of one calculation and atoms in one order",
+                        "check that energies and forces are of one calculation, that energies do not hold "
+                        "the kinetic energy, and that atoms are in one order",
                         False,
                     )
                 ]

@@ -78,6 +78,12 @@ class Preparation:
     provenance: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     warnings: list[str] = field(default_factory=list, init=False)
 
+    def __post_init__(self) -> None:
+        if not self.isolated_distance > 0:
+            raise ValueError(
+                f"isolated_distance must be a positive number of Å, got {self.isolated_distance:g}"
+            )
+
     def write(self, out: str | Path, overwrite: bool = False) -> StoreHeader:
         """Read, check, split and write; on any error nothing remains.
 
@@ -209,6 +215,8 @@ class Preparation:
         else:
             group = isolated_group(structure) if isolated else without_prefix(structure.group)
         placed = replace(structure, group=group, file=structure.file or self._file_name(entry))
+        if isolated and not is_isolated_atom(structure) and not structure.config_type:
+            placed = replace(placed, config_type="IsolatedAtom")  # which training, too, goes by
         self._sides.add(placed, kept, isolated and entry.side is None)
         self._audit.add(placed, isolated, f"{entry.path}, frame {frame}")
         return placed

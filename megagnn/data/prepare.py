@@ -42,11 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", help="name of the source of every file without NAME=")
     parser.add_argument("--level", help="name of the level of theory of the labels")
     parser.add_argument("--format", choices=sorted(FORMATS), help="format of the files (default: detected)")
+    _add_split_arguments(parser)
+    _add_reading_arguments(parser)
+    _add_reference_arguments(parser)
+    parser.add_argument("--min-distance", type=float, default=Rules.min_distance, help="Å; 0 for no check")
+    parser.add_argument("--max-force", type=float, default=Rules.max_force, help="eV/Å")
+    parser.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        default="error",
+        help="stop at a structure that is bad or cannot be read, or skip and count it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a store that is there already")
+
+
+def _add_split_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which structures lie on which side."""
     fractions = ",".join(map(str, DEFAULT_FRACTIONS))
     parser.add_argument(
         "--split",
         help=f"train,valid,test fractions (default: {fractions}). Stores keep the split they have unless one "
-        "of --split, --seed, --test and --group-by is given",
+        "of --split, --seed, --test, --valid and --group-by is given",
     )
     parser.add_argument(
         "--test",
@@ -58,6 +74,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--valid", nargs="+", default=[], metavar="[NAME=]FILE", help="fixed validation set, in the same way"
     )
+    parser.add_argument(
+        "--group-by",
+        metavar="auto|formula|file|frame|info:KEY",
+        help="what stays on one side of the split, in all sources (default: auto, the format's own groups, "
+        "else empirical formula)",
+    )
+    parser.add_argument("--seed", type=int, help="of the split (default: 0)")
+
+
+def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
+    """What fixes reference energies, and labels that look wrong."""
     parser.add_argument(
         "--reference-energies",
         type=Path,
@@ -75,23 +102,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-labels", action="store_true", help="write labels whose units or signs are surely wrong"
     )
-    parser.add_argument(
-        "--group-by",
-        metavar="auto|formula|file|frame|info:KEY",
-        help="what stays on one side of the split, in all sources (default: auto, the format's own groups, "
-        "else empirical formula)",
-    )
-    _add_reading_arguments(parser)
-    parser.add_argument("--seed", type=int, help="of the split (default: 0)")
-    parser.add_argument("--min-distance", type=float, default=Rules.min_distance, help="Å; 0 for no check")
-    parser.add_argument("--max-force", type=float, default=Rules.max_force, help="eV/Å")
-    parser.add_argument(
-        "--on-bad",
-        choices=("error", "skip"),
-        default="error",
-        help="stop at a structure that is bad or cannot be read, or skip and count it",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a store that is there already")
 
 
 def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:

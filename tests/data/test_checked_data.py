@@ -67,6 +67,16 @@ def test_what_an_isolated_atom_is(tmp_path, atom, found):
     assert isolated_atoms(Store.open(tmp_path / "out")).tolist() == [found]
 
 
+def test_the_distance_of_isolated_atoms_is_the_users(tmp_path, capsys):
+    file = write(tmp_path / "a.xyz", [isolated("H", -13.6, cell=3 * [5.0], pbc=True), *molecules("H2", 5)])
+    assert prepare(tmp_path, file, "--isolated-distance", "4", "--split", "1,0,0") == 0
+    store = Store.open(tmp_path / "out")
+    assert isolated_atoms(store).tolist() == [True] + 5 * [False]
+    assert "fixed: H -13.6" in capsys.readouterr().out
+    assert prepare(tmp_path, file, "--isolated-distance", "0", "--overwrite") == 2
+    assert "isolated_distance must be a positive number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["IsolatedAtom", "isolated_atom"])
 def test_a_file_may_say_that_an_atom_is_isolated(tmp_path, name):
     atom = isolated("H", -13.6, cell=3 * [4.0], pbc=True)

@@ -134,3 +134,20 @@ def test_cells_of_two_sizes_with_one_energy():
     assert any("--units energy=eV/atom" in fault.text for fault in faults(cells))
     right = [labelled(f.repeat((1, 1, n)), energy=-14.0 * n) for n in (1, 2, 3) for f in crystals(2)]
     assert faults(right) == []
+
+
+def test_energies_with_the_kinetic_energy():
+    """What molecular dynamics conserves does not change with the forces."""
+    frames = crystals(num_frames=40, rattle=0.03, strain=0.0)
+    forces = [f.calc.results["forces"] for f in frames]
+    kept = [labelled(f, energy=1.0 + 1e-4 * k, forces=forces[k]) for k, f in enumerate(frames)]
+    assert any("kinetic energy" in fault.text and not fault.sure for fault in faults(kept))
+
+
+def test_energies_rounded_beyond_their_differences_are_silent():
+    frames = crystals(num_frames=40, rattle=0.004, strain=0.0)
+    coarse = [
+        labelled(f, energy=round(f.calc.results["energy"], 2), forces=f.calc.results["forces"])
+        for f in frames
+    ]
+    assert faults(coarse) == []

@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 
 from megagnn.config import DataConfig, ModelConfig
 from megagnn.data.dataset import StructureDataset
+from megagnn.data.store import write_store
 from megagnn.data.subset import nested_subset
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.fit_statistics import compute_statistics
@@ -65,3 +67,27 @@ def test_the_training_split_alone_is_cut(store: Path) -> None:
 def test_what_cannot_be_chosen(store: Path, number: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         nested_subset(StructureDataset([store], "train", 4.0), number, 0)
+
+
+def test_isolated_atoms_are_at_the_head(tmp_path: Path) -> None:
+    """Without them a subset would have other references than the whole."""
+    atom = runs.structures()[0]
+    atoms = [
+        replace(
+            atom,
+            atomic_numbers=np.array([z], dtype=np.uint8),
+            positions=np.zeros((1, 3)),
+            energy=-1.0 * z,
+            forces=None,
+            stress=None,
+            cell=np.zeros((3, 3)),
+            pbc=np.zeros(3, dtype=bool),
+            group=str(100 + z),
+        )
+        for z in (29, 47)
+    ]
+    records = runs.structures() + atoms
+    write_store(tmp_path / "store", records, splits=np.zeros(len(records), dtype=np.uint8))
+    dataset = StructureDataset([tmp_path / "store"], "train", 4.0)
+    for seed in range(3):
+        assert {len(records) - 2, len(records) - 1} <= set(nested_subset(dataset, 8, seed).tolist())
