@@ -95,6 +95,8 @@ def test_size_of_stress_without_near_frames():
     strong = [labelled(f, stress=2.0 * np.eye(3), energy=0.0) for f in crystals(num_frames=1)]
     (fault,) = faults(strong)
     assert not fault.sure  # 320 GPa: such data exist
+    (fault,) = faults([labelled(f, stress=6.0 * np.eye(3), energy=0.0) for f in crystals(num_frames=1)])
+    assert fault.sure  # 960 GPa in a crystal of usual density: 70 eV to an atom
 
 
 def test_size_of_forces_and_energies_that_agree():
