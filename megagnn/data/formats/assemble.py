@@ -186,7 +186,7 @@ def _ignored(info: Mapping[str, Any]) -> tuple[str, ...]:
     neutral = {
         "charge": (0,),
         "total_charge": (0,),
-        "spin": (0,),
+        "spin": (0, 1),  # of unpaired electrons, or the multiplicity
         "multiplicity": (1,),
         "spin_multiplicity": (1,),
     }
