@@ -75,14 +75,14 @@ class DataConfig:
 class LossConfig:
     """Weights and kinds of the loss terms; errors in eV per atom, eV/Å, eV/Å^3, sums over global counts."""
 
-    energy: LossKind = "huber"
+    energy: LossKind = "mae"
     """Kind of the energy-per-atom loss."""
-    forces: ForceLossKind = "huber"
+    forces: ForceLossKind = "mse"
     """Kind of the force loss, of components; `norm` is the mean length of the error vectors, and
     `stratified_huber` has a delta that depends on the size of the label (`force_strata`)."""
     stress: LossKind = "huber"
     """Kind of the stress loss."""
-    energy_weight: NonNegativeFloat = 1.0
+    energy_weight: NonNegativeFloat = 3.0
     """Weight of the energy-per-atom loss."""
     force_weight: NonNegativeFloat = 1.0
     """Weight of the force loss."""

@@ -87,7 +87,7 @@ _NO_MATTER = (
 
 
 # Defaults that have changed since their keys were made, as they were: digests are of what differs from these.
-FIRST_DEFAULTS: dict[str, Any] = {}
+FIRST_DEFAULTS: dict[str, Any] = {"loss.energy": "huber", "loss.forces": "huber", "loss.energy_weight": 1.0}
 
 
 @dataclass(frozen=True)

@@ -87,16 +87,20 @@ def open_checkpoint(path: str | Path) -> Checkpoint | FolderCheckpoint:
         FileNotFoundError: no such file.
     """
     path = Path(os.path.expanduser(path))
-    if follow(path).is_dir():
-        if not (follow(path) / MANIFEST).exists():
+
+    def opened(target: Path) -> Checkpoint | FolderCheckpoint:
+        if target.is_file():
+            return _load_file(path)
+        if not target.is_dir():
+            raise FileNotFoundError(f"no checkpoint at {path}")
+        if not (target / MANIFEST).exists():
             raise ValueError(
                 f"{path} is a folder, not a checkpoint; did you mean {path / 'best'} or "
                 f"{path / 'checkpoints' / 'best'}?"
             )
-        return _while_it_stays(path, open_folder)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    return _load_file(path)
+        return open_folder(target)
+
+    return _while_it_stays(path, opened)
 
 
 def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpoint:
@@ -119,7 +123,7 @@ def _while_it_stays(path: Path, read: Callable[[Path], T]) -> T:
         target = follow(path)
         try:
             return read(target)
-        except ValueError:
+        except (ValueError, FileNotFoundError):
             if follow(path) == target:
                 raise
 

@@ -117,7 +117,8 @@ def test_a_changed_default_makes_other_runs(tmp_path: Path, monkeypatch: pytest.
     before = [run.digest for run in load_sweep(write_sweep(tmp_path)).runs]
     assert [run.digest for run in load_sweep(write_sweep(tmp_path, written)).runs] == before
     # as if it had been 0.5 first, and were 0.01 since then
-    monkeypatch.setattr(sweep_module, "FIRST_DEFAULTS", {"optim.final_ratio": 0.5})
+    first = {**sweep_module.FIRST_DEFAULTS, "optim.final_ratio": 0.5}
+    monkeypatch.setattr(sweep_module, "FIRST_DEFAULTS", first)
     today = [run.digest for run in load_sweep(write_sweep(tmp_path)).runs]
     assert all(new != old for new, old in zip(today, before, strict=True))
     old = written.replace("0.01", "0.5")
