@@ -75,14 +75,14 @@ class DataConfig:
 class LossConfig:
     """Weights and kinds of the loss terms; errors in eV per atom, eV/Å, eV/Å^3, sums over global counts."""
 
-    energy: LossKind = "mae"
+    energy: LossKind = "mse"
     """Kind of the energy-per-atom loss."""
     forces: ForceLossKind = "mse"
     """Kind of the force loss, of components; `norm` is the mean length of the error vectors, and
     `stratified_huber` has a delta that depends on the size of the label (`force_strata`)."""
     stress: LossKind = "huber"
     """Kind of the stress loss."""
-    energy_weight: NonNegativeFloat = 3.0
+    energy_weight: NonNegativeFloat = 10.0
     """Weight of the energy-per-atom loss."""
     force_weight: NonNegativeFloat = 1.0
     """Weight of the force loss."""
@@ -99,16 +99,15 @@ class LossConfig:
     """`stratified_huber`: pairs (size of the label in eV/Å, factor of `huber_delta` from there on)."""
     element_weights: Factors = Field(default_factory=dict)
     """Weights of atoms in the force term by element, 1 for those not named: {H = 0.5}."""
-    final_energy_weight: NonNegativeFloat | None = None
-    """`energy_weight` of the last part of the run, by which validations judge; the same throughout if not
-    given."""
-    final_force_weight: NonNegativeFloat | None = None
+    final_energy_factor: NonNegativeFloat = 10.0
+    """What `energy_weight` is multiplied with in the last part of the run, and where validations judge."""
+    final_force_factor: NonNegativeFloat = 1.0
     """The same of `force_weight`."""
-    final_stress_weight: NonNegativeFloat | None = None
+    final_stress_factor: NonNegativeFloat = 1.0
     """The same of `stress_weight`."""
-    change: tuple[float, float] = (0.75, 0.75)
-    """Shares of the run between which weights go in a straight line from the first to the final ones; two
-    equal numbers for a switch."""
+    change: tuple[float, float] = (0.6, 0.9)
+    """Shares of the run between which these factors rise from 1 in a straight line; two equal numbers for a
+    switch."""
     preset: Literal[
         "default", "mace-weighted", "mace-stress", "mace-huber", "mace-universal", "mace-l1l2", "nequip"
     ] = "default"
@@ -235,32 +234,33 @@ class RunConfig:
                 "keys of [init] say what a run takes of a checkpoint, but init_from names none; name it, or "
                 "leave them out"
             )
-        for name in ("stress_weight", "final_stress_weight"):
-            weight = getattr(self.loss, name) or 0.0
-            if weight > 0 and not self.model.stress:
-                raise ValueError(
-                    f"loss.{name} is {weight:g} but model.stress is false; "
-                    f"set model.stress = true or loss.{name} = 0"
-                )
-        for name in ("force_weight", "final_force_weight"):
-            weight = getattr(self.loss, name) or 0.0
-            if weight > 0 and self.model.forces == "none":
-                raise ValueError(
-                    f"loss.{name} is {weight:g} but model.forces is 'none'; "
-                    f"set loss.{name} = 0 or model.forces = 'conservative'"
-                )
-        if self.optim.warmup_steps >= self.train.num_steps:
-            epochs = self.train.num_epochs
-            number = f"train.num_steps ({self.train.num_steps})"
-            if epochs is not None:
-                number = f"the {self.train.num_steps} steps of train.num_epochs = {epochs}"
+        if self.loss.stress_weight > 0 and not self.model.stress:
             raise ValueError(
-                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below {number}; use at most "
-                f"{self.train.num_steps - 1}"
+                f"loss.stress_weight is {self.loss.stress_weight:g} but model.stress is false; "
+                "set model.stress = true or loss.stress_weight = 0"
             )
+        if self.loss.force_weight > 0 and self.model.forces == "none":
+            raise ValueError(
+                f"loss.force_weight is {self.loss.force_weight:g} but model.forces is 'none'; "
+                "set loss.force_weight = 0 or model.forces = 'conservative'"
+            )
+        if self.train.num_epochs is None:  # else the steps are not known before the data are
+            self.check_warmup()
         self._check_sharding()
         self._check_precision()
         self._check_pipeline()
+
+    def check_warmup(self) -> None:
+        """Raises ValueError if the warm-up does not fit the steps."""
+        steps, epochs = self.train.num_steps, self.train.num_epochs
+        if self.optim.warmup_steps >= steps:
+            number = f"train.num_steps ({steps})"
+            if epochs is not None:
+                number = f"the {steps} steps of train.num_epochs = {epochs}"
+            raise ValueError(
+                f"optim.warmup_steps ({self.optim.warmup_steps}) must be below {number}; use at most "
+                f"{steps - 1}"
+            )
 
     @property
     def schedule(self) -> str:
@@ -409,7 +409,9 @@ def config_to_dict(config: RunConfig) -> dict[str, Any]:
 def with_num_steps(config: RunConfig, num_steps: int) -> RunConfig:
     """The configuration with this number of steps; raises ValueError where it does not fit the other keys."""
     values = config_to_dict(config)
-    return config_from_dict({**values, "train": {**values["train"], "num_steps": num_steps}})
+    found = config_from_dict({**values, "train": {**values["train"], "num_steps": num_steps}})
+    found.check_warmup()
+    return found
 
 
 def flat_config(config: RunConfig) -> dict[str, Any]:

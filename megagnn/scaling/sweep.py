@@ -43,8 +43,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megagnn.config import RunConfig, config_from_dict, flat_config
+from megagnn.config import RunConfig, flat_config
 from megagnn.scaling.records import RunRecord, read_records, slug
+from megagnn.train.fine_tune import complete_config
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -87,7 +88,12 @@ _NO_MATTER = (
 
 
 # Defaults that have changed since their keys were made, as they were: digests are of what differs from these.
-FIRST_DEFAULTS: dict[str, Any] = {"loss.energy": "huber", "loss.forces": "huber", "loss.energy_weight": 1.0}
+FIRST_DEFAULTS: dict[str, Any] = {
+    "loss.energy": "huber",
+    "loss.forces": "huber",
+    "loss.energy_weight": 1.0,
+    "loss.final_energy_factor": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ def load_sweep(path: str | Path) -> Sweep:
         dotted = {**common, **_dotted(path, settings), "out_dir": str(out_dir / name)}
         relative = {key: dotted.pop(key) for key in RELATIVE if key in dotted}
         try:
-            config = _in_steps(config_from_dict(_merged(base, dotted)), relative)
+            config = _in_steps(complete_config(_merged(base, dotted)), relative)
         except ValueError as error:
             raise ValueError(f"{path}, run {name}: {error}") from None
         runs.append(PlannedRun(name, config, _digest(config), usual if recipe is None else recipe))

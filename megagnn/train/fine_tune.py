@@ -50,15 +50,20 @@ ELEMENTS, LEVELS = "element_embedding.weight", "level_embedding.weight"
 
 
 def run_config(path: str | Path, overrides: Sequence[str] = (), resume: bool = False) -> RunConfig:
-    """The configuration of a run; with `init_from` what [model] leaves open is the checkpoint's.
+    """The configuration of a run from its file and overrides, see `complete_config`; raises as that and
+    `config.load_config`."""
+    return complete_config(read_values(path, overrides), resume)
+
+
+def complete_config(values: dict[str, Any], resume: bool = False) -> RunConfig:
+    """The configuration of nested values; with `init_from` what [model] leaves open is the checkpoint's.
 
     A run that goes on has written down its model and does not need the checkpoint that it began with.
 
     Raises:
-        ValueError: see `config.load_config`; a key of [model] that contradicts the checkpoint.
-        FileNotFoundError: no such file, or no checkpoint.
+        ValueError: see `config.config_from_dict`; a key of [model] that contradicts the checkpoint.
+        FileNotFoundError: no checkpoint.
     """
-    values = read_values(path, overrides)
     init_from = values.get("init_from")
     if not isinstance(init_from, str):
         return config_from_dict(values)

@@ -142,10 +142,14 @@ class BatchLoader:
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
 
-    def num_steps(self, num_epochs: int) -> int:
-        """Steps of the first so many epochs."""
-        lengths = [len(self.sampler.batches(epoch)) for epoch in range(num_epochs)]
-        return sum(-(-length // self.sampler.per_step) for length in lengths)
+    def steps_left(self, num_epochs: int, epoch: int, first: int, first_structure: int) -> int:
+        """Steps to the end of the first `num_epochs` epochs, from step `first` of an epoch whose plan leaves
+        out `first_structure` structures."""
+        if epoch >= num_epochs:
+            return 0
+        lengths = [len(self.sampler.batches(epoch, first_structure))]
+        lengths += [len(self.sampler.batches(later)) for later in range(epoch + 1, num_epochs)]
+        return sum(-(-length // self.sampler.per_step) for length in lengths) - first
 
     def steps(self, epoch: int, first: int, first_structure: int = 0) -> Iterator[list[dict[str, Tensor]]]:
         """The batches of each step of an epoch, from step `first` on."""

@@ -19,8 +19,13 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import all_reduce_sum
 
 TERMS = ("energy", "forces", "stress")
-# Of each term, the configuration's key of its weight.
+# Of each term, the configuration's keys of its weight, and of the factor of that at the end of a run.
 WEIGHT_KEYS = {"energy": "energy_weight", "forces": "force_weight", "stress": "stress_weight"}
+FACTOR_KEYS = {
+    "energy": "final_energy_factor",
+    "forces": "final_force_factor",
+    "stress": "final_stress_factor",
+}
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def pointwise(kind: str, error: Tensor, delta: float | Tensor, unit: float | Non
 def check_labels(num_labelled: Mapping[str, int], config: LossConfig) -> None:
     """Raises ValueError if a term has a weight and the training data no label of its kind."""
     for term, setting in WEIGHT_KEYS.items():
-        weight = max(getattr(config, setting), getattr(config, f"final_{setting}") or 0.0)
+        weight = getattr(config, setting)
         if weight > 0 and num_labelled[term] == 0:
             raise ValueError(
                 f"loss.{setting} is {weight:g} but no training structure has a label '{term}'; set "
@@ -162,12 +167,11 @@ class Loss:
 
 
 def weight_at(config: LossConfig, term: str, progress: float) -> float:
-    """Weight of a term where this share of the run is done: the first one, the final one, or between them."""
-    first: float = getattr(config, WEIGHT_KEYS[term])
-    final: float | None = getattr(config, f"final_{WEIGHT_KEYS[term]}")
-    if final is None:
-        return first
+    """Weight of a term where this share of the run is done: its factor rises from 1 to the final one."""
+    weight: float = getattr(config, WEIGHT_KEYS[term])
+    final: float = getattr(config, FACTOR_KEYS[term])
     begin, end = config.change
     if progress >= end:
-        return final
-    return first + (final - first) * max(0.0, progress - begin) / (end - begin) if end > begin else first
+        return weight * final
+    risen = max(0.0, progress - begin) / (end - begin) if end > begin else 0.0
+    return weight * (1 + (final - 1) * risen)

@@ -8,7 +8,8 @@ losses are theirs divided by delta, which moves no minimum, nor a step of AdamW 
 
 from typing import Any
 
-_MACE: dict[str, Any] = {"energy_weight": 1.0, "force_weight": 100.0}
+_CONSTANT: dict[str, Any] = {"final_energy_factor": 1.0}
+_MACE: dict[str, Any] = {"energy_weight": 1.0, "force_weight": 100.0, **_CONSTANT}
 _SQUARES: dict[str, Any] = {"energy": "mse", "forces": "mse", "stress": "mse"}
 
 LOSS_PRESETS: dict[str, dict[str, Any]] = {
@@ -24,5 +25,5 @@ LOSS_PRESETS: dict[str, dict[str, Any]] = {
         **_MACE,
     },
     "mace-l1l2": {"energy": "mae", "forces": "norm", **_MACE},
-    "nequip": {**_SQUARES, "energy_weight": 1.0, "force_weight": 1.0},
+    "nequip": {**_SQUARES, "energy_weight": 1.0, "force_weight": 1.0, **_CONSTANT},
 }

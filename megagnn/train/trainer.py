@@ -98,9 +98,6 @@ class Trainer:
             train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
         )
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
-        if config.train.num_epochs is not None:
-            steps = self.train.num_steps(config.train.num_epochs)
-            config = self.config = with_num_steps(config, steps)
         self._make_potential([] if checkpoint is None else checkpoint.progress.stages)
         self._make_optimizer()
         self.loss = Loss(config.loss)
@@ -115,7 +112,17 @@ class Trainer:
             beginning.fill(pieces, self.statistics)
             pieces_loaded(self.optimizer, num_steps=0)
             self.begun_with = beginning.describe(self.statistics)
+        if config.train.num_epochs is not None:
+            steps = self.progress.step + self._steps_left(config.train.num_epochs)
+            config = self.config = with_num_steps(config, steps)
         self._timeline_step = min(self.progress.step + config.parallel.timeline_step, config.train.num_steps)
+
+    def _steps_left(self, num_epochs: int) -> int:
+        """Steps to the end of so many epochs from where the run stands; planned once, on the main rank."""
+        p, left = self.progress, 0
+        if self.context.is_main:
+            left = self.train.steps_left(num_epochs, p.epoch, p.step_in_epoch, p.first_structure)
+        return int(broadcast_object(left, self.context))
 
     @property
     def last_path(self) -> Path:

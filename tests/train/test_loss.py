@@ -41,7 +41,8 @@ def batch_and_outputs(weights: list[tuple[float, float, float]] | None = None) -
 
 
 def total(values: dict[str, Any], batch: Any, outputs: Any) -> float:
-    config = config_from_dict({"model": {"stress": True}, "loss": values}).loss
+    constant = {} if "preset" in values else {"final_energy_factor": 1.0}
+    config = config_from_dict({"model": {"stress": True}, "loss": {**constant, **values}}).loss
     loss, _ = Loss(config)(outputs, batch, label_counts(batch, ParallelContext()))
     return float(loss)
 
@@ -143,17 +144,17 @@ class TestWeights:
 
 class TestWeightsOverTheRun:
     def test_a_switch(self) -> None:
-        config = LossConfig(energy_weight=1.0, final_energy_weight=100.0, change=(0.75, 0.75))
-        assert [weight_at(config, "energy", p) for p in (0.0, 0.74, 0.75, 1.0)] == [1, 1, 100, 100]
+        config = LossConfig(energy_weight=2.0, final_energy_factor=50.0, change=(0.75, 0.75))
+        assert [weight_at(config, "energy", p) for p in (0.0, 0.74, 0.75, 1.0)] == [2, 2, 100, 100]
         assert weight_at(config, "forces", 1.0) == config.force_weight
 
     def test_a_straight_line(self) -> None:
-        config = LossConfig(force_weight=10.0, final_force_weight=0.0, change=(0.5, 0.9))
+        config = LossConfig(force_weight=10.0, final_force_factor=0.0, change=(0.5, 0.9))
         found = [weight_at(config, "forces", p) for p in (0.2, 0.5, 0.6, 0.7, 0.9, 1.0)]
         assert found == pytest.approx([10, 10, 7.5, 5, 0, 0])
 
     def test_validations_judge_by_the_final_ones(self) -> None:
-        config = LossConfig(energy_weight=1.0, final_energy_weight=100.0)
+        config = LossConfig(energy_weight=1.0, final_energy_factor=100.0)
         assert Loss(config).weights["energy"] == 100
         assert Loss(config, 0.0).weights["energy"] == 1
 
@@ -162,15 +163,13 @@ class TestWeightsOverTheRun:
         with pytest.raises(ValueError, match=r"two rising shares of the run"):
             LossConfig(change=change)
 
-    def test_a_final_weight_needs_labels_too(self) -> None:
-        config = LossConfig(energy_weight=0.0, final_energy_weight=1.0)
-        with pytest.raises(ValueError, match="no training structure has a label 'energy'"):
-            check_labels({"energy": 0, "forces": 5, "stress": 0}, config)
-        check_labels({"energy": 0, "forces": 5, "stress": 0}, LossConfig(energy_weight=0.0))
-
-    def test_a_final_stress_weight_needs_a_model_with_stress(self) -> None:
-        with pytest.raises(ValueError, match=r"loss.final_stress_weight is 1 but model.stress is false"):
-            config_from_dict({"loss": {"final_stress_weight": 1.0}})
+    def test_no_weight_stays_none(self) -> None:
+        config = LossConfig(energy_weight=0.0)
+        assert config.final_energy_factor == 10
+        assert Loss(config).weights["energy"] == 0
+        with pytest.raises(ValueError, match="no training structure has a label 'forces'"):
+            check_labels({"energy": 0, "forces": 0, "stress": 0}, config)
+        check_labels({"energy": 0, "forces": 5, "stress": 0}, config)
 
 
 def test_strata_must_rise() -> None:

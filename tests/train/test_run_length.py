@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megagnn.cli import main
+from megagnn.config import config_from_dict, with_num_steps
 from megagnn.train.checkpoint import open_checkpoint
 from megagnn.train.trainer import Trainer
 from tests import runs
@@ -35,6 +36,30 @@ def test_epochs_count_optimizer_steps(store: Path, tmp_path: Path) -> None:
     trainer = runs.make_trainer(store, tmp_path / "run", *overrides)
     steps = [len(list(trainer.train.steps(epoch, 0))) for epoch in range(2)]
     assert trainer.config.train.num_steps == sum(steps)
+
+
+def test_epochs_end_with_the_data_on_another_number_of_ranks(store: Path, tmp_path: Path) -> None:
+    """What is left of an epoch is counted by structures: a run that goes on on one rank, begun on two."""
+    overrides = ("--train.num_epochs", "3", "--optim.warmup_steps", "1")
+    trainer = runs.make_trainer(store, tmp_path / "run", *overrides)
+    loader, whole = trainer.train, len(trainer.train.dataset)
+    # as after step 2 of epoch 1 on two ranks: the plan of one rank leaves out what they have seen
+    two = loader.sampler.on_ranks(2)
+    seen = two.num_structures(1, 2)
+    left = loader.steps_left(3, 1, 0, seen)
+    structures = sum(map(len, loader.sampler.batches(1, seen))) + sum(map(len, loader.sampler.batches(2)))
+    assert structures == 2 * whole - seen
+    assert left == len(loader.sampler.batches(1, seen)) + len(loader.sampler.batches(2))
+    assert loader.steps_left(3, 3, 0, 0) == 0
+
+
+def test_a_long_warm_up_is_judged_when_the_epochs_are_counted() -> None:
+    config = config_from_dict({"train": {"num_epochs": 1000}, "optim": {"warmup_steps": 12000}})
+    with pytest.raises(
+        ValueError, match=r"\(12000\) must be below the 9000 steps of train.num_epochs = 1000"
+    ):
+        with_num_steps(config, 9000)
+    assert with_num_steps(config, 50000).train.num_steps == 50000
 
 
 def test_warm_up_must_fit_the_epochs(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
