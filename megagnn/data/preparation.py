@@ -165,7 +165,8 @@ class Preparation:
         drawn_by_name = not self.keep_splits and self.options.group_by == "auto"
         if header and drawn_by_name and len(header.sources) > 1 and GROUPS_FILE not in header.sha256:
             print(NO_NAMES_WARNING.format(path=entry.path), file=sys.stderr)
-        for frame, structure in enumerate(read_structures(entry.path, options, self.format)):
+        for number, structure in enumerate(read_structures(entry.path, options, self.format)):
+            frame = number + len(unreadable)
             record = self._record(structure.source, structure.level)
             if structure.source not in files_seen:
                 files_seen.add(structure.source)
@@ -197,7 +198,9 @@ class Preparation:
                 record["num_read"] += 1
                 _reject(record, "unreadable")
             what = f"{len(unreadable)} frame(s) left out" if num_kept else "nothing could be read of it"
-            self.warnings.append(f"{entry.path}: {what}: {unreadable[0]}")
+            last = unreadable[-1].last if num_kept else None
+            rest = "" if last is None else f"; nothing after frame {last} was read"
+            self.warnings.append(f"{entry.path}: {what}: {unreadable[0]}{rest}")
         elif not num_kept:
             self.warnings.append(f"{entry.path}: nothing is kept of it; every structure broke a rule")
         if not num_kept:  # told at once: if nothing is left the command ends without a store

@@ -120,6 +120,21 @@ def test_skip_covers_what_cannot_be_read(tmp_path, capsys, refuse):
     assert "far.xyz: nothing is kept of it; every structure broke a rule" in refuse(*apart)
 
 
+def test_frames_are_numbered_as_in_the_file_and_a_lost_rest_is_told(tmp_path, capsys):
+    frames = [crystal(k) for k in range(6)]
+    frames[1] = "".join(frames[1].splitlines(keepends=True)[:-1])
+    near = frames[3].splitlines(keepends=True)
+    frames[3] = "".join([*near[:-1], near[-2]])  # two atoms at one place
+    path = write(tmp_path / "a.xyz", *frames, "x\n3\nplain\n")
+    assert prepare(path, *ONE_SPLIT, "--on-bad", "skip", "--out", tmp_path / "s") == 0
+    capsys.readouterr()
+    assert record(tmp_path / "s")["rejected"] == {"unreadable": 2, "min_distance": 1}
+    assert "a.xyz: 2 frame(s) left out: cannot read" in (
+        said := Store.open(tmp_path / "s").header.warnings[0]
+    )
+    assert said.endswith("; nothing after frame 5 was read")
+
+
 def test_energies_that_a_converter_made_up_are_refused(tmp_path, refuse):
     path = write(tmp_path / "dump.xyz", *(crystal(k, energy=0.0) for k in range(4)))
     said = refuse(path, *ONE_SPLIT)

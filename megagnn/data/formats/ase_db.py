@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ase
 import ase.db
+from ase.db.row import AtomsRow
+from ase.io.jsonio import read_json
 
 from megagnn.data.formats.options import ReadOptions, UnreadableError
 from megagnn.data.formats.units import Units
@@ -65,20 +68,48 @@ def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Dat
 def iterate_rows(
     path: Path, database: Any, options: ReadOptions
 ) -> Iterator[tuple[int, ase.Atoms, dict[str, Any]]]:
-    """(index, atoms, extra values by name) of each row.
+    """(index, atoms, extra values by name) of each row, each read by itself.
 
     Raises:
         UnreadableError: a row that cannot be read.
     """
-    index = 0
+    num_rows = 0
     try:
-        for index, row in enumerate(database.select()):
-            atoms = row.toatoms()
-            extra = {**dict(row.data), **dict(row.key_value_pairs)}
+        for index, row_of in enumerate(_rows(path, database)):
+            num_rows = index + 1
+            try:
+                row = row_of()
+                atoms = row.toatoms()
+                extra = {**dict(row.data), **dict(row.key_value_pairs)}
+            except Exception as error:
+                options.unreadable(_unreadable(path, index, error))
+                continue
             atoms.info = {**extra, **atoms.info}
             yield index, atoms, extra
+    except UnreadableError:
+        raise
     except Exception as error:
-        reason = str(error) or type(error).__name__
-        options.unreadable(
-            UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?")
-        )
+        options.unreadable(_unreadable(path, num_rows, error, last=num_rows))
+
+
+def _rows(path: Path, database: Any) -> Iterator[Callable[[], AtomsRow]]:
+    """A function that reads it, for each row; ASE's own loop over rows ends at the first it cannot read."""
+    if path.suffix.lower() == ".json":
+        with path.open() as file:
+            entries = read_json(file)
+        for number in entries.get("ids", [1]):
+            yield partial(_json_row, entries, number)
+        return
+    with database:  # one connection for all rows
+        numbers = [row.id for row in database.select(columns=["id"], include_data=False, sort="id")]
+        for number in numbers:
+            yield partial(database.get, id=number)
+
+
+def _json_row(entries: dict[int, Any], number: int) -> AtomsRow:
+    return AtomsRow(entries[number])
+
+
+def _unreadable(path: Path, index: int, error: Exception, last: int | None = None) -> UnreadableError:
+    reason = str(error) or type(error).__name__
+    return UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?", last)

@@ -190,7 +190,8 @@ def _cannot_read(path: Path, index: int, error: Exception) -> UnreadableError:
         reason = f"unknown name {reason} (of an element?)"
     return UnreadableError(
         f"cannot read {path}, frame {index}: {reason}; is the file whole and its format known to ASE "
-        "(--ase-format)?"
+        "(--ase-format)?",
+        last=index,
     )
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,13 +26,15 @@ TENSORS = ("stress", "virial")
 UNREADABLE_STRESS = "stress that is no tensor"
 """Key of `info` under which a stress stands that ASE could not hold."""
 _TENSOR_KEY = re.compile(rf"(?<![\w-])({'|'.join(TENSORS)})(?=\s*=)")
+_HEAD_KEY = re.compile(r"(?<![\w-])(Properties|Lattice)\s*=")
 _ASIDE = "set_aside_"
 
 
 def iterate_extxyz(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms]]:
     """(index, atoms) of the frames of a file; those that cannot be read go to `options.unreadable`.
 
-    After a frame whose end is not found nothing more is read.
+    After a frame of a wrong number of lines reading goes on at the next number of atoms with a comment that
+    names a cell or columns.
 
     Raises:
         UnreadableError: see above.
@@ -38,8 +42,11 @@ def iterate_extxyz(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.
     index = 0
     try:
         with open_with_compression(str(path), "r") as file:
-            for frame in _split(file):
+            for frame in _split(_Lines(file)):
                 index += 1
+                if isinstance(frame, _Lost):
+                    options.unreadable(_unreadable(path, index - 1, frame.reason, frame.is_last))
+                    continue
                 try:
                     atoms = _atoms(frame, options.species)
                 except Exception as error:
@@ -49,34 +56,106 @@ def iterate_extxyz(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.
     except UnreadableError:
         raise
     except (OSError, EOFError, ValueError) as error:
-        options.unreadable(_unreadable(path, index, error))
+        options.unreadable(_unreadable(path, index, error, is_last=True))
 
 
-def _unreadable(path: Path, index: int, error: Exception) -> UnreadableError:
+def _unreadable(path: Path, index: int, error: Exception | str, is_last: bool = False) -> UnreadableError:
     if isinstance(error, UnreadableError):
         return UnreadableError(f"cannot read {path}, frame {index}: {error}")
     reason = str(error) or type(error).__name__
-    return UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?")
+    return UnreadableError(
+        f"cannot read {path}, frame {index}: {reason}; is the file whole?", index if is_last else None
+    )
 
 
-def _split(file: IO[str]) -> Iterator[list[str]]:
+@dataclass(frozen=True)
+class _Lost:
+    """A frame whose lines are not those of one frame; `is_last` if other frames may be lost after it."""
+
+    reason: str
+    is_last: bool = False
+
+
+class _Lines:
+    """The lines of a file, with a look at those to come; empty at its end."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+        self.ahead: deque[str] = deque()
+
+    def peek(self, after: int = 0) -> str:
+        while len(self.ahead) <= after:
+            self.ahead.append(self.file.readline())
+        return self.ahead[after]
+
+    def take(self) -> str:
+        return self.ahead.popleft() if self.ahead else self.file.readline()
+
+    def at_frame(self) -> bool:
+        """Whether a frame begins here beyond doubt."""
+        return _is_count(self.peek()) and _is_comment(self.peek(1))
+
+
+def _is_count(line: str) -> bool:
+    text = line.strip()
+    return text.isdecimal() and len(text) < 10
+
+
+def _is_comment(line: str) -> bool:
+    return _HEAD_KEY.search(line) is not None
+
+
+def _split(lines: _Lines) -> Iterator[list[str] | _Lost]:
     """Lines of each frame: number of atoms, comment, atoms, and cell vectors (VEC1...) if there are any."""
-    line = file.readline()
-    while line:
-        if not line.strip():
-            line = file.readline()
-            continue
-        if not line.strip().isdigit():
-            raise ValueError(f"expected the number of atoms, got {line.strip()[:60]!r}")
-        num_atoms = int(line)
-        lines = [line, *(file.readline() for _ in range(num_atoms + 1))]
-        if not lines[-1]:
-            raise ValueError(f"the file ends within a frame of {num_atoms} atoms")
-        line = file.readline()
-        while line.lstrip().startswith("VEC"):
-            lines.append(line)
-            line = file.readline()
-        yield lines
+    while True:
+        _skip_blank(lines)
+        if not lines.peek():
+            return
+        if _is_count(lines.peek()):
+            frame, reason = _take_frame(lines)
+            if not reason:
+                yield frame
+                continue
+            num_lost = 1
+        else:
+            frame, reason = [], f"expected the number of atoms, got {lines.peek().strip()[:60]!r}"
+            num_lost = 0
+        rest = frame[2:]
+        while lines.peek() and not lines.at_frame():
+            rest.append(lines.take())
+        num_lost += sum(map(_is_comment, rest))
+        is_last = not lines.peek() and any(map(_is_count, rest))
+        for _ in range(num_lost - 1):
+            yield _Lost(reason)
+            reason = "its number of atoms was not found"
+        yield _Lost(reason, is_last)
+
+
+def _take_frame(lines: _Lines) -> tuple[list[str], str]:
+    """The lines of a frame, and what is wrong with their number, if anything is."""
+    frame = [lines.take()]
+    num_atoms = int(frame[0])
+    while len(frame) < num_atoms + 2:
+        if lines.at_frame():
+            return frame, f"the next frame begins within this one of {num_atoms} atoms"
+        if not lines.peek():
+            return frame, f"the file ends within a frame of {num_atoms} atoms"
+        frame.append(lines.take())
+    while lines.peek().lstrip().startswith("VEC"):
+        frame.append(lines.take())
+    _skip_blank(lines)
+    following = lines.peek()
+    if not following or _is_count(following) or _is_comment(following) or _is_comment(lines.peek(1)):
+        return frame, ""
+    return frame, (
+        f"its {num_atoms} atoms are followed by {following.strip()[:60]!r}, not by the number of atoms of "
+        "another frame"
+    )
+
+
+def _skip_blank(lines: _Lines) -> None:
+    while lines.peek() and not lines.peek().strip():
+        lines.take()
 
 
 def _atoms(lines: list[str], species: Mapping[str, str]) -> ase.Atoms:

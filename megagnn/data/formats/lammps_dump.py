@@ -48,7 +48,9 @@ def iterate_dump(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.At
                     continue
                 yield index, atoms, notes
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        options.unreadable(UnreadableError(f"cannot read {path}, frame {index}: {error}; is the file whole?"))
+        options.unreadable(
+            UnreadableError(f"cannot read {path}, frame {index}: {error}; is the file whole?", last=index)
+        )
 
 
 def _split(file: IO[str]) -> Iterator[tuple[list[str], str | None]]:

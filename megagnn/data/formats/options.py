@@ -19,7 +19,16 @@ USUAL_NAMES = {
 
 
 class UnreadableError(ValueError):
-    """A file, or a frame of it, that cannot be understood."""
+    """A file, or a frame of it, that cannot be understood.
+
+    Attributes:
+        last: number of the frame after which nothing of the file was read, though it may hold more; None
+            where reading went on.
+    """
+
+    def __init__(self, message: str, last: int | None = None) -> None:
+        super().__init__(message)
+        self.last = last
 
 
 @dataclass(frozen=True)

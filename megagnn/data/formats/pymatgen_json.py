@@ -114,15 +114,18 @@ def _species_of(site: Mapping[str, Any], where: str) -> str:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any, bool]]:
     """(name, entry, whether it is of MPtrj's form) of each frame of a file."""
+    num_read = 0
     try:
         for key, value in iterate_entries(path):
             if isinstance(value, dict) and "structure" not in value and key is not None:
                 for name, entry in value.items():
+                    num_read += 1
                     yield f"{key}/{name}", entry, True
             else:
+                num_read += 1
                 yield key or "", value, False
     except (ValueError, OSError, EOFError) as error:
-        raise UnreadableError(f"cannot read {path}: {error}; is the file whole?") from error
+        raise UnreadableError(f"cannot read {path}: {error}; is the file whole?", last=num_read) from error
 
 
 def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str, of_mptrj: bool) -> Frame:

@@ -1,5 +1,8 @@
 """Databases of ASE: labels in data and key-value pairs, units declared as SchNetPack does."""
 
+import json
+import sqlite3
+
 import ase.db
 import numpy as np
 import pytest
@@ -61,6 +64,30 @@ def test_results_of_calculators_are_read_as_ever(tmp_path):
         db.write(atoms, data={"energy": -99.0}, name="w")
     (read,) = read_structures(tmp_path / "a.db")
     assert (read.energy, read.forces.tolist()) == (-1.0, FORCES.tolist())
+
+
+@pytest.mark.parametrize("ending", ["db", "json"])
+def test_a_row_that_cannot_be_read_costs_that_row(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    with ase.db.connect(path) as db:
+        for k in range(4):
+            atoms = molecule("H2O")
+            atoms.calc = SinglePointCalculator(atoms, energy=-float(k), forces=FORCES)
+            db.write(atoms)
+    if ending == "db":
+        with sqlite3.connect(path) as connection:
+            connection.execute("UPDATE systems SET positions = x'0011' WHERE id = 2")
+        connection.close()
+    else:
+        rows = json.loads(path.read_text())
+        del rows["2"]["numbers"]
+        path.write_text(json.dumps(rows))
+    told = []
+    read = list(read_structures(path, ReadOptions(on_unreadable=told.append)))
+    assert [s.energy for s in read] == [0.0, -2.0, -3.0]
+    assert ["frame 1: " in str(error) for error in told] == [True]
+    with pytest.raises(ValueError, match=rf"cannot read .*a.{ending}, frame 1: "):
+        list(read_structures(path))
 
 
 def test_not_a_database(tmp_path):

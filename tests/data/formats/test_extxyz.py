@@ -61,6 +61,46 @@ def test_frames_after_a_bad_one_are_read_where_its_end_is_known(tmp_path):
     assert len(told) == 2
 
 
+def lines_of(seed):
+    return crystal(seed).splitlines(keepends=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "lost"),
+    [
+        (lambda lines: lines[:-1], [1]),  # an atom too few
+        (lambda lines: [*lines, lines[-1]], [1]),  # an atom too many
+        (lambda lines: ["30\n", *lines[1:]], [1]),
+        (lambda lines: lines[1:], [1]),  # no number of atoms
+        (lambda lines: ["x3\n", *lines[1:]], [1]),
+        (lambda lines: [lines[0], *lines[2:]], [1]),  # no comment
+        (lambda lines: [*lines[:-1], *lines_of(7)[1:]], [1, 2]),  # a number of atoms lost after an atom
+    ],
+)
+def test_a_frame_of_a_wrong_number_of_lines_costs_that_frame(tmp_path, change, lost):
+    path = write(tmp_path / "a.xyz", crystal(0), *change(lines_of(1)), *(crystal(k) for k in range(2, 6)))
+    told = []
+    read = list(read_structures(path, ReadOptions(on_unreadable=told.append)))
+    assert [s.energy for s in read] == [-10.0, -9.8, -9.7, -9.6, -9.5]
+    assert [f"frame {k}:" in str(error) for k, error in zip(lost, told, strict=True)] == [True] * len(lost)
+    assert [error.last for error in told] == [None] * len(lost)
+    with pytest.raises(ValueError, match="frame 1: "):
+        list(read_structures(path))
+
+
+def test_frames_without_known_beginnings_are_said_to_be_lost(tmp_path):
+    plain = "2\nenergy=-1\nCu 0 0 0\nCu 0 0 2\n"
+    for name, bad in (
+        ("few", plain[:-9]),
+        ("many", plain + "Cu 0 0 4\n"),
+        ("far", plain.replace("2", "99", 1)),
+    ):
+        told = []
+        path = write(tmp_path / f"{name}.xyz", plain, bad, *[plain] * 5)
+        list(read_structures(path, ReadOptions(forces_key="none", on_unreadable=told.append)))
+        assert told[-1].last == 1, name
+
+
 def test_file_cut_within_a_frame(tmp_path):
     path = write(tmp_path / "a.xyz", crystal(0), *(line + "\n" for line in crystal(1).split("\n")[:3]))
     with pytest.raises(ValueError, match="frame 1: the file ends within a frame of 3 atoms"):
