@@ -12,6 +12,7 @@ from typing import IO
 
 import ase
 import numpy as np
+from ase.calculators.lammps import convert
 from ase.data import atomic_masses
 from ase.io.formats import open_with_compression
 from ase.io.lammpsrun import read_lammps_dump_text
@@ -91,8 +92,19 @@ def _atoms(lines: list[str], style: str | None, options: ReadOptions) -> tuple[a
     (atoms,) = read_lammps_dump_text(io.StringIO("".join(text)), index=slice(0, 1), units=style or "metal")
     if atoms.calc is not None:
         atoms.calc.results.pop("energy", None)  # 0 of ASE's making
+    _as_written(atoms, style or "metal", options)
     notes = (*notes, NO_ENERGY)
     return atoms, notes if style or {"length", "forces"} & set(options.units.of) else (*notes, UNITS_ASSUMED)
+
+
+def _as_written(atoms: ase.Atoms, style: str, options: ReadOptions) -> None:
+    """Undo the style's conversion of what the user declares units of, which `assemble` converts from them."""
+    if "length" in options.units.of:
+        length = convert(1.0, "distance", style, "ASE")
+        atoms.set_cell(atoms.cell.array / length)
+        atoms.positions /= length
+    if "forces" in options.units.of and atoms.calc is not None and "forces" in atoms.calc.results:
+        atoms.calc.results["forces"] = atoms.calc.results["forces"] / convert(1.0, "force", style, "ASE")
 
 
 def _numbers(

@@ -1,12 +1,13 @@
 """LAMMPS dumps: no energy of ASE's making, elements from a column, masses or the user, units of a style."""
 
 import gzip
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from ase.units import kcal, mol
+from ase.units import Bohr, Hartree, kcal, mol
 
-from megagnn.data.formats import ReadOptions, read_structures
+from megagnn.data.formats import ReadOptions, parse_units, read_structures
 
 HEAD = "ITEM: TIMESTEP\n{step}\nITEM: NUMBER OF ATOMS\n3\nITEM: BOX BOUNDS pp pp pp\n0 4\n0 4\n0 4\n"
 COLUMNS = "id type x y z fx fy fz"
@@ -68,6 +69,22 @@ def test_units_of_a_style_named_in_the_dump(tmp_path):
     read = next(read_structures(path, TYPES))
     assert np.allclose(read.forces[0], [-0.4 * kcal / mol, 0, 0], rtol=1e-5)
     assert not any("units metal" in note for note in read.notes)
+
+
+def test_units_of_the_user_come_before_those_of_the_dump_and_not_on_top(tmp_path):
+    path = dump(tmp_path / "a.dump", head="ITEM: UNITS\nelectron\n" + HEAD)
+    own = next(read_structures(path, TYPES))
+    assert np.allclose(own.forces[0], [-0.4 * Hartree / Bohr, 0, 0], rtol=1e-5)
+    assert np.allclose(own.positions[2], [2 * Bohr, 2 * Bohr, 0], rtol=1e-5)
+    for units, force, length in (
+        ("forces=kcal/mol/Å", kcal / mol, Bohr),
+        ("length=nm", Hartree / Bohr, 10.0),
+        ("forces=Ha/bohr,length=bohr", Hartree / Bohr, Bohr),
+    ):
+        read = next(read_structures(path, replace(TYPES, units=parse_units(units))))
+        assert np.allclose(read.forces[0], [-0.4 * force, 0, 0], rtol=1e-5)
+        assert np.allclose(read.positions[2], [2 * length, 2 * length, 0], rtol=1e-5)
+        assert np.allclose(read.cell, 4 * length * np.eye(3), rtol=1e-5)
 
 
 def test_a_dump_cut_short(tmp_path):
