@@ -27,8 +27,6 @@ from megagnn.data.formats.quirks import FREE_ENERGY, FREE_ENERGY_TAKEN, Mender
 from megagnn.data.formats.units import Units
 from megagnn.data.record import Structure
 
-VIRIAL_LEFT_OUT = "a virial is not read, for other labels have keys of their own; --virial-key reads it"
-
 
 @dataclass
 class Found:
@@ -236,11 +234,9 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
             f"{path}, frame {found.index}: stress must have 6 or 9 components, got "
             f"{str(atoms.info[UNREADABLE_STRESS])[:60]!r}; leave it out with --stress-key none"
         )
-    if options.virial_key is None and labels["virial"] is not None:
-        if options.foreign_keys:
-            labels["virial"], notes = None, (*notes, VIRIAL_LEFT_OUT)
-        elif options.stress_key == "none":
-            labels["virial"] = None
+    if options.virial_key is None:
+        labels["virial"], said = options.usual_virial(labels["virial"])
+        notes = (*notes, *said)
     free = ase_name in FREE_ENERGY and options.energy_key is None and "free_energy" in found.results
     return Frame(
         path=path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megagnn.data.formats.groups import GROUPINGS
 from megagnn.data.formats.units import Units
@@ -16,6 +17,9 @@ USUAL_NAMES = {
     "virial": ("virial", "virials"),
 }
 """Label -> names under which it is found without a key."""
+
+
+VIRIAL_LEFT_OUT = "a virial is not read, for other labels have keys of their own; --virial-key reads it"
 
 
 class UnreadableError(ValueError):
@@ -119,6 +123,13 @@ class ReadOptions:
                 f"with {flags} if they belong together (none for a label to leave out, as in "
                 f"--{unnamed[0]}-key none)"
             )
+
+    def usual_virial(self, virial: Any) -> tuple[Any, tuple[str, ...]]:
+        """A virial found under its usual name, and notes; None where no stress is wanted, or where it may be
+        of another method than labels with keys of their own."""
+        if virial is None or self.stress_key == "none":
+            return None, ()
+        return (None, (VIRIAL_LEFT_OUT,)) if self.foreign_keys else (virial, ())
 
     def unreadable(self, error: UnreadableError) -> None:
         """Report a frame that cannot be read; returns only if reading may go on.

@@ -142,9 +142,11 @@ def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str,
     for name, key in options.label_keys.items():
         labels[name] = None if key == "none" else entry.get(key or found[name])
     notes: tuple[str, ...] = ()
+    if options.virial_key is None:
+        labels["virial"], notes = options.usual_virial(labels["virial"])
     undeclared = "matpes_id" in entry and "stress" not in options.units.of
     if undeclared and options.stress_key is None and labels["stress"] is not None:
-        labels["stress"], notes = None, (STRESS_UNDECLARED,)
+        labels["stress"], notes = None, (*notes, STRESS_UNDECLARED)
     provenance = entry.get("provenance")
     material = provenance.get("original_mp_id") if isinstance(provenance, dict) else None
     charge = entry["structure"].get("charge")

@@ -87,6 +87,21 @@ def test_matpes(tmp_path):
     assert np.allclose(given.stress * -1602.1766, [[10, 6, 5], [6, 20, 4], [5, 4, 30]])
 
 
+def test_a_virial_of_the_usual_name_is_not_paired_with_labels_of_other_names(tmp_path):
+    entry = plain(virial=[1.0, 1.0, 1.0, 0.0, 0.0, 0.0], REF_energy=-9.0, REF_forces=FORCES)
+    path = write(tmp_path / "a.json", [entry])
+    (usual,) = read_structures(path)
+    assert np.allclose(usual.stress, -np.eye(3) / 64.0)
+    named = {"energy_key": "REF_energy", "forces_key": "REF_forces"}
+    (read,) = read_structures(path, ReadOptions(**named))
+    assert (read.energy, read.stress) == (-9.0, None)
+    assert any("--virial-key reads it" in note for note in read.notes)
+    (asked,) = read_structures(path, ReadOptions(**named, virial_key="virial"))
+    assert np.allclose(asked.stress, usual.stress)
+    (without,) = read_structures(path, ReadOptions(stress_key="none"))
+    assert (without.energy, without.stress, without.notes) == (-7.0, None, ())
+
+
 def test_other_keys_and_molecules(tmp_path):
     sites = [{"species": [{"element": "D", "occu": 1}], "xyz": [0, 0, k * 0.7]} for k in range(2)]
     entry = {"structure": {"@class": "Molecule", "charge": 1, "sites": sites}, "E": -0.5, "F": FORCES}
