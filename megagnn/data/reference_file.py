@@ -93,7 +93,7 @@ def _parse(text: str) -> dict[Any, Any]:
     for parse in (json.loads, ast.literal_eval, tomllib.loads):
         try:
             found = parse(text)
-        except (ValueError, SyntaxError, TypeError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         if isinstance(found, dict):
             return found

@@ -147,6 +147,7 @@ def test_given_reference_energies(tmp_path, capsys, text, name):
         ("H = true", "must be a number in eV, got True"),
         ("H = -13.6\n[other]\nH = -1.0", "a table for 'other', which is no source; sources are a"),
         ("nothing", "is no table of reference energies"),
+        ("[" * 3000, "is no table of reference energies"),
     ],
 )
 def test_refused_reference_energies(tmp_path, capsys, text, message):

@@ -82,6 +82,8 @@ class _Buffer:
                 if whole or not self.read(max(CHUNK, len(self.text) - self.start)):
                     raise ValueError(f"the file ends early or is damaged: {error}") from error
                 continue
+            except RecursionError as error:
+                raise ValueError("an entry is nested too deeply") from error
             if end == len(self.text) and self.read():
                 continue  # a number may go on in the next part
             self.start = end

@@ -25,7 +25,7 @@ from ase.io.formats import open_with_compression
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.groups import empirical_formula
 from megagnn.data.formats.options import ReadOptions, UnreadableError
-from megagnn.data.formats.pymatgen_json import JSON_ENDINGS, structure_fields
+from megagnn.data.formats.pymatgen_json import JSON_ENDINGS, check_labels, structure_fields
 from megagnn.data.record import Structure
 
 
@@ -53,12 +53,20 @@ def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
     z are one by symmetry).
 
     Raises:
-        ValueError: a file that is not such a list, naming the entry, or see `ReadOptions.check_label_keys`.
+        ValueError: a file that is not such a list, naming the entry, the key of a stress or virial, which is
+            not read, or labels that are not there (see `check_labels`, `ReadOptions.check_label_keys`).
     """
+    for name in ("stress", "virial"):
+        if (key := options.label_keys[name]) not in (None, "none"):
+            raise ValueError(
+                f"{path}: --{name}-key {key} would read a stress of mlearn, whose shear components have "
+                "another order in the files of other elements (see megagnn/data/formats/mlearn.py); leave it "
+                "out, or prepare this file apart from those it is meant for"
+            )
     try:
         with open_with_compression(str(path), "rb") as file:
             entries = json.loads(file.read())
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, RecursionError) as error:
         raise UnreadableError(f"cannot read {path}: {error}; is the file whole?") from error
     if not isinstance(entries, list):
         raise UnreadableError(
@@ -67,7 +75,7 @@ def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
     for frame, entry in enumerate(entries):
         try:
             structure = _structure(entry, options, path, frame)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             reason = f"{type(error).__name__} {error}"
             options.unreadable(
                 UnreadableError(
@@ -78,6 +86,8 @@ def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
         except UnreadableError as error:
             options.unreadable(error)
             continue
+        if frame == 0 and options.on_unreadable is None:
+            check_labels(structure, entry["outputs"], options, f"{path}, frame {frame}")
         yield structure
 
 

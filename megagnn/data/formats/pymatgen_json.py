@@ -66,14 +66,14 @@ def read_pymatgen_json(path: Path, options: ReadOptions) -> Iterator[Structure]:
         except UnreadableError as error:
             options.unreadable(error)
             continue
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             reason = f"{type(error).__name__} {error}"
             options.unreadable(
                 UnreadableError(f"cannot read {where}: no structure as pymatgen writes it ({reason})")
             )
             continue
         if index == 0 and options.on_unreadable is None:
-            _check_labels(structure, entry, options, where)
+            check_labels(structure, entry, options, where)
         yield structure
 
 
@@ -83,8 +83,9 @@ def structure_fields(
     """Numbers, positions, cell and periodicity of a structure (or molecule) in pymatgen's form.
 
     Raises:
-        UnreadableError: a site shared by several species, or an unknown one.
-        KeyError, TypeError, IndexError: another form.
+        UnreadableError: a site shared by several species, an unknown one, or numbers that are none or not as
+            many as they must be.
+        KeyError, TypeError, IndexError, AttributeError: another form.
     """
     lattice = None if structure.get("@class") == "Molecule" else structure["lattice"]
     sites = structure["sites"]
@@ -96,13 +97,24 @@ def structure_fields(
     if lattice is None:
         cell, pbc = np.zeros((3, 3)), np.zeros(3, dtype=bool)
     else:
-        cell = np.array(lattice["matrix"], dtype=np.float64)
-        pbc = np.array(lattice.get("pbc", (True, True, True)), dtype=bool)
-    if sites and all("xyz" in site for site in sites):  # as given, which need not be wrapped
-        positions = np.array([site["xyz"] for site in sites], dtype=np.float64)
-    else:
-        positions = np.array([site["abc"] for site in sites], dtype=np.float64).reshape(-1, 3) @ cell
+        cell = _numbers(lattice["matrix"], (3, 3), "the matrix of a lattice", where)
+        pbc = _numbers(lattice.get("pbc", (1, 1, 1)), (3,), "pbc", where).astype(bool)
+    name = "xyz" if sites and all("xyz" in site for site in sites) else "abc"
+    values = [site[name] for site in sites] or np.zeros((0, 3))
+    positions = _numbers(values, (len(sites), 3), f"{name} of the sites", where)
+    if name == "abc":  # xyz is taken as given, for it need not be wrapped
+        positions = positions @ cell
     return np.array(numbers, dtype=np.int64), positions, cell, pbc
+
+
+def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str) -> NDArray[np.float64]:
+    try:
+        numbers = np.array(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise UnreadableError(f"{where}: {what} must be numbers of shape {shape}: {error}") from error
+    if numbers.shape != shape:
+        raise UnreadableError(f"{where}: {what} must be numbers of shape {shape}, got {numbers.shape}")
+    return numbers
 
 
 def _species_of(site: Mapping[str, Any], where: str) -> str:
@@ -166,8 +178,12 @@ def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str,
     )
 
 
-def _check_labels(structure: Structure, entry: Mapping[str, Any], options: ReadOptions, where: str) -> None:
-    """Refuse a file whose first entry lacks what was asked for by name, or has nothing to learn from."""
+def check_labels(structure: Structure, entry: Mapping[str, Any], options: ReadOptions, where: str) -> None:
+    """Refuse a file whose first entry lacks what was asked for by name, or has nothing to learn from.
+
+    Raises:
+        ValueError: no such key, or neither energy nor forces (an UnreadableError).
+    """
     there = ", ".join(key for key in entry if key not in NOT_LABELS) or "none"
     for name, key in options.label_keys.items():
         if key not in (None, "none") and entry.get(key) is None:

@@ -66,6 +66,21 @@ def test_stress_of_unknown_order_is_left_out(path):
     assert all(s.stress is None for s in read_structures(path))
 
 
+def test_keys_of_a_stress_are_refused_and_others_must_be_there(path):
+    keyed = {"energy_key": "energy", "forces_key": "forces"}
+    for stress in ({"stress_key": "virial_stress", "virial_key": "none"}, {"virial_key": "virial_stress"}):
+        with pytest.raises(
+            ValueError, match=r"-key virial_stress would read a stress of mlearn.*another order"
+        ):
+            list(read_structures(path, ReadOptions(**keyed, **stress)))
+    with pytest.raises(
+        ValueError, match=r"frame 0: there is no energy key 'E'; keys there are energy, forces, virial_stress"
+    ):
+        list(read_structures(path, ReadOptions(energy_key="E", forces_key="forces")))
+    read = list(read_structures(path, ReadOptions(**keyed, stress_key="none", virial_key="none")))
+    assert [s.energy for s in read] == [-10.8] * len(ENTRIES)
+
+
 def test_snapshots_of_a_run_and_strains_of_a_cell_stay_together(path):
     groups = [s.group for s in read_structures(path)]
     assert groups[0] == groups[1] == "Si, AIMD-NVT: AIMD NVT simulation for normal structure at 300 K"
@@ -106,6 +121,7 @@ def changed(change):
             changed(lambda e: e["structure"]["sites"][0]["species"][0].update(occu=0.5)),
             "frame 1: a site is shared",
         ),
+        (changed(lambda e: e.update(outputs=[3])), "frame 1: not an entry of the mlearn form"),
         ({"structure": 1}, "expected a list of structures, got dict"),
     ],
 )

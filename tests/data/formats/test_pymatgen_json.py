@@ -133,6 +133,29 @@ def test_a_bad_entry_and_a_file_cut_short(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lattice": {"matrix": CELL[:2]}}, r"lattice must be numbers of shape \(3, 3\), got \(2, 3\)"),
+        ({"lattice": {"matrix": CELL, "pbc": [True]}}, r"pbc must be numbers of shape \(3,\), got \(1,\)"),
+        (
+            {"sites": [{"species": [{"element": "Na"}], "abc": ["a", 0, 0]}]},
+            r"abc of the sites must be numbers of shape \(1, 3\): could not convert",
+        ),
+        ({"sites": [{"species": [{"element": "Na"}], "abc": [0, 0]}]}, r"shape \(1, 3\), got \(1, 2\)"),
+        ({"sites": [3]}, "no structure as pymatgen writes it"),
+        ({"lattice": [3]}, "no structure as pymatgen writes it"),
+    ],
+)
+def test_a_structure_of_another_shape_is_named_and_can_be_skipped(tmp_path, change, message):
+    path = write(tmp_path / "a.json", [plain(), {**plain(), "structure": structure(**change)}, plain(-6.0)])
+    with pytest.raises(ValueError, match=f"entry 1: .*{message}"):
+        list(read_structures(path))
+    told = []
+    read = list(read_structures(path, ReadOptions(on_unreadable=told.append)))
+    assert ([s.energy for s in read], len(told)) == ([-7.0, -6.0], 1)
+
+
 @pytest.mark.parametrize("data", [[], {}, [1, -2.5e3, "a", None], {"a": [1, {"b": 2}], "c": "x,]}"}])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_entries_do_not_depend_on_how_the_file_is_cut(tmp_path, monkeypatch, data, chunk):
@@ -143,9 +166,9 @@ def test_entries_do_not_depend_on_how_the_file_is_cut(tmp_path, monkeypatch, dat
     assert read == (list(data.items()) if isinstance(data, dict) else [(None, value) for value in data])
 
 
-@pytest.mark.parametrize("text", ["", "1", "[1 2]", "[1,", '{"a" 1}', "{1: 2}", "[1, x]"])
+@pytest.mark.parametrize("text", ["", "1", "[1 2]", "[1,", '{"a" 1}', "{1: 2}", "[1, x]", "[" * 200_000])
 def test_what_is_no_list_of_entries(tmp_path, text):
     path = tmp_path / "a.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"expected|ends early"):
+    with pytest.raises(ValueError, match=r"expected|ends early|nested too deeply"):
         list(iterate_entries(path))
