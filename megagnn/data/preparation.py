@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -107,6 +108,7 @@ class Preparation:
                 "others": description if len(stores) < len(self.inputs) else None,
             }
         self.provenance, self.warnings = {}, []
+        self._num_named = Counter(entry.path.name for entry in self.inputs)
         self._sides, self._audit = Sides(self.fractions, self.seed), Audit()
         references: References = {}
         return write_store(
@@ -228,8 +230,7 @@ class Preparation:
         """By what the store knows a file: its name, with its folders where another has the same name."""
         if len(self.inputs) == 1:
             return ""
-        alike = [other for other in self.inputs if other.path.name == entry.path.name]
-        return entry.path.name if len(alike) == 1 else str(entry.path)
+        return entry.path.name if self._num_named[entry.path.name] == 1 else str(entry.path)
 
     def _is_store(self, entry: Input) -> bool:
         return (self.format or detect_format(entry.path)) == "store"

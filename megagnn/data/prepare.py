@@ -219,7 +219,7 @@ def parse_inputs(
         ValueError: such a file that could belong to several sources, or to none.
     """
     named = list(map(_named, files))
-    unnamed = [path for name, path in named if name is None and not (path.exists() and is_store(path))]
+    unnamed = {path for name, path in named if name is None and not (path.exists() and is_store(path))}
     if source is None and len(unnamed) > 1:
         note = f"note: {len(unnamed)} files make one source, {default!r}"
         print(f"{note}; NAME=FILE keeps labels of several methods apart", file=sys.stderr)

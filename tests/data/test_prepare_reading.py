@@ -7,7 +7,9 @@ import pytest
 
 from megagnn.cli import main
 from megagnn.data import keys
+from megagnn.data.formats import ReadOptions
 from megagnn.data.formats.packed import pack_store
+from megagnn.data.preparation import Input, Preparation
 from megagnn.data.store import Store, write_store
 from tests.data.conftest import make_structure
 from tests.data.formats.frames import STRESS, VOLUME, crystal, text_of, write
@@ -152,6 +154,29 @@ def test_stores_of_equally_named_files_train_together(tmp_path):
     one, two = (set(Store.open(tmp_path / f / "s").group_names()) for f in "12")
     assert not one & two
     assert len(one) == len(two) == 12
+
+
+def test_files_of_one_name_are_told_apart_without_a_look_at_all_files_per_structure(tmp_path):
+    class Counted(list):
+        num_looks = 0
+
+        def __iter__(self):
+            self.num_looks += 1
+            return super().__iter__()
+
+    num_looks = []
+    for num_frames in (1, 9):
+        paths = [tmp_path / str(num_frames) / name for name in ("1/a.xyz", "2/a.xyz", "b.xyz")]
+        inputs = Counted(
+            Input(write(path, *(crystal(10 * k + n) for n in range(num_frames))))
+            for k, path in enumerate(paths)
+        )
+        out = tmp_path / f"s{num_frames}"
+        Preparation(inputs, ReadOptions(source="s", group_by="frame"), fractions=(1, 0, 0)).write(out)
+        names = [str(paths[0]), str(paths[1]), "b.xyz"]
+        assert list(dict.fromkeys(Store.open(out).files())) == names
+        num_looks.append(inputs.num_looks)
+    assert num_looks[0] == num_looks[1]
 
 
 def test_far_positions_keep_their_distances(tmp_path):
