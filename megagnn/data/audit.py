@@ -16,14 +16,15 @@ class Audit:
     def __init__(self) -> None:
         self._labels: dict[str, LabelCheck] = {}
         self._copies = Copies()
-        self._isolated: list[bool] = []
+        self._isolated = bytearray()
 
-    def add(self, structure: Structure, isolated: bool, where: str) -> None:
+    def add(self, structure: Structure, isolated: bool, file: str, frame: int) -> None:
         """One structure in the order of the store: whether it is an isolated atom, and where it is from."""
         self._isolated.append(isolated)
-        self._copies.add(structure, where)
+        self._copies.add(structure, file, frame)
         if not isolated:
-            self._labels.setdefault(structure.source, LabelCheck(structure.source)).add(structure, where)
+            check = self._labels.setdefault(structure.source, LabelCheck(structure.source))
+            check.add(structure, file, frame)
 
     def check(self, accept: bool) -> list[str]:
         """What is wrong with labels, in words.
@@ -46,4 +47,4 @@ class Audit:
 
     def copies(self, sides: NDArray[np.integer]) -> list[str]:
         """Test and validation structures that are copies of training structures, in words."""
-        return self._copies.in_training(sides, np.array(self._isolated, dtype=np.bool_))
+        return self._copies.in_training(sides, np.frombuffer(bytes(self._isolated), dtype=np.bool_))

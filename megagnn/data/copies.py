@@ -8,47 +8,52 @@ by sorting them, so that memory and time grow with the number of structures only
 from __future__ import annotations
 
 import zlib
+from array import array
 from functools import lru_cache
 
 import numpy as np
 from ase.geometry import complete_cell
 from numpy.typing import NDArray
 
+from megagnn.data.places import Places
 from megagnn.data.record import Structure
 from megagnn.data.split import SPLITS
 
-NUM_MARKS = 4
-TOLERANCE = 1e-4
-"""Å. Positions written with four decimals differ by half of it."""
+NUM_MARKS = 12
+
+ROUNDING, MAX_DISTANCE = 2e-4, 8e-3
+"""Å. Marks of copies differ by less than ROUNDING times the square root of the number of coordinates (root of
+the sum of squares over all marks), as those of positions that are written with four decimals do: 3e-5 for each
+coordinate and for the first atom, times the root of NUM_MARKS and some room. They never differ by
+MAX_DISTANCE: one atom that is moved by 0.01 changes them by 0.035 or so, however many atoms there are."""
 
 COMPARED = 8
 """How many of the next structures in the order of the first mark one is compared with."""
 
-SAME_ENERGY = 1.0
+WRONG_ENERGY = 1.0
 """eV per atom. Copies with energies farther apart are not a matter of settings: one energy is wrong."""
-
-SHOWN = 3
 
 
 class Copies:
     """Structures by their marks; `add` them in order, then ask."""
 
     def __init__(self) -> None:
-        self._marks: list[NDArray[np.float64]] = []
-        self._species: list[int] = []
-        self._sources: list[str] = []
-        self._energies: list[float] = []
-        self._where: list[str] = []
+        self._marks, self._energies = array("f"), array("d")
+        self._species, self._num_atoms = array("q"), array("q")
+        self._names: dict[str, int] = {}
+        self._sources = array("i")
+        self._places = Places()
 
-    def add(self, structure: Structure, where: str) -> None:
+    def add(self, structure: Structure, file: str, frame: int) -> None:
         """One structure, in the order of the store, and where it comes from."""
         s = structure
         species = zlib.crc32(np.asarray(s.atomic_numbers, dtype=np.uint8).tobytes() + bytes(map(int, s.pbc)))
         self._species.append(zlib.crc32(s.source.encode(), species))
-        self._marks.append(marks(s))
-        self._sources.append(s.source)
+        self._num_atoms.append(s.num_atoms)
+        self._marks.extend(marks(s).tolist())
+        self._sources.append(self._names.setdefault(s.source, len(self._names)))
         self._energies.append(np.nan if s.energy is None else s.energy / s.num_atoms)
-        self._where.append(where)
+        self._places.add(file, frame)
 
     def in_training(self, sides: NDArray[np.integer], isolated: NDArray[np.bool_]) -> list[str]:
         """Validation and test structures that are copies of training structures of their source, in words.
@@ -58,16 +63,17 @@ class Copies:
         """
         told = []
         found = self._pairs()
-        sources = np.array(self._sources)
+        sources, names = np.array(self._sources), list(self._names)
         for side in (1, 2):
             copies: set[int] = set()
             for a, b in found:
                 for one, other in ((a, b), (b, a)):
                     if sides[one] == side and sides[other] == 0 and not isolated[one]:
                         copies.add(one)
-            for source in dict.fromkeys(self._sources[i] for i in sorted(copies)):
-                total = int(((sources == source) & (sides == side) & ~isolated).sum())
-                count = sum(self._sources[i] == source for i in copies)
+            of_copies = sources[sorted(copies)]
+            for index in dict.fromkeys(of_copies.tolist()):
+                total = int(((sources == index) & (sides == side) & ~isolated).sum())
+                count, source = int((of_copies == index).sum()), names[index]
                 told.append(
                     f"{source}: {count:,} of {total:,} {SPLITS[side]} structures are copies of training "
                     "structures, so errors there are not those of new structures; leave them out, or group "
@@ -76,30 +82,33 @@ class Copies:
         return told
 
     def with_two_energies(self) -> list[str]:
-        """Copies whose energies differ by more than SAME_ENERGY per atom, in words."""
+        """Copies whose energies differ by more than WRONG_ENERGY per atom, in words."""
         told = []
         energies = np.array(self._energies)
-        bad = [(a, b) for a, b in self._pairs() if abs(energies[a] - energies[b]) > SAME_ENERGY]
-        for source in dict.fromkeys(self._sources[a] for a, _ in bad):
-            mine = [(a, b) for a, b in bad if self._sources[a] == source]
+        bad = [(a, b) for a, b in self._pairs() if abs(energies[a] - energies[b]) > WRONG_ENERGY]
+        names = list(self._names)
+        for index in dict.fromkeys(self._sources[a] for a, _ in bad):
+            mine, source = [(a, b) for a, b in bad if self._sources[a] == index], names[index]
             a, b = mine[0]
             told.append(
                 f"{source}: {len(mine):,} pairs of copies of one structure have energies that differ by more "
-                f"than {SAME_ENERGY:g} eV per atom, such as {self._where[a]} with {energies[a]:.6g} and "
-                f"{self._where[b]} with {energies[b]:.6g} eV per atom"
+                f"than {WRONG_ENERGY:g} eV per atom, such as {self._places.name(a)} with {energies[a]:.6g} and "
+                f"{self._places.name(b)} with {energies[b]:.6g} eV per atom"
             )
         return told
 
     def _pairs(self) -> list[tuple[int, int]]:
         """Pairs of copies; of many copies of one structure each with the next ones."""
-        if len(self._marks) < 2:
+        if len(self._species) < 2:
             return []
-        values, species = np.array(self._marks), np.array(self._species)
+        values, species = np.array(self._marks).reshape(-1, NUM_MARKS), np.array(self._species)
+        limits = np.minimum(ROUNDING * np.sqrt(3 * np.array(self._num_atoms)), MAX_DISTANCE)
         order = np.lexsort((values[:, 0], species))
         pairs = []
         for step in range(1, min(COMPARED, len(order) - 1) + 1):
             a, b = order[:-step], order[step:]
-            same = (species[a] == species[b]) & (np.abs(values[a] - values[b]).max(axis=1) < TOLERANCE)
+            near = np.linalg.norm(values[a] - values[b], axis=1) < limits[a]
+            same = near & (species[a] == species[b])
             pairs += list(zip(a[same].tolist(), b[same].tolist(), strict=True))
         return pairs
 
@@ -120,13 +129,16 @@ def marks(structure: Structure) -> NDArray[np.float64]:
         waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1) * np.tile(lengths, 2) / (2 * np.pi)
         open_axes = np.where(s.pbc, 0.0, fractions * lengths)
         features = np.concatenate([waves * np.tile(s.pbc, 2), open_axes], axis=1)
-    weights = _weights(len(features), features.shape[1])
-    of_cell = _weights(3, 3)
-    return np.einsum("ac,kac->k", features, weights) + np.einsum("ac,kac->k", cell, of_cell)
+    found = features.ravel() @ _weights(len(features), features.shape[1]) + cell.ravel() @ _weights(3, 3)
+    return np.asarray(found)
+
+
+def _weights(num_rows: int, num_columns: int) -> NDArray[np.float64]:
+    """(rows * columns, NUM_MARKS), fixed, of unit variance, so that a moved atom counts in any cell alike."""
+    return _table(1 << (num_rows - 1).bit_length(), num_columns)[: num_rows * num_columns]
 
 
 @lru_cache(maxsize=64)
-def _weights(num_rows: int, num_columns: int) -> NDArray[np.float64]:
-    """(NUM_MARKS, rows, columns), fixed, of unit length each, so that a sum is about one position's size."""
-    drawn = np.random.default_rng(num_rows * 16 + num_columns).normal(size=(NUM_MARKS, num_rows, num_columns))
-    return drawn / np.sqrt(num_rows * num_columns)
+def _table(num_rows: int, num_columns: int) -> NDArray[np.float64]:
+    rng = np.random.default_rng(num_rows * 16 + num_columns)
+    return rng.normal(size=(num_rows * num_columns, NUM_MARKS))

@@ -9,6 +9,7 @@ crystals and melts by DFT, at the most some eV/Å and tens of GPa.
 from __future__ import annotations
 
 import math
+from array import array
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from megagnn.data.atomic_energies import HARTREE, all_electron_energy
 from megagnn.data.formats.groups import empirical_formula
 from megagnn.data.near_frames import NearFrames, Pair, Slope, slopes
+from megagnn.data.places import Places
 from megagnn.data.record import Structure
 from megagnn.data.suspected_units import FORCES, KCAL, KJ, STRESS, explain_factor, explain_size
 
@@ -73,7 +75,7 @@ class Fault:
 class LabelCheck:
     """The labels of one source: `add` its structures in order, then `faults`.
 
-    It keeps three numbers of each structure, and the positions of a bounded sample.
+    It keeps some numbers of each structure, and the positions of a bounded sample.
     """
 
     def __init__(self, source: str) -> None:
@@ -81,12 +83,11 @@ class LabelCheck:
         self._frames = NearFrames()
         self._forces, self._stress = _Squares(), _Squares()
         self._virial = _Squares()
-        self._compositions: dict[bytes, int] = {}
-        self._counts: list[NDArray[np.int64]] = []
-        self._rows: list[tuple[int, float]] = []
-        self._where: list[str] = []
+        self._compositions: dict[tuple[bytes, bytes], int] = {}
+        self._energies, self._indices = array("d"), array("q")
+        self._places = Places()
 
-    def add(self, structure: Structure, where: str) -> None:
+    def add(self, structure: Structure, file: str, frame: int) -> None:
         """One structure that is no isolated atom, and where it comes from."""
         s = structure
         self._frames.add(s)
@@ -96,12 +97,11 @@ class LabelCheck:
             self._stress.add(s.stress)
             self._virial.add(s.stress * abs(np.linalg.det(s.cell)) / s.num_atoms)
         if s.energy is not None:
-            count = np.bincount(s.atomic_numbers, minlength=119)
-            index = self._compositions.setdefault(count.tobytes(), len(self._counts))
-            if index == len(self._counts):
-                self._counts.append(count)
-            self._rows.append((index, float(s.energy)))
-            self._where.append(where)
+            elements, counts = np.unique(np.asarray(s.atomic_numbers, np.uint8), return_counts=True)
+            composition = (elements.tobytes(), counts.astype(np.int32).tobytes())
+            self._indices.append(self._compositions.setdefault(composition, len(self._compositions)))
+            self._energies.append(float(s.energy))
+            self._places.add(file, frame)
 
     def faults(self) -> list[Fault]:
         """What is wrong, the sure faults first."""
@@ -113,9 +113,9 @@ class LabelCheck:
 
     def _absent(self) -> list[Fault]:
         """Energies of 0 that a program wrote because it had none, as converters of LAMMPS dumps do."""
-        if len(self._rows) < MIN_ZEROS or self._forces.rms == 0.0 or any(e != 0.0 for _, e in self._rows):
+        if len(self._energies) < MIN_ZEROS or self._forces.rms == 0.0 or np.any(self._energies):
             return []
-        text = f"all {len(self._rows):,} energies are 0 while the forces are not: the file has no energies"
+        text = f"all {len(self._energies):,} energies are 0 while the forces are not: the file has no energies"
         return [self._fault(f"{text}; leave them out with --energy-key none", True)]
 
     def _sizes(self) -> list[Fault]:
@@ -200,11 +200,10 @@ class LabelCheck:
 
     def _totals(self) -> list[Fault]:
         """Energies against those of all electrons, which are known to some per cent."""
-        if not self._rows:
+        if not self._energies:
             return []
-        energies, indices = self._energies()
-        counts = np.array(self._counts)
-        medians = np.array([np.median(energies[indices == k]) for k in range(len(counts))])
+        counts = self._counts()
+        medians = _medians(np.array(self._energies), np.array(self._indices))
         light = [k for k, c in enumerate(counts) if np.flatnonzero(c).max() <= 36 and c[3:].any()]
         found = [*self._per_atom(medians, counts)]
         if not light:
@@ -224,7 +223,7 @@ class LabelCheck:
             found.append(self._fault(text, True))
         return found
 
-    def _per_atom(self, medians: NDArray[np.float64], counts: NDArray[np.int64]) -> list[Fault]:
+    def _per_atom(self, medians: NDArray[np.float64], counts: NDArray[np.int32]) -> list[Fault]:
         """Cells of one formula and different sizes that have one energy."""
         by_formula: dict[str, list[int]] = defaultdict(list)
         for k, count in enumerate(counts):
@@ -246,28 +245,32 @@ class LabelCheck:
 
     def _outliers(self) -> list[Fault]:
         """Single energies far from those of the same composition and elements."""
-        if len(self._rows) < 10:
+        if len(self._energies) < 10:
             return []
-        energies, indices = self._energies()
-        counts = np.array(self._counts)
+        energies, indices = np.array(self._energies), np.array(self._indices)
+        counts = self._counts()
         sizes = counts.sum(axis=1)[indices]
         residual = energies / sizes - _robust_elements(energies, indices, counts)
-        for k in np.flatnonzero(np.bincount(indices) >= 5):
-            residual[indices == k] -= np.median(residual[indices == k])
+        of_many = np.bincount(indices) >= 5
+        residual -= np.where(of_many, _medians(residual, indices), 0.0)[indices]
         spread = 1.4826 * float(np.median(np.abs(residual)))
         far = np.abs(residual) > np.maximum(OUTLIER, OUTLIER_SPREADS * spread)
         rows = np.flatnonzero(far & (np.abs(residual) * sizes > OUTLIER_TOTAL))
         if not len(rows) or len(rows) > 0.1 * len(residual):
             return []
         worst = rows[np.argsort(-np.abs(residual[rows] * sizes[rows]))][:SHOWN]
-        shown = "; ".join(f"{self._where[k]} by {residual[k] * sizes[k]:.4g} eV" for k in worst)
+        shown = "; ".join(f"{self._places.name(k)} by {residual[k] * sizes[k]:.4g} eV" for k in worst)
         text = f"{len(rows)} of {len(residual):,} energies are far off the others: {shown}"
         return [
             self._fault(f"{text}{'; ...' if len(rows) > SHOWN else ''}. Leave them out, or mend them", False)
         ]
 
-    def _energies(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        return np.array([e for _, e in self._rows]), np.array([k for k, _ in self._rows])
+    def _counts(self) -> NDArray[np.int32]:
+        """(C, 119) atoms of each element in each composition."""
+        found = np.zeros((len(self._compositions), 119), dtype=np.int32)
+        for row, (elements, counts) in zip(found, self._compositions, strict=True):
+            row[np.frombuffer(elements, np.uint8)] = np.frombuffer(counts, np.int32)
+        return found
 
 
 class _Squares:
@@ -300,23 +303,33 @@ def _reason(texts: list[str]) -> str:
     return f"as with other units: declare them, perhaps --units {' or --units '.join(texts)}"
 
 
+def _medians(values: NDArray[np.float64], indices: NDArray[np.int64]) -> NDArray[np.float64]:
+    """(C,) median of the values of each index; every index of 0..C - 1 has some."""
+    order = np.lexsort((values, indices))
+    lengths = np.bincount(indices)
+    starts = np.cumsum(lengths) - lengths
+    low, high = values[order[starts + (lengths - 1) // 2]], values[order[starts + lengths // 2]]
+    return (low + high) / 2
+
+
 def _robust_elements(
-    energies: NDArray[np.float64], indices: NDArray[np.int64], counts: NDArray[np.int64]
+    energies: NDArray[np.float64], indices: NDArray[np.int64], counts: NDArray[np.int32]
 ) -> NDArray[np.float64]:
     """(S,) energy per atom of elements by least absolute deviations, which outliers do not disturb."""
     present = np.flatnonzero(counts.sum(axis=0))
     sizes = counts.sum(axis=1)
-    shares = (counts[:, present] / sizes[:, None])[indices]
-    values = energies / sizes[indices]
-    rows = np.arange(0, len(values), max(1, len(values) // MAX_ROWS))
+    rows = np.arange(0, len(indices), max(1, len(indices) // MAX_ROWS))
+    chosen = indices[rows]
+    shares = counts[np.ix_(chosen, present)] / sizes[chosen, None]
+    values = energies[rows] / sizes[chosen]
     weights, found = np.ones(len(rows)), np.zeros(len(present))
     for _ in range(30):
         root = np.sqrt(weights)[:, None]
         before, (found, *_) = (
             found,
-            np.linalg.lstsq(shares[rows] * root, values[rows] * root[:, 0], rcond=None),
+            np.linalg.lstsq(shares * root, values * root[:, 0], rcond=None),
         )
         if np.allclose(before, found, rtol=1e-5):
             break
-        weights = 1.0 / np.maximum(np.abs(values[rows] - shares[rows] @ found), 1e-3)
-    return shares @ found
+        weights = 1.0 / np.maximum(np.abs(values - shares @ found), 1e-3)
+    return (counts[:, present] @ found / sizes)[indices]

@@ -223,7 +223,7 @@ class Preparation:
         if isolated and not is_isolated_atom(structure) and not structure.config_type:
             placed = replace(placed, config_type="IsolatedAtom")  # which training, too, goes by
         self._sides.add(placed, kept, isolated and entry.side is None)
-        self._audit.add(placed, isolated, f"{entry.path}, frame {frame}")
+        self._audit.add(placed, isolated, str(entry.path), frame)
         return placed
 
     def _file_name(self, entry: Input) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ase import units
 
-from megagnn.data.plausibility import LabelCheck
+from megagnn.data.plausibility import LabelCheck, _medians
 from tests.data.trajectories import crystals, labelled, molecules, record, scaled
 
 HA, RY, BOHR = units.Hartree, units.Rydberg, units.Bohr
@@ -15,7 +15,7 @@ KBAR = 1e3 * units.bar
 def faults(frames, **changes):
     check = LabelCheck("data")
     for index, atoms in enumerate(frames):
-        check.add(record(atoms, **changes), f"frame {index}")
+        check.add(record(atoms, **changes), "data", index)
     return check.faults()
 
 
@@ -110,7 +110,7 @@ def test_single_energies_that_are_off_are_named():
     frames[5] = labelled(frames[5], **{**frames[5].calc.results, "energy": -8000.0})
     (fault,) = faults(frames)
     assert not fault.sure
-    assert "1 of 24 energies are far off the others: frame 5 by -" in fault.text
+    assert "1 of 24 energies are far off the others: data, frame 5 by -" in fault.text
 
 
 def test_one_energy_off_among_many_compositions():
@@ -119,7 +119,7 @@ def test_one_energy_off_among_many_compositions():
     assert faults(frames) == []
     frames[7] = labelled(frames[7], energy=frames[7].calc.results["energy"] + 3000.0)
     (fault,) = faults(frames)
-    assert "1 of 24 energies are far off the others: frame 7 by 2998 eV" in fault.text
+    assert "1 of 24 energies are far off the others: data, frame 7 by 2998 eV" in fault.text
 
 
 def test_forces_that_have_nothing_to_do_with_the_energies():
@@ -153,3 +153,12 @@ def test_energies_rounded_beyond_their_differences_are_silent():
         for f in frames
     ]
     assert faults(coarse) == []
+
+
+def test_medians_of_many_compositions():
+    rng = np.random.default_rng(0)
+    indices = np.concatenate([np.arange(200_000), rng.integers(0, 200_000, 100_000)])
+    values = rng.normal(size=len(indices))
+    found = _medians(values, indices)  # a pass over all values for each index would take minutes
+    for index in range(40):
+        assert found[index] == np.median(values[indices == index])

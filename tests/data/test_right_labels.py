@@ -36,7 +36,7 @@ def test_the_embedded_sources():
         source = structure.source
         counts[source] = counts.get(source, 0) + 1
         if counts[source] <= OF_EACH:
-            checks.setdefault(source, LabelCheck(source)).add(structure, f"structure {index}")
+            checks.setdefault(source, LabelCheck(source)).add(structure, "data", index)
     assert len(checks) == 3
     for check in checks.values():
         assert check.faults() == []
