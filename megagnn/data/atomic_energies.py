@@ -41,8 +41,8 @@ def prior_energies(
     matrix: NDArray[np.float64],
     left: NDArray[np.float64],
     elements: NDArray[np.int64],
-    shares: NDArray[np.float64],
-    energies: NDArray[np.float64],
+    mean_shares: NDArray[np.float64],
+    mean_energy: float,
 ) -> NDArray[np.float64]:
     """References to assume where energies leave them open, (m,) eV.
 
@@ -52,14 +52,13 @@ def prior_energies(
 
     Args:
         free: (m,) elements wanted; matrix: (S, m) their shares in the structures; left: (S,) energies per
-            atom without the references that are known, eV.
-        elements: (k,) all elements; shares: (S, k); energies: (S,) per atom, eV.
+            atom without the references that are known, eV. Any rotation of the S rows gives the same.
+        elements: (k,) all elements; mean_shares: (k,) of them in the structures; mean_energy: per atom, eV.
     """
-    mean = float(np.mean(energies)) if len(energies) else 0.0
-    atomic = float(np.mean(shares @ all_electron_energy(elements))) if len(energies) else -1.0
-    if ALL_ELECTRON_BAND[0] < mean / atomic < ALL_ELECTRON_BAND[1]:
+    atomic = float(mean_shares @ all_electron_energy(elements))
+    if ALL_ELECTRON_BAND[0] < mean_energy / atomic < ALL_ELECTRON_BAND[1]:
         shape = all_electron_energy(free)
-    elif abs(mean) > COHESIVE_ENERGY:
+    elif abs(mean_energy) > COHESIVE_ENERGY:
         shape = -(valence_electrons(free).astype(np.float64) ** 2)
     else:
         shape = -np.ones(len(free))

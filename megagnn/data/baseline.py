@@ -7,7 +7,7 @@ MACE (Batatia et al., NeurIPS 2022, scale and shift). Fitted references hold it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from megagnn.data.isolated import ISOLATED_DISTANCE, isolated_atoms
 from megagnn.data.ragged import ragged_indices
 from megagnn.data.reference_file import References, absurd_references
-from megagnn.data.references import NUM_ELEMENTS, ReferenceFit, fit_references
+from megagnn.data.references import NUM_ELEMENTS, ROWS_AT_ONCE, ReferenceFit, fit_references
 from megagnn.data.store import Store
 from megagnn.data.store_format import LABEL_ENERGY
 
 Part = tuple[Store, NDArray[np.int64], NDArray[np.int64]]
 """A store, the structures of it that count, and the number of each of its sources among all sources."""
 
-SAME_ENERGY = 0.01
+SAME_ATOM_ENERGY = 0.01
 """eV. Energies of one isolated atom that differ by more are not of one method, or not of one spin."""
 
 
@@ -67,28 +67,24 @@ def fit_baseline(
         ValueError: see `fit_references`.
     """
     rows = [_Rows(store, chosen, numbers, distance) for store, chosen, numbers in parts]
+    elements = _elements(rows, len(sources))
     fixed = np.full((len(sources), NUM_ELEMENTS), np.nan)
     told: list[str] = []
     for index, source in enumerate(sources):
         of_atoms = _isolated_energies(rows, index)
         row = dict((given or {}).get(source, {}))
-        told += _told_of_fixed(source, row, of_atoms, _elements(rows, index))
+        told += _told_of_fixed(source, row, of_atoms, elements[index])
         fixed[index, [*of_atoms]] = [min(energies) for energies in of_atoms.values()]
         fixed[index, [atomic_numbers[symbol] for symbol in row]] = list(row.values())
-    numbers = np.concatenate([part.numbers() for part in rows])
+    numbers = np.concatenate([part.numbers(part.fitted) for part in rows])
     lengths = np.concatenate([part.store.num_atoms[part.fitted] for part in rows])
     energies = np.concatenate([part.store.arrays["energy"][part.fitted] for part in rows])
     of_source = np.concatenate([part.source_of(part.fitted) for part in rows])
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    elements = [_elements(rows, index) for index in range(len(sources))]
     fit = fit_references(numbers, offsets, energies, of_source, len(sources), fixed=fixed, elements=elements)
     is_fixed = np.zeros_like(fixed, dtype=np.bool_)
     shifts = np.zeros(len(sources))
-    summed = np.bincount(
-        np.repeat(np.arange(len(lengths)), lengths),
-        fit.energies[np.repeat(of_source, lengths), numbers],
-        minlength=len(lengths),
-    )
+    summed = _summed(fit.energies, numbers, offsets, of_source)
     for index, source in enumerate(sources):
         is_fixed[index, elements[index]] = ~np.isnan(fixed[index, elements[index]])
         mine = of_source == index
@@ -112,7 +108,7 @@ def given_references(stores: Sequence[Store], own: Mapping[str, Mapping[str, flo
             mine = found.setdefault(source, {})
             for symbol, energy in row.items():
                 other = origin.get((source, symbol))
-                if other is not None and abs(mine[symbol] - energy) > SAME_ENERGY:
+                if other is not None and abs(mine[symbol] - energy) > SAME_ATOM_ENERGY:
                     raise ValueError(
                         f"the reference energy of {symbol} in source {source!r} is {mine[symbol]:g} eV in "
                         f"{other.path} and {energy:g} eV in {store.path}; prepare them with one "
@@ -140,16 +136,45 @@ class _Rows:
     def source_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._numbers[self.store.source[rows]]
 
-    def numbers(self, rows: NDArray[np.int64] | None = None) -> NDArray[np.integer]:
+    def numbers(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Atomic numbers of structures, one after the other; in blocks, for an index is of 8 bytes."""
         arrays = self.store.arrays
-        return arrays["atomic_numbers"][
-            ragged_indices(arrays["offsets"], self.fitted if rows is None else rows)
-        ]
+        found = [np.zeros(0, dtype=np.uint8)]
+        for block in _blocks(rows):
+            found.append(arrays["atomic_numbers"][ragged_indices(arrays["offsets"], block)])
+        return np.concatenate(found)
 
 
-def _elements(rows: Sequence[_Rows], source: int) -> NDArray[np.int64]:
-    found = [part.numbers(part.chosen[part.source_of(part.chosen) == source]) for part in rows]
-    return np.unique(np.concatenate(found)).astype(np.int64)
+def _blocks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        yield rows[start : start + ROWS_AT_ONCE]
+
+
+def _elements(rows: Sequence[_Rows], num_sources: int) -> list[NDArray[np.int64]]:
+    """Atomic numbers that the training structures of each source hold, ascending."""
+    seen = np.zeros((num_sources, NUM_ELEMENTS), dtype=np.bool_)
+    for part in rows:
+        for block in _blocks(part.chosen):
+            source = np.repeat(part.source_of(block), part.store.num_atoms[block])
+            seen[source, part.numbers(block)] = True
+    return [np.flatnonzero(row) for row in seen]
+
+
+def _summed(
+    references: NDArray[np.float64],
+    numbers: NDArray[np.uint8],
+    offsets: NDArray[np.int64],
+    sources: NDArray[np.int64],
+) -> NDArray[np.float64]:
+    """(S,) sum of the references of the atoms of each structure, eV."""
+    found = [np.zeros(0)]
+    for block in _blocks(np.arange(len(sources))):
+        first, last = block[0], block[-1] + 1
+        lengths = np.diff(offsets[first : last + 1])
+        energies = references[np.repeat(sources[block], lengths), numbers[offsets[first] : offsets[last]]]
+        rows = np.repeat(np.arange(len(block)), lengths)
+        found.append(np.bincount(rows, energies, minlength=len(block)).astype(np.float64))
+    return np.concatenate(found)
 
 
 def _isolated_energies(rows: Sequence[_Rows], source: int) -> dict[int, list[float]]:
@@ -167,12 +192,12 @@ def _told_of_fixed(
     told = []
     for z, energies in sorted(of_atoms.items()):
         symbol = chemical_symbols[z]
-        if max(energies) - min(energies) > SAME_ENERGY:
+        if max(energies) - min(energies) > SAME_ATOM_ENERGY:
             told.append(
                 f"{source}: isolated atoms of {symbol} have energies from {min(energies):.6g} to "
                 f"{max(energies):.6g} eV; the lowest is taken for the reference"
             )
-        if symbol in given and abs(given[symbol] - min(energies)) > SAME_ENERGY:
+        if symbol in given and abs(given[symbol] - min(energies)) > SAME_ATOM_ENERGY:
             told.append(
                 f"{source}: the reference energy given for {symbol}, {given[symbol]:.6g} eV, is not that of "
                 f"its isolated atom, {min(energies):.6g} eV; the one given is taken"

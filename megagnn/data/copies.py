@@ -23,8 +23,8 @@ NUM_MARKS = 12
 
 ROUNDING, MAX_DISTANCE = 2e-4, 8e-3
 """Å. Marks of copies differ by less than ROUNDING times the square root of the number of coordinates (root of
-the sum of squares over all marks), as those of positions that are written with four decimals do: 3e-5 for each
-coordinate and for the first atom, times the root of NUM_MARKS and some room. They never differ by
+the sum of squares over all marks), as those of positions that are written with four decimals do: by 3e-5 for
+each coordinate and for the first atom, times the root of NUM_MARKS and some room. They never differ by
 MAX_DISTANCE: one atom that is moved by 0.01 changes them by 0.035 or so, however many atoms there are."""
 
 COMPARED = 8
@@ -91,8 +91,8 @@ class Copies:
             mine, source = [(a, b) for a, b in bad if self._sources[a] == index], names[index]
             a, b = mine[0]
             told.append(
-                f"{source}: {len(mine):,} pairs of copies of one structure have energies that differ by more "
-                f"than {WRONG_ENERGY:g} eV per atom, such as {self._places.name(a)} with {energies[a]:.6g} and "
+                f"{source}: {len(mine):,} pairs of copies of one structure have energies that differ by "
+                f"more than {WRONG_ENERGY:g} eV per atom, such as {self._places.name(a)} with {energies[a]:.6g} and "
                 f"{self._places.name(b)} with {energies[b]:.6g} eV per atom"
             )
         return told

@@ -115,7 +115,9 @@ class LabelCheck:
         """Energies of 0 that a program wrote because it had none, as converters of LAMMPS dumps do."""
         if len(self._energies) < MIN_ZEROS or self._forces.rms == 0.0 or np.any(self._energies):
             return []
-        text = f"all {len(self._energies):,} energies are 0 while the forces are not: the file has no energies"
+        text = (
+            f"all {len(self._energies):,} energies are 0 while the forces are not: the file has no energies"
+        )
         return [self._fault(f"{text}; leave them out with --energy-key none", True)]
 
     def _sizes(self) -> list[Fault]:

@@ -6,7 +6,7 @@ The references are fitted on the training split only, so that nothing of the tes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,9 @@ from megagnn.data.atomic_energies import prior_energies
 
 NUM_ELEMENTS = 119
 """Rows are indexed by atomic number; 0 is unused."""
+
+ROWS_AT_ONCE = 8192
+"""Structures of which a fit holds the shares of elements at a time."""
 
 
 @dataclass(frozen=True)
@@ -62,58 +65,113 @@ def fit_references(
         ValueError: lengths that differ, energies not finite, an empty structure, or a source out of range.
     """
     _check(atomic_numbers, offsets, energies, sources, num_sources)
-    num_structures, num_atoms = len(offsets) - 1, np.diff(offsets)
-    structure_of_atom = np.repeat(np.arange(num_structures), num_atoms)
+    num_atoms = np.diff(offsets)
+    present = _elements(atomic_numbers, offsets, sources, num_sources)
+    if elements is not None:
+        pairs = zip(present, elements, strict=True)
+        present = [np.union1d(seen, extra).astype(np.int64) for seen, extra in pairs]
+    equations = [_Equations(len(seen)) for seen in present]
+    for rows in _blocks(len(num_atoms)):
+        numbers = atomic_numbers[offsets[rows.start] : offsets[rows.stop]]
+        row_of_atom = np.repeat(np.arange(rows.stop - rows.start), num_atoms[rows])
+        for source in np.unique(sources[rows]):
+            mine = np.flatnonzero(sources[rows] == source)
+            atoms = sources[rows][row_of_atom] == source
+            row = np.searchsorted(mine, row_of_atom[atoms])
+            column = np.searchsorted(present[source], numbers[atoms])
+            width = len(present[source])
+            counts = np.bincount(row * width + column, minlength=len(mine) * width)
+            of_rows = num_atoms[rows][mine]
+            shares = counts.reshape(len(mine), width) / of_rows[:, None]
+            equations[source].add(shares, energies[rows][mine] / of_rows)
     references = np.zeros((num_sources, NUM_ELEMENTS))
     unspanned = []
-    for source in range(num_sources):
-        rows = np.flatnonzero(sources == source)
-        atoms = sources[structure_of_atom] == source
-        extra = np.zeros(0, dtype=np.int64) if elements is None else np.asarray(elements[source])
-        present = np.union1d(np.unique(atomic_numbers[atoms]), extra).astype(np.int64)
-        row = np.searchsorted(rows, structure_of_atom[atoms])
-        column = np.searchsorted(present, atomic_numbers[atoms])
-        counts = np.bincount(row * len(present) + column, minlength=len(rows) * len(present))
-        shares = counts.reshape(len(rows), len(present)) / num_atoms[rows, None]
-        known = np.full(len(present), np.nan) if fixed is None else fixed[source, present]
-        references[source, present], open_rows = _fit(
-            shares, energies[rows] / num_atoms[rows], present, known
-        )
+    for source, seen in enumerate(present):
+        known = np.full(len(seen), np.nan) if fixed is None else fixed[source, seen]
+        references[source, seen], open_rows = _fit(equations[source], seen, known)
         full = np.zeros((len(open_rows), NUM_ELEMENTS))
-        full[:, present] = open_rows
+        full[:, seen] = open_rows
         unspanned.append(full)
     return ReferenceFit(references, tuple(unspanned))
 
 
+class _Equations:
+    """Shares @ references = energies per atom, of any number of structures.
+
+    Beyond ROWS_AT_ONCE they are rotated into as many as there are unknowns, and one: the triangle of a QR
+    decomposition has the same least squares solution, rank and null space. (Normal equations would lose half
+    of the digits.)
+
+    Attributes:
+        num_rows: structures so far; sum_shares: (k,) and sum_energies: eV per atom, over them.
+    """
+
+    def __init__(self, num_elements: int) -> None:
+        self.num_rows = 0
+        self.sum_shares, self.sum_energies = np.zeros(num_elements), 0.0
+        self._rows = np.zeros((0, num_elements + 1))
+
+    def add(self, shares: NDArray[np.float64], energies: NDArray[np.float64]) -> None:
+        """More structures: shares (S, k) of each element, energies (S,) per atom, eV."""
+        self.num_rows += len(energies)
+        self.sum_shares += shares.sum(axis=0)
+        self.sum_energies += float(energies.sum())
+        self._rows = np.concatenate([self._rows, np.column_stack([shares, energies])])
+        if len(self._rows) > max(ROWS_AT_ONCE, self._rows.shape[1]):
+            self._rows = np.asarray(np.linalg.qr(self._rows, mode="r"))
+
+    def rows(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Shares (R, k) and energies (R,) of equations that say the same as all structures."""
+        return self._rows[:, :-1], self._rows[:, -1]
+
+
+def _blocks(num_structures: int) -> Iterator[slice]:
+    for start in range(0, num_structures, ROWS_AT_ONCE):
+        yield slice(start, min(start + ROWS_AT_ONCE, num_structures))
+
+
+def _elements(
+    atomic_numbers: NDArray[np.integer],
+    offsets: NDArray[np.integer],
+    sources: NDArray[np.integer],
+    num_sources: int,
+) -> list[NDArray[np.int64]]:
+    """Atomic numbers that each source holds, ascending."""
+    seen = np.zeros((num_sources, NUM_ELEMENTS), dtype=np.bool_)
+    for rows in _blocks(len(sources)):
+        lengths = np.diff(offsets[rows.start : rows.stop + 1])
+        numbers = atomic_numbers[offsets[rows.start] : offsets[rows.stop]]
+        seen[np.repeat(sources[rows], lengths), numbers] = True
+    return [np.flatnonzero(row) for row in seen]
+
+
 def _fit(
-    shares: NDArray[np.float64],
-    energies: NDArray[np.float64],
-    elements: NDArray[np.int64],
-    known: NDArray[np.float64],
+    equations: _Equations, elements: NDArray[np.int64], known: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """References of one source (k,) and what is open of them (m, k).
 
     Args:
-        shares: (S, k) share of each element in each structure; energies: (S,) per atom, eV.
         elements: (k,) atomic numbers; known: (k,) their references, NaN for those to be fitted.
     """
     free = np.isnan(known)
     found, nothing = np.where(free, 0.0, known), np.zeros((0, len(elements)))
-    if not free.any() or len(energies) == 0:
+    if not free.any() or equations.num_rows == 0:
         return found, np.eye(len(elements))[free]
+    shares, energies = equations.rows()
     left = energies - shares @ found if not free.all() else energies
     matrix = shares[:, free]
-    solution, _, rank, _ = np.linalg.lstsq(matrix, left, rcond=None)
+    precision = float(np.finfo(np.float64).eps * max(equations.num_rows, free.sum()))
+    solution, _, rank, _ = np.linalg.lstsq(matrix, left, rcond=precision)
     if rank == free.sum():
         found[free] = solution
         return found, nothing
-    prior = prior_energies(elements[free], matrix, left, elements, shares, energies)
-    correction, *_ = np.linalg.lstsq(matrix, left - matrix @ prior, rcond=None)
+    mean_shares = equations.sum_shares / equations.num_rows
+    mean_energy = equations.sum_energies / equations.num_rows
+    prior = prior_energies(elements[free], matrix, left, elements, mean_shares, mean_energy)
+    correction, *_ = np.linalg.lstsq(matrix, left - matrix @ prior, rcond=precision)
     found[free] = prior + correction
-    # Directions of no effect: the right singular vectors beyond the rank. Equal rows tell nothing new, and
-    # rows of zeros make the matrix tall enough to have them all.
-    rows = np.concatenate([np.unique(matrix, axis=0), np.zeros((int(free.sum()), int(free.sum())))])
-    directions = np.linalg.svd(rows, full_matrices=False)[2][rank:]
+    # Directions of no effect: the right singular vectors beyond the rank.
+    directions = np.linalg.svd(np.linalg.qr(matrix, mode="r"), full_matrices=True)[2][rank:]
     open_rows = np.zeros((len(directions), len(elements)))
     open_rows[:, free] = directions
     return found, open_rows

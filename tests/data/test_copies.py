@@ -44,9 +44,7 @@ def test_one_moved_atom_makes_no_copy_however_large_the_cell(repeats: int) -> No
 @pytest.mark.parametrize("repeats", [1, 3, 6])
 def test_rounded_and_shifted_copies_are_found(repeats: int) -> None:
     first, rng = silicon(repeats), np.random.default_rng(1)
-    shifted = [
-        with_positions(first, np.round(first.positions + rng.uniform(-9, 9, 3), 4)) for _ in range(20)
-    ]
+    shifted = [with_positions(first, np.round(first.positions + rng.uniform(-9, 9, 3), 4)) for _ in range(20)]
     (told,) = copies(first, *shifted)
     count = int(told.split()[1])
     assert count >= 8  # each is compared with the next eight of the order

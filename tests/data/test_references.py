@@ -1,8 +1,11 @@
 """Reference energies: the least squares solution, source by source, weighted by 1 / atoms."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
+from megagnn.data import references
 from megagnn.data.references import fit_references
 
 TRUE = {0: {1: -13.6, 6: -1030.0, 8: -2040.0}, 2: {1: -0.5, 6: -3.0, 8: 4.0}}
@@ -97,6 +100,26 @@ def test_determined_references_are_those_of_plain_least_squares():
     expected = np.linalg.lstsq(shares, energies[rows] / counts.sum(axis=1), rcond=None)[0]
     assert np.array_equal(fit.energies[2, [1, 6, 8]], expected)
     assert [len(rows) for rows in fit.unspanned] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("elements", [(1, 6, 8), (1, 6, 8, 9)])
+def test_blocks_give_the_same_as_all_at_once(monkeypatch, elements):
+    """Well determined, and with fluorine always beside two hydrogen atoms."""
+    numbers, offsets, energies, sources = data(noise=0.3, num_structures=500)
+    if 9 in elements:
+        groups = np.split(
+            numbers[numbers != 1], np.cumsum([np.sum(numbers[a:b] != 1) for a, b in pairwise(offsets)])[:-1]
+        )
+        groups = [np.concatenate([group, [6], [9, 1, 1] * (k % 4)]) for k, group in enumerate(groups)]
+        numbers, offsets = np.concatenate(groups).astype(int), np.cumsum([0, *map(len, groups)])
+    whole = fit_references(numbers, offsets, energies, sources, 3)
+    monkeypatch.setattr(references, "ROWS_AT_ONCE", 16)
+    blocks = fit_references(numbers, offsets, energies, sources, 3)
+    assert np.allclose(blocks.energies, whole.energies, rtol=0, atol=1e-9)
+    for one, other in zip(blocks.unspanned, whole.unspanned, strict=True):
+        assert one.shape == other.shape
+        assert np.allclose(one.T @ one, other.T @ other, atol=1e-12)  # the same directions
+    assert len(blocks.unspanned[0]) == len(elements) - 3
 
 
 def test_no_structures():
