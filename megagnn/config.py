@@ -388,12 +388,11 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
         ValueError: an unknown key, or a value that cannot be; names the key and the nearest valid one.
     """
     check_keys(RunConfig, values)
-    model = dict(values.get("model", {}))
-    if model.get("preset") in PRESETS:
-        values = {**values, "model": {**PRESETS[model["preset"]], **model}}
-    loss = dict(values.get("loss", {}))
-    if loss.get("preset") in LOSS_PRESETS:
-        values = {**values, "loss": {**LOSS_PRESETS[loss["preset"]], **loss}}
+    for section, presets in (("model", PRESETS), ("loss", LOSS_PRESETS)):
+        given = values.get(section, {})
+        preset = given.get("preset") if isinstance(given, dict) else None
+        if isinstance(preset, str) and preset in presets:
+            values = {**values, section: {**presets[preset], **given}}
     try:
         return TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:

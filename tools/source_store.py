@@ -5,13 +5,21 @@ STORE may be an archive. The structures keep their split and their groups.
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from megagnn.data.formats.options import ReadOptions
 from megagnn.data.formats.packed import read_store, store_header
 from megagnn.data.store import write_store
+
+Row = TypeVar("Row")
+
+
+def _only(source: str, rows: Mapping[str, Row]) -> dict[str, Row]:
+    return {name: row for name, row in rows.items() if name == source}
 
 
 def main() -> int:
@@ -29,8 +37,16 @@ def main() -> int:
             )
         found = [s for s in read_store(args.store, ReadOptions()) if s.source == args.source]
         splits = np.array([s.split for s in found], dtype=np.uint8)
-        provenance = {args.source: header.provenance[args.source]}
-        write_store(args.out, found, splits=splits, provenance=provenance)
+        others = tuple(f"{name}: " for name in header.sources if name != args.source)
+        write_store(
+            args.out,
+            found,
+            splits=splits,
+            provenance=_only(args.source, header.provenance),
+            references=_only(args.source, header.references),
+            warnings=[line for line in header.warnings if not line.startswith(others)],
+            isolated_distance=header.isolated_distance,
+        )
     except ValueError as error:
         print(f"source_store: error: {error}", file=sys.stderr)
         return 2

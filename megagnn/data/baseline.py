@@ -14,7 +14,7 @@ import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
-from megagnn.data.isolated import ISOLATED_DISTANCE, isolated_atoms
+from megagnn.data.isolated import isolated_atoms
 from megagnn.data.ragged import ragged_indices
 from megagnn.data.reference_file import References, absurd_references
 from megagnn.data.references import NUM_ELEMENTS, ROWS_AT_ONCE, ReferenceFit, fit_references
@@ -53,7 +53,7 @@ def fit_baseline(
     parts: Sequence[Part],
     sources: Sequence[str],
     given: References | None = None,
-    distance: float = ISOLATED_DISTANCE,
+    isolated: Sequence[NDArray[np.bool_]] | None = None,
 ) -> Baseline:
     """References of training structures: those given first, then those of isolated atoms; the rest fitted.
 
@@ -61,12 +61,14 @@ def fit_baseline(
         parts: training structures only.
         sources: names of all sources.
         given: references by source; those in the headers of the stores are added by `given_references`.
-        distance: Å, from which a single atom is isolated of its images.
+        isolated: (S_store,) for each part, which structures of its store are isolated atoms; sought if not
+            given.
 
     Raises:
         ValueError: see `fit_references`.
     """
-    rows = [_Rows(store, chosen, numbers, distance) for store, chosen, numbers in parts]
+    alone = [isolated_atoms(store) for store, *_ in parts] if isolated is None else isolated
+    rows = [_Rows(*part, found) for part, found in zip(parts, alone, strict=True)]
     elements = _elements(rows, len(sources))
     fixed = np.full((len(sources), NUM_ELEMENTS), np.nan)
     told: list[str] = []
@@ -123,11 +125,9 @@ class _Rows:
     """The training structures of one store: which are isolated atoms, and which enter the fit."""
 
     def __init__(
-        self, store: Store, chosen: NDArray[np.int64], numbers: NDArray[np.int64], distance: float
+        self, store: Store, chosen: NDArray[np.int64], numbers: NDArray[np.int64], alone: NDArray[np.bool_]
     ) -> None:
         self.store, self.chosen, self._numbers = store, chosen, numbers
-        single = chosen[store.num_atoms[chosen] == 1]
-        alone = isolated_atoms(store, distance) if len(single) else np.zeros(len(store), dtype=np.bool_)
         self.isolated: NDArray[np.bool_] = alone[chosen]
         labelled = (store.arrays["labels"][chosen] & LABEL_ENERGY) > 0
         self.fitted = chosen[labelled & ~self.isolated]

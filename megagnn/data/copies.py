@@ -92,7 +92,8 @@ class Copies:
             a, b = mine[0]
             told.append(
                 f"{source}: {len(mine):,} pairs of copies of one structure have energies that differ by "
-                f"more than {WRONG_ENERGY:g} eV per atom, such as {self._places.name(a)} with {energies[a]:.6g} and "
+                f"more than {WRONG_ENERGY:g} eV per atom, such as "
+                f"{self._places.name(a)} with {energies[a]:.6g} and "
                 f"{self._places.name(b)} with {energies[b]:.6g} eV per atom"
             )
         return told

@@ -260,17 +260,16 @@ class StructureDataset(Dataset[Graph]):
         mine = [self._index_in_store[self._store_of == k] for k in range(len(self.stores))]
         parts = list(zip(self.stores, mine, self._source_maps, strict=True))
         return fit_baseline(
-            parts, self.sources, given_references(self.stores, given), self._isolated_distance
+            parts, self.sources, given_references(self.stores, given), self._isolated_of_stores()
         )
 
     def isolated_atoms(self) -> NDArray[np.bool_]:
         """(S,) bool, which structures of this split are isolated atoms."""
-        found = [isolated_atoms(store, self._isolated_distance) for store in self.stores]
+        found = self._isolated_of_stores()
         return np.concatenate([f[self._index_in_store[self._store_of == k]] for k, f in enumerate(found)])
 
-    @property
-    def _isolated_distance(self) -> float:
-        return max(ISOLATED_DISTANCE, self.cutoff)
+    def _isolated_of_stores(self) -> list[NDArray[np.bool_]]:
+        return [isolated_atoms(store, max(ISOLATED_DISTANCE, self.cutoff)) for store in self.stores]
 
     def warnings(self) -> list[str]:
         """What looked wrong in the stores when they were prepared, in words."""

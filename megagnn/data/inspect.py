@@ -29,12 +29,13 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
     on training energies, without isolated atoms; "F rms" the root mean square of force components in eV/Å;
     "S rms" of stress components in eV/Å^3. These are the errors of knowing nothing, which a model must beat.
     """
-    header, known = store.header, baseline_of(store)
+    header, alone = store.header, isolated_atoms(store)
+    known = baseline_of(store, alone)
     lines = [
         f"{store.path}: {header.num_structures:,} structures, {header.num_atoms:,} atoms",
         f"levels of theory: {', '.join(header.levels)}",
         "",
-        *_table(_rows(store, known)),
+        *_table(_rows(store, known, alone)),
         "",
     ]
     for index, source in enumerate(header.sources):
@@ -44,15 +45,19 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
             f"{chemical_symbols[z]} {n / counts.sum():.1%}" for z, n in zip(elements, counts, strict=True)
         )
         lines.append(f"{source}: {', '.join(shares)}; {_periodicity(store, store.source == index)}")
-    lines += [*_reference_lines(store, known), "", f"split: {json.dumps(header.split, ensure_ascii=False)}"]
+    lines += [
+        *_reference_lines(store, known, alone),
+        "",
+        f"split: {json.dumps(header.split, ensure_ascii=False)}",
+    ]
     lines += [f"provenance of {s}: {json.dumps(p, ensure_ascii=False)}" for s, p in header.provenance.items()]
     warnings = [f"warning: {line}" for line in (*header.warnings, *known.told)]
     return "\n".join([*lines, *notes, *warnings])
 
 
-def _rows(store: Store, known: Baseline) -> list[tuple[str, ...]]:
+def _rows(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[tuple[str, ...]]:
     arrays, labels = store.arrays, store.arrays["labels"]
-    residual = _energy_residuals(store, known)
+    residual = _energy_residuals(store, known, alone)
     rows = []
     for index, source in enumerate(store.header.sources):
         for k, split in enumerate(SPLITS):
@@ -81,7 +86,7 @@ def _rows(store: Store, known: Baseline) -> list[tuple[str, ...]]:
     return rows
 
 
-def _energy_residuals(store: Store, known: Baseline) -> NDArray[np.float64]:
+def _energy_residuals(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> NDArray[np.float64]:
     """(S,) energy per atom beyond references and shift, eV; NaN where there are none."""
     arrays = store.arrays
     has_energy = (arrays["labels"] & LABEL_ENERGY) > 0
@@ -89,21 +94,20 @@ def _energy_residuals(store: Store, known: Baseline) -> NDArray[np.float64]:
     source_of_atom = np.repeat(store.source, store.num_atoms)
     energies = known.references + known.shifts[:, None]
     baseline = np.add.reduceat(energies[source_of_atom, arrays["atomic_numbers"]], arrays["offsets"][:-1])
-    fitted = np.isin(store.source, np.unique(store.source[train])) & ~isolated_atoms(store)
+    fitted = np.isin(store.source, np.unique(store.source[train])) & ~alone
     return np.where(has_energy & fitted, (arrays["energy"] - baseline) / store.num_atoms, np.nan)
 
 
-def baseline_of(store: Store) -> Baseline:
-    """References and shifts of the training split of a store."""
+def baseline_of(store: Store, alone: NDArray[np.bool_]) -> Baseline:
+    """References and shifts of the training split of a store; alone: (S,) which are isolated atoms."""
     numbers = np.arange(len(store.header.sources))
-    return fit_baseline(
-        [(store, store.indices("train"), numbers)], store.header.sources, given_references([store], None)
-    )
+    part = (store, store.indices("train"), numbers)
+    return fit_baseline([part], store.header.sources, given_references([store], None), [alone])
 
 
-def _reference_lines(store: Store, known: Baseline) -> list[str]:
+def _reference_lines(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[str]:
     """Which references are not fitted, and how many isolated atoms there are."""
-    lines, alone = [], isolated_atoms(store)
+    lines = []
     for index, source in enumerate(store.header.sources):
         count = int((alone & (store.source == index)).sum())
         if count:

@@ -43,13 +43,17 @@ def is_isolated_atom(structure: Structure, distance: float = ISOLATED_DISTANCE) 
 
 
 def isolated_atoms(store: Store, distance: float = ISOLATED_DISTANCE) -> NDArray[np.bool_]:
-    """(S,) bool, which structures of a store are isolated atoms."""
+    """(S,) bool, which structures of a store are isolated atoms.
+
+    distance: Å, from which they are isolated, unless the store was prepared with another.
+    """
+    given = store.header.isolated_distance
     found = store.num_atoms == 1
     kinds = store.config_types() if found.any() else np.empty(0)
     for index in np.flatnonzero(found):
         s = store.structure(int(index))
         kind = str(kinds[index])
-        found[index] = is_isolated(1, s["positions"], s["cell"], s["pbc"], kind, distance)
+        found[index] = is_isolated(1, s["positions"], s["cell"], s["pbc"], kind, given or distance)
     return found
 
 

@@ -119,6 +119,7 @@ class Preparation:
             split_description=description,
             warnings=self.warnings,
             references=references,
+            isolated_distance=None if self.isolated_distance == ISOLATED_DISTANCE else self.isolated_distance,
             overwrite=overwrite,
         )
 
@@ -221,7 +222,7 @@ class Preparation:
             group = isolated_group(structure) if isolated else without_prefix(structure.group)
         placed = replace(structure, group=group, file=structure.file or self._file_name(entry))
         if isolated and not is_isolated_atom(structure) and not structure.config_type:
-            placed = replace(placed, config_type="IsolatedAtom")  # which training, too, goes by
+            placed = replace(placed, config_type="IsolatedAtom")  # when it is prepared again, too
         self._sides.add(placed, kept, isolated and entry.side is None)
         self._audit.add(placed, isolated, str(entry.path), frame)
         return placed

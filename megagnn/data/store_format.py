@@ -37,8 +37,8 @@ ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
 # Arrays that a store has where its structures differ in them; the header's checksums tell which are there.
 OPTIONAL_ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "weights": ("<f4", (3,), "structures"),  # in the loss: of energy, forces, stress
-    "config_type": ("<i2", (), "structures"),
-    "file": ("<i2", (), "structures"),
+    "config_type": ("<i4", (), "structures"),
+    "file": ("<i4", (), "structures"),
 }
 ALL_ARRAYS = ARRAYS | OPTIONAL_ARRAYS
 
@@ -59,6 +59,7 @@ class StoreHeader:
         config_types, files: names, indexed by the optional arrays of these names.
         warnings: what looked wrong when the data were prepared, in words; training says it again.
         references: reference energies that were given, eV, by source and chemical symbol.
+        isolated_distance: Å, from which single atoms are isolated of their images, where it was given.
     """
 
     sources: tuple[str, ...]
@@ -73,6 +74,7 @@ class StoreHeader:
     files: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     references: dict[str, dict[str, float]] = field(default_factory=dict)
+    isolated_distance: float | None = None
 
     def to_json(self) -> str:
         record = {"format": FORMAT, "version": VERSION, **asdict(self)}

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -32,8 +33,6 @@ from megagnn.data.wrapping import storable_positions
 SplitRule = Callable[[Sequence[str], Sequence[str]], NDArray[np.uint8]]
 """(groups, sources), one name for each structure -> (S,) uint8 index into SPLITS."""
 
-MAX_NAMES = 32767
-
 
 def write_store(
     path: str | Path,
@@ -44,6 +43,7 @@ def write_store(
     split_description: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
     references: Mapping[str, Mapping[str, float]] | None = None,
+    isolated_distance: float | None = None,
     overwrite: bool = False,
 ) -> StoreHeader:
     """Write structures into a new store. On any error nothing remains.
@@ -57,6 +57,7 @@ def write_store(
         split_description: how the split was made, free form.
         warnings: what looks wrong, in words; read last, so that the generator and `splits` may add to it.
         references: reference energies that were given, eV, by source and chemical symbol.
+        isolated_distance: Å, from which single atoms are isolated, where it was given.
         overwrite: replace a store that is there already (never anything else).
 
     Returns:
@@ -76,6 +77,7 @@ def write_store(
                 check_structure(structure, where=f"structure {index}")
                 writer.add(structure)
             header = writer.finish(splits, dict(split_description or {}), provenance or {}, warnings)
+            header = replace(header, isolated_distance=isolated_distance)
             header.references.update({source: dict(row) for source, row in (references or {}).items()})
         (work / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
         work.chmod(0o755)
@@ -158,12 +160,12 @@ class _Writer:
             "cell": s.cell,
             "pbc": s.pbc,
             "stress": np.full((3, 3), np.nan) if s.stress is None else s.stress,
-            "source": _index(self.sources, s.source, "sources"),
-            "level": _index(self.levels, s.level, "levels of theory"),
+            "source": _index(self.sources, s.source, "source", "sources"),
+            "level": _index(self.levels, s.level, "level", "levels of theory"),
             "group": self.group_ids.setdefault(s.group, len(self.group_ids)),
             "weights": s.weights,
-            "config_type": _index(self.config_types, s.config_type, "kinds of structures (config_type)"),
-            "file": _index(self.source_files, s.file, "files"),
+            "config_type": _index(self.config_types, s.config_type, "config_type", "kinds (config_type)"),
+            "file": _index(self.source_files, s.file, "file", "files"),
             "labels": labels | LABEL_STRESS * (s.stress is not None),
         }
         for name, value in row.items():
@@ -242,10 +244,11 @@ class _Writer:
         return splits
 
 
-def _index(table: dict[str, int], name: str, what: str) -> int:
+def _index(table: dict[str, int], name: str, array: str, what: str) -> int:
     index = table.setdefault(name, len(table))
-    if index > MAX_NAMES:
-        raise ValueError(f"more than {MAX_NAMES} {what} in one store; is an identifier used as a name?")
+    largest = np.iinfo(ALL_ARRAYS[array][0]).max
+    if index > largest:
+        raise ValueError(f"more than {largest} {what} in one store; is an identifier used as a name?")
     return index
 
 

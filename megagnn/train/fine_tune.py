@@ -18,12 +18,13 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
-from megagnn.config import ModelConfig, RunConfig, config_from_dict, read_values
+from megagnn.config import ModelConfig, OptimConfig, RunConfig, config_from_dict, read_values
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import References
 from megagnn.init_config import InitConfig
 from megagnn.models.presets import PRESETS
 from megagnn.models.statistics import Statistics
+from megagnn.optim.parts import share_of
 from megagnn.optim.pieces import Piece
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
@@ -67,8 +68,11 @@ def complete_config(values: dict[str, Any], resume: bool = False) -> RunConfig:
     init_from = values.get("init_from")
     if not isinstance(init_from, str):
         return config_from_dict(values)
-    given = dict(values.get("model", {}))
-    values = {**values, "model": {**PRESETS.get(given.get("preset", "default"), {}), **given}}
+    given = values.get("model", {})
+    preset = given.get("preset", "default") if isinstance(given, dict) else None
+    if not isinstance(preset, str):
+        return config_from_dict(values)  # which tells what is wrong with it
+    values = {**values, "model": {**PRESETS.get(preset, {}), **given}}
     own = Path(str(values.get("out_dir", RunConfig.out_dir))).expanduser() / "config.json"
     if resume and own.is_file():
         return _with_model(values, _model_of_run(own), str(own))
@@ -247,6 +251,25 @@ class Beginning:
             f"{', '.join(new_elements) or 'none'}; new levels of theory: {', '.join(new_levels) or 'none'}; "
             f"references {kept}"
         )
+
+    def warnings(self, statistics: Statistics, optim: OptimConfig) -> list[str]:
+        """What a user may not have meant: new rows of embeddings that are not trained."""
+        old = self.checkpoint.statistics
+        tables = [(old.elements, statistics.elements, ELEMENTS), (old.levels, statistics.levels, LEVELS)]
+        return [
+            line for known, now, name in tables for line in _stay(known, now, name, name.split(".")[0], optim)
+        ]
+
+
+def _stay(known: Sequence[Any], now: Sequence[Any], name: str, part: str, optim: OptimConfig) -> list[str]:
+    """A warning if rows of a table that the checkpoint lacks are not trained."""
+    new = [chemical_symbols[row] if name == ELEMENTS else row for row in now if row not in known]
+    if not new or share_of(name, optim) > 0:
+        return []
+    return [
+        f"{part} is frozen, so its rows of {', '.join(new)}, which the checkpoint lacks, stay as they begin: "
+        "copies of others, or their mean; leave it out of optim.freeze to train them"
+    ]
 
 
 def _with_model(values: dict[str, Any], model: ModelConfig, where: str) -> RunConfig:

@@ -57,9 +57,15 @@ MAY_DIFFER = (
 
 
 def check_same_run(
-    checkpoint: FolderCheckpoint, config: RunConfig, statistics: Statistics, context: ParallelContext
+    checkpoint: FolderCheckpoint,
+    config: RunConfig,
+    statistics: Statistics,
+    context: ParallelContext,
+    has_forces: bool = True,
 ) -> None:
     """Refuse to continue another run; warn, on the main rank, of settings that make the result another one.
+
+    has_forces: whether training structures have them; else the output scale follows from references.
 
     Raises:
         ValueError: a setting of MUST_BE_EQUAL that differs, or other training data.
@@ -83,8 +89,12 @@ def check_same_run(
                 f"{where}: {key} was {then.get(key)!r} and is now {now.get(key)!r}; give it the old "
                 "value, or start another run in another out_dir"
             )
-    same = _same_data if config.init_from is None else _same_new_data
-    if not same(checkpoint.statistics, statistics):
+    then_fitted = checkpoint.statistics
+    if config.init_from is not None:
+        same = _same_new_data(then_fitted, statistics)
+    else:
+        same = _same_data(then_fitted, statistics, has_forces)
+    if not same:
         raise ValueError(f"{where}: the training data are not those of the run; give it the same data.paths")
     told = [key for key in changed if key not in MAY_DIFFER]
     if config.train.num_epochs is not None and "train.num_epochs" not in changed:
@@ -147,15 +157,19 @@ def _same_new_data(then: Statistics, now: Statistics) -> bool:
     )
 
 
-def _same_data(then: Statistics, now: Statistics) -> bool:
+def _same_data(then: Statistics, now: Statistics, has_forces: bool) -> bool:
     """Equal but for the rounding of a fit on another machine.
 
     References and what belongs to them follow from the data by rules that may be told otherwise at a resume;
-    the run keeps its own.
+    the run keeps its own. Without forces the output scale is of what references leave over.
     """
     a, b = dataclasses.asdict(then), dataclasses.asdict(now)
-    fitted = ("mean_energy", "output_scale", "mean_neighbours")
-    chosen = ("references", "shifts", "unspanned")
+    fitted: tuple[str, ...] = ("mean_energy", "mean_neighbours")
+    chosen: tuple[str, ...] = ("references", "shifts", "unspanned")
+    if has_forces:
+        fitted += ("output_scale",)
+    else:
+        chosen += ("output_scale",)
     if any(a[key] != b[key] for key in a if key not in fitted + chosen):
         return False
     return all(np.allclose(a[key], b[key], rtol=1e-6, atol=1e-6) for key in fitted)

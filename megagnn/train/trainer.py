@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megagnn.config import RunConfig, config_to_dict, with_num_steps
+from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import for_sources, read_reference_energies
 from megagnn.models.egnn import parameter_names
@@ -112,6 +113,7 @@ class Trainer:
             beginning.fill(pieces, self.statistics)
             pieces_loaded(self.optimizer, num_steps=0)
             self.begun_with = beginning.describe(self.statistics)
+            self.told += beginning.warnings(self.statistics, config.optim)
         if config.train.num_epochs is not None:
             steps = self.progress.step + self._steps_left(config.train.num_epochs)
             config = self.config = with_num_steps(config, steps)
@@ -207,7 +209,8 @@ class Trainer:
         statistics: Statistics = broadcast_object(fitted, self.context)
         if checkpoint is None:
             return statistics
-        check_same_run(checkpoint, self.config, statistics, self.context)
+        has_forces = train_set.num_labelled()[keys.FORCES] > 0
+        check_same_run(checkpoint, self.config, statistics, self.context, has_forces)
         return checkpoint.statistics
 
     def run(self) -> str:

@@ -5,6 +5,7 @@ import pytest
 from ase import Atoms, units
 
 from megagnn.cli import main
+from megagnn.data.dataset import StructureDataset
 from megagnn.data.isolated import isolated_atoms
 from megagnn.data.store import Store
 from tests.data.trajectories import crystals, isolated, labelled, molecules, scaled, write
@@ -75,6 +76,18 @@ def test_the_distance_of_isolated_atoms_is_the_users(tmp_path, capsys):
     assert "fixed: H -13.6" in capsys.readouterr().out
     assert prepare(tmp_path, file, "--isolated-distance", "0", "--overwrite") == 2
     assert "isolated_distance must be a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("distance", "found"), [("9", False), ("7", True), ("6", True)])
+def test_the_distance_of_isolated_atoms_reaches_training(tmp_path, capsys, distance, found):
+    file = write(tmp_path / "a.xyz", [isolated("H", -13.6, cell=3 * [8.0], pbc=True), *molecules("H2", 5)])
+    assert prepare(tmp_path, file, "--isolated-distance", distance, "--split", "1,0,0") == 0
+    assert ("1 isolated atoms" in capsys.readouterr().out) is found
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+    assert ("1 isolated atoms" in capsys.readouterr().out) is found
+    dataset = StructureDataset([tmp_path / "out"], "train", 4.0)
+    assert dataset.isolated_atoms().tolist() == [found] + 5 * [False]
+    assert dataset.baseline().fixed.any() == found
 
 
 @pytest.mark.parametrize("name", ["IsolatedAtom", "isolated_atom"])

@@ -11,6 +11,7 @@ from megagnn.data import keys
 from megagnn.data.split import split_groups
 from megagnn.data.store import Store, write_store
 from megagnn.data.store_format import ARRAYS
+from megagnn.data.store_writer import _Writer
 from tests.data.conftest import make_structure
 
 
@@ -216,3 +217,21 @@ class TestDamage:
 def test_single_structure(tmp_path):
     write_store(tmp_path / "s", [make_structure(1)], splits=np.zeros(1, dtype=np.uint8))
     assert Store.open(tmp_path / "s").structure(0)[keys.POSITIONS].shape == (1, 3)
+
+
+def test_more_files_and_kinds_than_short_integers_count(tmp_path):
+    """Each structure of a file and a kind of its own; the writer is told the numbers before by hand."""
+    with _Writer(tmp_path) as writer:
+        for table in (writer.config_types, writer.source_files):
+            table.update({str(k): k for k in range(40_000)})
+        writer.add(replace(make_structure(2), file="last", config_type="odd"))
+        writer.finish(np.zeros(1, np.uint8), {}, {}, ())
+    for name in ("file", "config_type"):
+        assert np.load(tmp_path / f"{name}.npy").tolist() == [40_000]
+
+
+def test_too_many_sources_are_refused(tmp_path):
+    with _Writer(tmp_path) as writer:
+        writer.sources.update({str(k): k for k in range(32_768)})
+        with pytest.raises(ValueError, match="more than 32767 sources in one store"):
+            writer.add(make_structure(2))

@@ -254,6 +254,24 @@ def test_levels_of_theory(folder: Path, tmp_path: Path) -> None:
         assert (batch[keys.LEVEL] == 2).all()
 
 
+def test_new_rows_of_a_frozen_table_are_told(folder: Path, new_store: Path, tmp_path: Path) -> None:
+    options = ("--init_from", str(folder), *FEW)
+    frozen = ("--optim.freeze", "element_embedding")
+    (told,) = runs.make_trainer(new_store, tmp_path / "a", *options, *frozen).told
+    assert "element_embedding is frozen, so its rows of Au, " in told
+    assert not runs.make_trainer(new_store, tmp_path / "b", *options).told
+
+
+@pytest.mark.parametrize(
+    "text", ["model = 3", '[model]\npreset = ["a"]', "loss = 3", '[loss]\npreset = ["a"]']
+)
+def test_a_section_that_is_none_is_told(text: str, folder: Path, tmp_path: Path) -> None:
+    for first in ("", f'init_from = "{folder}"\n'):
+        (tmp_path / "c.toml").write_text(first + text)
+        with pytest.raises(ValueError, match=r"'(model|loss)(\.preset)?'"):
+            run_config(tmp_path / "c.toml")
+
+
 @pytest.mark.parametrize("implementation", ["own", "torch", "sharded", "bfloat16"])
 def test_frozen_parts_and_rates(folder: Path, new_store: Path, tmp_path: Path, implementation: str) -> None:
     """Frozen parts keep their bits, with decay, and are in no norm; others move by their rates."""

@@ -134,6 +134,23 @@ def shift_of(folder: Path) -> float:
     return open_checkpoint(folder / "run" / "checkpoints" / "best.safetensors").statistics.shifts[0]
 
 
+def test_a_run_on_energies_goes_on_with_other_references(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its output scale follows from the references, and is no sign of other data."""
+    frames = [labelled(a, energy=a.calc.results["energy"]) for a in some_molecules()]
+    store = prepared(tmp_path, frames)
+    only = ("--model.forces", "none", "--loss.force_weight", "0")
+    trained(tmp_path, store, *only)
+    (tmp_path / "r.txt").write_text("H -3.0")
+    given = ("--data.reference_energies", str(tmp_path / "r.txt"))
+    trained(tmp_path, store, *only, *given, "--resume", steps=5)
+    prepared(tmp_path, frames[1:], "--overwrite")
+    arguments = ["--data.paths", str(store), "--out_dir", str(tmp_path / "run"), *only, "--resume"]
+    assert main(["train", str(tmp_path / "c.toml"), *arguments]) == 2
+    assert "the training data are not those of the run" in capsys.readouterr().err
+
+
 def test_references_of_a_file_in_the_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
