@@ -220,6 +220,17 @@ class StructureDataset(Dataset[Graph]):
             total += float(np.square(forces, dtype=np.float64).sum())
         return count, total
 
+    def has_free_forces(self) -> bool:
+        """Whether some atom of this split has a force that counts: labelled, and not of an atom held fixed.
+
+        It looks no further than the first such block of structures.
+        """
+        for _, store, rows in self._row_blocks():
+            rows = rows[(store.arrays["labels"][rows] & LABEL_FORCES) > 0]
+            if not store.arrays["fixed"][ragged_indices(store.arrays["offsets"], rows)].all():
+                return True
+        return False
+
     def _row_blocks(self) -> Iterator[tuple[int, Store, NDArray[np.int64]]]:
         """Structures of this split as (number of the store, store, rows in it), ROWS_AT_ONCE at a time."""
         for k, store in enumerate(self.stores):

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from megagnn.config import ParallelConfig, RunConfig, flat_config
+from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import Potential
 from megagnn.models.statistics import Statistics
@@ -161,7 +162,7 @@ def run(arguments: argparse.Namespace) -> int:
         if parity is not None:
             parity.save(arguments.plot)
         if context.is_main:
-            _report(arguments, result, dataset.num_left_out)
+            _report(arguments, result, dataset)
     return 0
 
 
@@ -200,10 +201,15 @@ def _groupings(dataset: StructureDataset) -> dict[str, Grouping]:
     return {kind: groups for kind, groups in found.items() if len(groups.names) > 1}
 
 
-def _report(arguments: argparse.Namespace, result: Evaluation, num_left_out: int) -> None:
+def _report(arguments: argparse.Namespace, result: Evaluation, dataset: StructureDataset) -> None:
+    num_left_out = dataset.num_left_out
     print(format_table(result.per_source))
     for kind, groups in result.per_group.items():
         print(f"\n{format_table(groups, TITLES[kind])}")
+    if (num_labelled := dataset.num_labelled()[keys.FORCES]) and not dataset.has_free_forces():
+        print(
+            f"\nno errors of forces: all atoms of the {num_labelled:,} structures with forces are held fixed"
+        )
     if num_left_out:
         print(f"\nleft out: {num_left_out:,} structures with elements that the model does not know")
     if arguments.json is not None:

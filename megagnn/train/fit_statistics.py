@@ -7,8 +7,16 @@ from megagnn.data.baseline import Baseline
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.statistics import Statistics
 
+ZERO_FORCES = (
+    "all forces of the training structures are exactly 0, so they give no scale of the output (1 eV/Å in a "
+    "new model); if they were never computed, prepare the data with --forces-key none and set "
+    "loss.force_weight = 0"
+)
 
-def compute_statistics(dataset: StructureDataset, baseline: Baseline | None = None) -> Statistics:
+
+def compute_statistics(
+    dataset: StructureDataset, baseline: Baseline | None = None, told: list[str] | None = None
+) -> Statistics:
     """Elements, per-element references, mean number of neighbours and output scale of a training split.
 
     The output scale is the root mean square of the force components (Batatia et al., MACE, NeurIPS 2022), or,
@@ -16,12 +24,15 @@ def compute_statistics(dataset: StructureDataset, baseline: Baseline | None = No
 
     Args:
         baseline: references and shifts, where they are known already: `dataset.baseline()`.
+        told: what looks wrong in the labels is appended, in words.
     """
     known = dataset.baseline() if baseline is None else baseline
     source_elements, energies = dataset.source_elements(), known.references + known.shifts[:, None]
     elements = np.unique(np.concatenate(source_elements))
     num_sources = len(dataset.sources)
     num_components, force_squares = dataset.force_squares()
+    if told is not None and num_components and force_squares == 0:
+        told.append(ZERO_FORCES)
     count, total, squares = np.zeros(num_sources), np.zeros(num_sources), 0.0
     source_levels: list[set[int]] = [set() for _ in range(num_sources)]
     for index in range(len(dataset)):

@@ -83,14 +83,25 @@ def pointwise(kind: str, error: Tensor, delta: float | Tensor, unit: float | Non
     return torch.where(size < delta, 0.5 * error * error, delta * (size - 0.5 * delta)) / unit
 
 
-def check_labels(num_labelled: Mapping[str, int], config: LossConfig) -> None:
-    """Raises ValueError if a term has a weight and the training data no label of its kind."""
+def check_labels(num_labelled: Mapping[str, int], config: LossConfig, free_forces: bool = True) -> None:
+    """Raises ValueError if a term has a weight and the training data no label of its kind that counts.
+
+    Args:
+        num_labelled: training structures with a label of each kind.
+        free_forces: whether some labelled force is of an atom that was not held fixed.
+    """
     for term, setting in WEIGHT_KEYS.items():
         weight = getattr(config, setting)
         if weight > 0 and num_labelled[term] == 0:
             raise ValueError(
                 f"loss.{setting} is {weight:g} but no training structure has a label '{term}'; set "
                 f"loss.{setting} = 0, or prepare the data with --{term}-key naming it"
+            )
+        if weight > 0 and term == "forces" and not free_forces:
+            raise ValueError(
+                f"loss.{setting} is {weight:g} but all atoms of the {num_labelled[term]:,} training "
+                "structures with forces are held fixed, and forces of fixed atoms do not count; set "
+                f"loss.{setting} = 0, or prepare the data from files without these constraints"
             )
 
 

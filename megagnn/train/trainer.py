@@ -79,7 +79,7 @@ class Trainer:
         self.out_dir = Path(config.out_dir)
         self.precision = precision_of(config.train.dtype, config.train.geometry)
         train_set = open_split(config.data, config.model, "train", context)
-        check_labels(train_set.num_labelled(), config.loss)
+        check_labels(train_set.num_labelled(), config.loss, train_set.has_free_forces())
         self.checkpoints = CheckpointStore(
             self.out_dir / "checkpoints",
             context,
@@ -202,10 +202,10 @@ class Trainer:
             given = beginning.references(given, train_set)
         if self.context.is_main:
             baseline = train_set.baseline(given)
-            fitted = compute_statistics(train_set, baseline)
+            self.told = [*train_set.warnings(), *baseline.told]
+            fitted = compute_statistics(train_set, baseline, self.told)
             if beginning is not None:
                 fitted = beginning.statistics(fitted, given)
-            self.told = [*train_set.warnings(), *baseline.told]
         statistics: Statistics = broadcast_object(fitted, self.context)
         if checkpoint is None:
             return statistics

@@ -140,6 +140,23 @@ def test_elements_and_squares_of_forces(structures, paths):
         assert data.force_squares() == (forces.size, pytest.approx(np.square(forces).sum(), rel=1e-12))
 
 
+@pytest.mark.parametrize("block", [2, 65536])
+def test_forces_of_atoms_held_fixed_do_not_count(structures, tmp_path, monkeypatch, block):
+    """One free atom with a force is enough, wherever it is; without forces it is none."""
+    monkeypatch.setattr(dataset_module, "ROWS_AT_ONCE", block)
+    held = [replace(s, fixed=np.ones(s.num_atoms, bool)) for s in structures if s.forces is not None][:5]
+    last = replace(held[-1], fixed=np.arange(held[-1].num_atoms) > 0)
+    without = replace(last, energy=1.0, forces=None)
+    for number, (records, expected) in enumerate([(held, False), ([*held[:-1], last], True)]):
+        store = tmp_path / str(number)
+        write_store(store, [*records, without], splits=np.zeros(6, np.uint8))
+        data = StructureDataset([store], "all", 3.0)
+        assert data.num_labelled()["forces"] == 5
+        assert data.has_free_forces() == expected
+    write_store(tmp_path / "none", [without], splits=np.zeros(1, np.uint8))
+    assert not StructureDataset([tmp_path / "none"], "all", 3.0).has_free_forces()
+
+
 def test_statistics_do_not_depend_on_the_block(paths, monkeypatch):
     data = StructureDataset(paths, "train", 3.0)
     whole = [e.tolist() for e in data.source_elements()], data.force_squares()

@@ -12,6 +12,8 @@ from megagnn.train.checkpoint_folder import follow
 from tests import runs
 
 SHORT = ("--train.num_steps", "8", "--train.validate_every", "4", "--optim.warmup_steps", "1")
+# Of each of its keys another value makes losses that are far larger.
+LOSS = ("--loss.energy", "huber", "--loss.forces", "huber", "--loss.energy_weight", "1")
 LONGER = ("--train.num_steps", "12", *SHORT[2:])
 
 
@@ -40,11 +42,11 @@ def test_best_moves_again_after_another_loss(
 ) -> None:
     """Losses that are so much larger would never be the lowest; without a change they are compared."""
     out = tmp_path / "run"
-    assert runs.train(store, out, *SHORT) == 0
+    assert runs.train(store, out, *SHORT, *LOSS) == 0
     step, loss = best_of(out)
     assert step == 8
     capsys.readouterr()
-    assert runs.train(store, out, *LONGER, *options, "--resume") == 0
+    assert runs.train(store, out, *LONGER, *LOSS, *options, "--resume") == 0
     told = capsys.readouterr().err
     assert ("validation losses cannot be compared with those before" in told) == bool(named)
     assert (

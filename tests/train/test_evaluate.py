@@ -130,6 +130,24 @@ def test_an_empty_split_and_an_unreadable_store(
     assert str(tmp_path) in capsys.readouterr().err
 
 
+def test_forces_of_fixed_atoms_alone(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """evaluate says why there are no errors of forces, train refuses; a free atom is enough for both."""
+    fixed, half = np.array([True, True]), np.array([True, False])
+    held = [structure(k, fixed=fixed) for k in range(6)]
+    for name, records in (("held", held), ("free", [*held[:-1], structure(5, fixed=half)])):
+        store = write(tmp_path / name, records, [0, 1, 2, 0, 2, 2])
+        assert main(["evaluate", str(checkpoint), str(store)]) == 0
+        said = "no errors of forces: all atoms of the 3 structures with forces are held fixed"
+        assert (said in capsys.readouterr().out) == (name == "held")
+    out = tmp_path / "run"
+    assert runs.train(tmp_path / "held", out, "--loss.stress_weight", "0") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "force_weight is 1 but all atoms of the 2 training structures with forces are held fixed" in error
+    assert not out.exists()
+
+
 def test_a_table_per_file_and_kind(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

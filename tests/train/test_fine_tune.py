@@ -281,9 +281,11 @@ def test_frozen_parts_and_rates(folder: Path, new_store: Path, tmp_path: Path, i
         "sharded": ("--parallel.zero_stage", "3"),
         "bfloat16": ("--train.dtype", "bfloat16"),
     }[implementation]
-    some = ("--init_from", str(folder), "--optim.freeze", "element_embedding,layers.0")
+    # clipped gradients would give moments of another norm than the one that is logged
+    begun = ("--init_from", str(folder), "--optim.clip_norm", "none", *options)
+    frozen_parts = ("--optim.freeze", "element_embedding,layers.0")
     rates = ("--optim.rates.layers", "0.01", "--optim.weight_decay", "0.1", "--optim.ema_decay", "0.5")
-    trainer = runs.make_trainer(new_store, tmp_path / "run", *FEW, *some, *rates, *options)
+    trainer = runs.make_trainer(new_store, tmp_path / "run", *FEW, *begun, *frozen_parts, *rates)
     before = {(p.name, p.kind): p.values.clone() for p in trainer._pieces() if p.kind in ("model", "average")}
     norms: list[float] = []
     original = trainer._log
@@ -311,7 +313,7 @@ def test_frozen_parts_and_rates(folder: Path, new_store: Path, tmp_path: Path, i
     slow = [change for name, change in moved.items() if name.startswith("layers.1")]
     fast = [change for name, change in moved.items() if name.startswith("energy_head")]
     assert 0 < max(slow) < 0.05 * min(fast)
-    free = runs.make_trainer(new_store, tmp_path / "free", *FEW, "--init_from", str(folder), *options)
+    free = runs.make_trainer(new_store, tmp_path / "free", *FEW, *begun)
     free._step(next(free.train.steps(0, 0)), MagicMock(), MagicMock(received=""))
     frozen = ("element_embedding", "layers.0")
     whole = sum(float(p.values.double().square().sum()) for p in free._pieces() if p.kind == "exp_avg")

@@ -171,6 +171,14 @@ class TestWeightsOverTheRun:
             check_labels({"energy": 0, "forces": 0, "stress": 0}, config)
         check_labels({"energy": 0, "forces": 5, "stress": 0}, config)
 
+    def test_forces_of_fixed_atoms_alone_are_none(self) -> None:
+        counts = {"energy": 5, "forces": 5, "stress": 0}
+        message = "force_weight is 2 but all atoms of the 5 training structures with forces are held fixed"
+        with pytest.raises(ValueError, match=message):
+            check_labels(counts, LossConfig(force_weight=2.0), free_forces=False)
+        check_labels(counts, LossConfig(force_weight=0.0), free_forces=False)
+        check_labels(counts, LossConfig(force_weight=2.0))
+
 
 def test_strata_must_rise() -> None:
     with pytest.raises(ValueError, match="must have rising sizes"):

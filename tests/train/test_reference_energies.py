@@ -17,7 +17,7 @@ from megagnn.models.potential import build_potential
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.checkpoint import load_potential, open_checkpoint
-from megagnn.train.fit_statistics import compute_statistics
+from megagnn.train.fit_statistics import ZERO_FORCES, compute_statistics
 from megagnn.train.loader import BatchLoader
 from tests.data.trajectories import FREE_ATOMS, isolated, labelled, molecules, write
 
@@ -213,6 +213,26 @@ def test_training_on_forces_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
     atoms = Atoms("H2", positions=[[0, 0, 0], [0, 0, 0.74]], calculator=MegaGNNCalculator(checkpoint))
     with pytest.warns(UserWarning, match="was trained without energies"):
         assert np.isfinite(atoms.get_forces()).all()
+
+
+def test_forces_that_are_all_zero_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They give no scale of the output; one force that is not zero does."""
+    frames = [
+        labelled(f, energy=f.get_potential_energy(), forces=np.zeros((len(f), 3))) for f in some_molecules()
+    ]
+    store = prepared(tmp_path, frames)
+    told: list[str] = []
+    assert compute_statistics(StructureDataset([store], "train", 4.0), told=told).output_scale == 1.0
+    assert told == [ZERO_FORCES]
+    capsys.readouterr()
+    trained(tmp_path, store, steps=3)
+    assert capsys.readouterr().err.count("all forces of the training structures are exactly 0") == 1
+
+
+def test_forces_that_are_not_all_zero_are_not_told(tmp_path: Path) -> None:
+    told: list[str] = []
+    compute_statistics(StructureDataset([prepared(tmp_path, some_molecules())], "train", 4.0), told=told)
+    assert told == []
 
 
 def test_training_repeats_what_prepare_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
