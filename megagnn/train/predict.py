@@ -15,7 +15,14 @@ from tqdm import tqdm
 
 from megagnn.data import keys
 from megagnn.data.batch import Graph
-from megagnn.data.formats import ReadOptions, detect_format, parse_species, read_structures
+from megagnn.data.formats import (
+    ReadOptions,
+    Units,
+    detect_format,
+    parse_species,
+    parse_units,
+    read_structures,
+)
 from megagnn.data.formats.ase_files import read_frames
 from megagnn.data.record import Structure
 from megagnn.parallel.launch import parallel_context
@@ -48,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ase-format", metavar="NAME", help="ASE's name of the format of FILE")
     parser.add_argument("--species", help="elements of species or types of FILE, as prepare takes them")
+    parser.add_argument(
+        "--units",
+        metavar="QUANTITY=UNIT,...",
+        help="units of FILE where they are others than eV and Å, as prepare takes them (length=bohr); OUT is "
+        "in eV and Å, labels kept as REF_energy, REF_forces, ... included",
+    )
     parser.add_argument("--source", help="source whose reference energies apply, if the model has several")
     parser.add_argument("--level", help="level of theory, if the source has several")
     parser.add_argument(
@@ -75,7 +88,8 @@ def run(arguments: argparse.Namespace) -> int:
     if out.exists() and file.exists() and out.samefile(file):
         raise ValueError(f"--out {out} is the input file; choose another file for the predictions")
     species = {} if arguments.species is None else parse_species(arguments.species)
-    options = ReadOptions(ase_format=arguments.ase_format, species=species)
+    units = Units() if arguments.units is None else parse_units(arguments.units)
+    options = ReadOptions(ase_format=arguments.ase_format, species=species, units=units)
     format = output_format(out, arguments.out_format)
     checkpoint = open_checkpoint(arguments.checkpoint)
     data = checkpoint.config.data
@@ -149,7 +163,7 @@ def predicted(
     """The frames of a file with predictions, in their order, batch by batch.
 
     Args:
-        options: of the reader; names of species and ASE's name of the format.
+        options: of the reader; names of species, units and ASE's name of the format.
         budget: atoms and edges of a batch; a larger frame makes one of its own.
         skip_unknown: leave frames with unknown elements out.
         format: of the output, see `with_predictions`.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import ase.db
 import ase.io
+import ase.test
 import numpy as np
 import pytest
 from ase import Atoms
@@ -14,6 +15,8 @@ from ase.constraints import FixAtoms
 
 from megagnn.calculator import MegaGNNCalculator
 from megagnn.cli import main
+from megagnn.data.formats import ReadOptions, parse_units, read_structures
+from megagnn.data.formats.ase_files import read_frames
 from megagnn.train.predicted_frames import with_predictions
 
 
@@ -135,6 +138,65 @@ def test_other_formats_in(checkpoint: Path, tmp_path: Path) -> None:
         assert np.abs(results["stress"] - expected["stress"]).max() < 1e-6
 
 
+QBOX = Path(ase.test.__file__).parent / "testdata/qbox_test.xml"
+HARTREE, BOHR = 27.211386, 0.52917721
+
+
+def test_labels_of_a_format_with_units_of_its_own_are_converted() -> None:
+    """Qbox's atomic units, which ASE leaves as they are; its momenta are in units of nobody's."""
+    raw = ase.io.read(QBOX, index=0)
+    (_, found), *_ = read_frames(QBOX, ReadOptions())
+    assert found.calc.results["energy"] == pytest.approx(raw.calc.results["energy"] * HARTREE, rel=1e-6)
+    forces = raw.calc.results["forces"] * HARTREE / BOHR
+    assert np.abs(forces).max() > 0.01
+    assert np.allclose(found.calc.results["forces"], forces, rtol=1e-6, atol=0)
+    assert np.allclose(found.positions, raw.positions * BOHR, rtol=1e-6, atol=0)
+    assert "momenta" in raw.arrays
+    assert "momenta" not in found.arrays
+    kept = with_predictions(found, {"energy": 1.0, "forces": forces * 0, "energies": np.zeros(len(raw))})
+    assert kept.info["REF_energy"] == found.calc.results["energy"]
+    assert np.array_equal(kept.arrays["REF_forces"], found.calc.results["forces"])
+
+
+def test_units_of_the_input_are_declared(checkpoint: Path, tmp_path: Path) -> None:
+    """The prediction is that of the frame in Å, and its labels are those that prepare would read."""
+    crystal = frames()[0]
+    expected = predicted(checkpoint, [crystal], tmp_path, "out.extxyz")[0]
+    other = crystal.copy()
+    other.set_cell(crystal.cell.array / BOHR)
+    other.positions = crystal.positions / BOHR
+    other.set_momenta(np.ones((4, 3)))
+    labels = crystal.calc.results
+    units = {"energy": labels["energy"] / HARTREE / 4, "forces": -labels["forces"] / HARTREE * BOHR}
+    units |= {"stress": -labels["stress"] * 1602.1766, "energies": np.full(4, 2.0)}
+    other.calc = SinglePointCalculator(other, **units)
+    other.info |= {"virial": np.full(9, 2.0), "my_energy": 2.0}
+    declared = "length=bohr,energy=Ha/atom,forces=-Ha/bohr,stress=-kBar,virial=Ha"
+    found = predicted(checkpoint, [other], tmp_path, "other.extxyz", "--units", declared)[0]
+    assert np.allclose(found.positions, crystal.positions, atol=1e-6)
+    assert found.calc.results["energy"] == pytest.approx(expected.calc.results["energy"], abs=1e-5)
+    assert found.info["REF_energy"] == pytest.approx(5.0, rel=1e-6)
+    assert np.allclose(found.arrays["REF_forces"], 9.0, rtol=1e-6)
+    assert np.allclose(found.info["REF_stress"], expected.info["REF_stress"], rtol=1e-6)
+    assert np.allclose(found.arrays["REF_energies"], 2 * HARTREE, rtol=1e-6)
+    assert np.allclose(found.info["virial"], 2 * HARTREE, rtol=1e-6)
+    assert found.info["my_energy"] == 2.0, "of a name of its own nobody said what it is"
+    assert "momenta" not in found.arrays
+    ase.io.write(tmp_path / "one.extxyz", other)
+    (read,) = read_structures(tmp_path / "one.extxyz", ReadOptions(units=parse_units(declared)))
+    assert found.info["REF_energy"] == pytest.approx(read.energy, rel=1e-9)
+    assert np.allclose(found.arrays["REF_forces"], read.forces, rtol=1e-6)
+    assert np.allclose(np.reshape(found.info["REF_stress"], (3, 3)), read.stress, rtol=1e-6)
+
+
+def test_units_that_a_database_declares_are_those_of_its_labels(tmp_path: Path) -> None:
+    with ase.db.connect(tmp_path / "s.db") as database:
+        database.metadata = {"_property_unit_dict": {"energy": "Hartree"}, "_distance_unit": "Ang"}
+        database.write(Atoms("H2", positions=[[0, 0, 0], [0, 0, 1]]), data={"energy": np.array([-1.0])})
+    ((_, found),) = read_frames(tmp_path / "s.db", ReadOptions())
+    assert found.info["energy"] == pytest.approx(-HARTREE, rel=1e-6)
+
+
 def test_float32_is_near(checkpoint: Path, tmp_path: Path) -> None:
     exact = predicted(checkpoint, frames(), tmp_path, "a.traj")
     near = predicted(checkpoint, frames(), tmp_path, "b.traj", "--dtype", "float32", "--max-edges", "1")
@@ -209,6 +271,7 @@ def test_what_predict_refuses(
     refused(r"levels of theory \['EMT'\], got 'PBE'", "--level", "PBE")
     refused("does not exist", of=tmp_path / "absent.xyz")
     refused("--max-atoms must be at least 1", "--max-atoms", "0")
+    refused("--units: unknown unit 'foot' of length", "--units", "length=foot")
     other.write_text("")
     refused("file is empty", of=other)
     other.write_text("0\n\n")

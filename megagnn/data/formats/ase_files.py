@@ -21,6 +21,7 @@ from megagnn.data.formats.ase_db import DB_FORMATS, Database, iterate_rows, open
 from megagnn.data.formats.ase_formats import ase_format, nothing_found
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
+from megagnn.data.formats.frame_units import convert_frame
 from megagnn.data.formats.lammps_dump import iterate_dump
 from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
 from megagnn.data.formats.quirks import FREE_ENERGY, FREE_ENERGY_TAKEN, Mender
@@ -93,10 +94,10 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
 
 
 def read_frames(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms]]:
-    """Number and atoms of every frame of a file, in Å, labelled or not, by the readers that `read_ase` uses.
+    """Number and atoms of every frame of a file, labelled or not, by the readers that `read_ase` uses.
 
-    `info`, arrays and results are as ASE reads them; results of a format that has units of its own are left
-    out.
+    Lengths and labels under usual names are in the units of a store (see `convert_frame`), all else in
+    `info`, arrays and results is as ASE reads it.
 
     Raises:
         ValueError: a file, or a frame, that cannot be read.
@@ -104,13 +105,8 @@ def read_frames(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Ato
     name, num_found = ase_format(path, options.ase_format), 0
     for found in _frames(path, name, options):
         num_found += 1
-        atoms, length = found.atoms, found.units.factor("length")
-        if length != 1.0:
-            atoms.set_cell(atoms.cell.array * length)
-            atoms.positions *= length
-        if found.units.of:
-            atoms.calc = None
-        yield found.index, atoms
+        convert_frame(found.atoms, options.units.over(found.units), foreign=bool(found.units.of))
+        yield found.index, found.atoms
     if not num_found:
         raise nothing_found(path, name)
 
