@@ -356,6 +356,22 @@ class RunConfig:
             )
 
 
+def check_patience(train: TrainConfig) -> None:
+    """Raises ValueError where patience can never end a run.
+
+    It is for a run that begins, for checkpoints of such runs can be used all the same; steps of epochs are
+    known with the data alone, and are not looked at.
+    """
+    if train.patience is None or train.num_epochs is not None:
+        return
+    if train.patience * train.validate_every >= train.num_steps:
+        raise ValueError(
+            f"train.patience {train.patience} times train.validate_every {train.validate_every} is not below "
+            f"train.num_steps {train.num_steps}, so it can never end the run; validate more often, or leave "
+            "train.patience out"
+        )
+
+
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> RunConfig:
     """Read a TOML file and apply `--section.field value` overrides; raises as `read_values` and
     `config_from_dict`."""

@@ -5,7 +5,15 @@ from typing import Any
 
 import pytest
 
-from megagnn.config import RunConfig, config_from_dict, config_to_dict, flat_config, load_config
+from megagnn.config import (
+    RunConfig,
+    TrainConfig,
+    check_patience,
+    config_from_dict,
+    config_to_dict,
+    flat_config,
+    load_config,
+)
 from megagnn.overrides import split_overrides
 
 
@@ -146,6 +154,17 @@ DIRECT = ["--model.forces", "direct"]
 def test_impossible_values(file: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_config(file, overrides)
+
+
+def test_patience_that_can_never_act() -> None:
+    steps = {"validate_every": 100, "num_steps": 200}
+    with pytest.raises(
+        ValueError, match=r"patience 2 times .*validate_every 100 is not below .*num_steps 200"
+    ):
+        check_patience(TrainConfig(patience=2, **steps))
+    check_patience(TrainConfig(patience=1, **steps))
+    check_patience(TrainConfig(patience=2, num_epochs=3, **steps))
+    check_patience(TrainConfig(**steps))
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

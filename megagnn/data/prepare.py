@@ -241,7 +241,8 @@ def parse_inputs(
     ]
     if repeated:
         raise ValueError(
-            f"file {repeated[0]} is given more than once; a structure must not be both trained and tested on"
+            f"file {repeated[0]} is given more than once; a structure must not be both trained and tested "
+            "on. Give it once: without --test and --valid, --split holds out parts of it"
         )
     return inputs
 

@@ -30,6 +30,7 @@ from megagnn.tensor_parallel.cost import PlanChoice
 from megagnn.train.checkpoint_folder import FolderCheckpoint, follow, open_folder
 from megagnn.train.checkpoint_manifest import NAME as MANIFEST
 from megagnn.train.checkpoint_manifest import write_tensors
+from megagnn.train.checkpoint_names import way_out
 from megagnn.train.progress import FORMAT, VERSION, Progress
 
 WEIGHTS = ("model", "average")
@@ -92,12 +93,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint | FolderCheckpoint:
         if target.is_file():
             return _load_file(path)
         if not target.is_dir():
-            raise FileNotFoundError(f"no checkpoint at {path}")
+            raise FileNotFoundError(f"no checkpoint at {path}; {way_out(path)}")
         if not (target / MANIFEST).exists():
-            raise ValueError(
-                f"{path} is a folder, not a checkpoint; did you mean {path / 'best'} or "
-                f"{path / 'checkpoints' / 'best'}?"
-            )
+            raise ValueError(f"{path} is a folder, not a checkpoint; {way_out(path)}")
         return open_folder(target)
 
     return _while_it_stays(path, opened)

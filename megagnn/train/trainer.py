@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagnn.config import RunConfig, config_to_dict, with_num_steps
+from megagnn.config import RunConfig, check_patience, config_to_dict, with_num_steps
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import for_sources, read_reference_energies
@@ -75,6 +75,7 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, context: ParallelContext, resume: bool = False) -> None:
+        check_patience(config.train)
         self.config, self.context = config, context
         self.out_dir = Path(config.out_dir)
         self.precision = precision_of(config.train.dtype, config.train.geometry)

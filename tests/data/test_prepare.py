@@ -187,7 +187,7 @@ def test_missing_labels_are_told(data, capsys):
 
 
 def test_same_file_twice(data):
-    with pytest.raises(ValueError, match="given more than once"):
+    with pytest.raises(ValueError, match=r"given more than once.* without --test and --valid, --split"):
         run(data / "all.xyz", "--test", data / "all.xyz", "--out", data / "out")
 
 

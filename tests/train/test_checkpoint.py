@@ -1,5 +1,6 @@
 """Checkpoints of one file: written whole or not at all, refused when damaged; export and import."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -76,10 +77,32 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.ones(2)}, path)
     with pytest.raises(ValueError, match="not a megagnn checkpoint"):
         load_checkpoint(path)
-    with pytest.raises(ValueError, match="is a folder, not a checkpoint; did you mean"):
+    with pytest.raises(ValueError, match="is a folder, not a checkpoint; give a run's checkpoints/best"):
         load_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no checkpoint at"):
         load_checkpoint(tmp_path / "none.safetensors")
+
+
+def test_what_to_give_instead_is_there(run_dir: Path, tmp_path: Path) -> None:
+    """Only checkpoints that exist are named, the nearest first."""
+    shutil.copytree(run_dir, tmp_path / "good", symlinks=True)
+    (tmp_path / "empty").mkdir()
+    inside = tmp_path / "good/checkpoints"
+    both = f"{inside}/best or {inside}/best.safetensors"
+    instead = "give a run's checkpoints/best"
+    for path, expected in (
+        (tmp_path / "good", f"folder, not a checkpoint; did you mean {both}?"),
+        (inside, f"folder, not a checkpoint; did you mean {both}?"),
+        (inside / "bestt", f"no checkpoint at {inside}/bestt; did you mean {inside}/best?"),
+        (inside / "step-00000061", f"did you mean {inside}/step-00000060"),
+        (tmp_path / "god", f"no checkpoint at {tmp_path}/god; did you mean {both}?"),
+        (tmp_path / "goood/checkpoints/best", f"did you mean {both}?"),
+        (tmp_path / "another", f"no checkpoint at {tmp_path}/another; {instead}"),
+        (tmp_path / "empty", f"{tmp_path}/empty is a folder, not a checkpoint; {instead}"),
+        (tmp_path / "empty/best", f"no checkpoint at {tmp_path}/empty/best; {instead}"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=re.escape(expected)):
+            load_checkpoint(path)
 
 
 def test_a_failed_write_leaves_the_old_file(

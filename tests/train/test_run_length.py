@@ -96,6 +96,12 @@ def test_patience_ends_a_run_that_gets_no_better(
     assert open_checkpoint(tmp_path / "run" / "checkpoints" / "last").progress.best_step == 25
 
 
+def test_patience_that_can_never_act(store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert runs.train(store, tmp_path / "run", "--train.patience", "3") == 2
+    assert "times train.validate_every 20 is not below train.num_steps 60" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_lines_hold_what_tensorboard_holds(run_dir: Path) -> None:
     lines = lines_of(run_dir)
     events = scalars(run_dir)

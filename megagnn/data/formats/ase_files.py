@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,15 @@ from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableErr
 from megagnn.data.formats.quirks import FREE_ENERGY, FREE_ENERGY_TAKEN, Mender
 from megagnn.data.formats.units import Units
 from megagnn.data.record import Structure
+
+LABEL_WORDS = re.compile("energy|forces?|stress|virials?")
+KIN = {
+    "energy": ("energy",),
+    "forces": ("forces", "force"),
+    "stress": ("stress",),
+    "virial": ("virial", "virials"),
+}
+"""Label -> words for it in keys."""
 
 
 @dataclass
@@ -233,6 +243,7 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
     if options.virial_key is None:
         labels["virial"], said = options.usual_virial(labels["virial"])
         notes = (*notes, *said)
+    notes = (*notes, *_unused_kin(found, labels, options))
     free = ase_name in FREE_ENERGY and options.energy_key is None and "free_energy" in found.results
     return Frame(
         path=path,
@@ -248,6 +259,24 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         converged=found.converged,
         **labels,
     )
+
+
+def _unused_kin(found: Found, labels: Mapping[str, Any], options: ReadOptions) -> tuple[str, ...]:
+    """Notes on labels that nobody named, under keys of the style of those that were: REF_forces beside
+    --energy-key REF_energy."""
+    given = [str(options.label_keys[name]) for name in options.foreign_keys]
+    has_stress = labels["stress"] is not None or labels["virial"] is not None
+    notes = []
+    for label, spellings in KIN.items():
+        read = has_stress if label in ("stress", "virial") else labels[label] is not None
+        if read or options.label_keys[label] is not None:
+            continue
+        kin = [LABEL_WORDS.sub(spelling, key) for key in given for spelling in spellings]
+        for key in kin:
+            if key not in (*given, *spellings) and _by_key(found, key) is not None:
+                notes.append(f"no {label} read, though there is {key}; --{label}-key {key} reads it")
+                break
+    return tuple(notes)
 
 
 def _check_labels(structure: Structure, found: Found, options: ReadOptions, path: Path) -> None:

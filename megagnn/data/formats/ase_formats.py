@@ -10,7 +10,7 @@ from ase.io.formats import UnknownFileTypeError, filetype, ioformats, open_with_
 from megagnn.data.formats.options import UnreadableError
 
 SIGNATURES = {
-    "aims-output": ("FHI-aims", "Self-consistency cycle converged"),
+    "aims-output": ("FHI-aims", "Self-consistency cycle converged", "| Number of spin channels"),
     "espresso-out": ("Program PWSCF",),
     "orca-output": ("O   R   C   A",),
     "gaussian-out": ("Entering Gaussian System",),

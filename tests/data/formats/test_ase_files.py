@@ -189,3 +189,23 @@ def test_missing_file_and_unknown_format(tmp_path):
         read_structures(tmp_path / "nowhere.xyz")
     with pytest.raises(ValueError, match="unknown format 'hdf5'; known are ase, mlearn, pymatgen, store"):
         read_structures(tmp_path / "nowhere.xyz", format="hdf5")
+
+
+def test_labels_of_the_same_style_that_nobody_named_are_told(tmp_path):
+    atoms = molecule("H2O")
+    atoms.info |= {"REF_energy": -2081.0, "REF_virials": np.eye(3), "other_stress": np.eye(3)}
+    atoms.arrays["REF_force"] = np.arange(9.0).reshape(3, 3)
+    ase.io.write(tmp_path / "a.xyz", atoms, format="extxyz")
+
+    def notes(**keys: str) -> list[str]:
+        (read,) = read_structures(tmp_path / "a.xyz", ReadOptions(**keys))
+        return [note for note in read.notes if "reads it" in note]
+
+    forces = "no forces read, though there is REF_force; --forces-key REF_force reads it"
+    virial = "no virial read, though there is REF_virials; --virial-key REF_virials reads it"
+    assert notes(energy_key="REF_energy") == [forces, virial]
+    assert notes(energy_key="REF_energy", virial_key="none") == [forces]
+    assert notes(energy_key="REF_energy", forces_key="REF_force", stress_key="other_stress") == []
+    energy = "no energy read, though there is REF_energy; --energy-key REF_energy reads it"
+    assert notes(forces_key="REF_force") == [energy, virial]
+    assert notes(forces_key="REF_force", energy_key="none", virial_key="none") == []

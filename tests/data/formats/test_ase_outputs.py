@@ -44,6 +44,9 @@ TOLD = [
 
 REFUSED = [
     ("aims/md.out", r"no structure found, .*--ase-format \(by its content perhaps aims-output\)"),
+    ("aims/numerical_stress.out", r"by its content perhaps aims-output\)"),
+    ("aims/polarization.out", r"by its content perhaps aims-output\)"),
+    ("aims/DFPT_dielectric.out", r"by its content perhaps aims-output\)"),
     ("aims/preamble_fail.out", "no structure found"),
     ("lammpsdata_input.data", "perhaps lammps-data"),
     ("io/eon/multi.con", "no energy or forces found"),
