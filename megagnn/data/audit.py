@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,9 +13,14 @@ from megagnn.data.record import Structure
 
 
 class Audit:
-    """Collects while structures are read; then `check` their labels and, once they are split, `copies`."""
+    """Collects while structures are read; then `check` their labels and, once they are split, `copies`.
 
-    def __init__(self) -> None:
+    Args:
+        declared: units that the user declared, quantity -> unit.
+    """
+
+    def __init__(self, declared: Mapping[str, str] | None = None) -> None:
+        self._declared = declared or {}
         self._labels: dict[str, LabelCheck] = {}
         self._copies = Copies()
         self._isolated = bytearray()
@@ -23,8 +30,9 @@ class Audit:
         self._isolated.append(isolated)
         self._copies.add(structure, file, frame)
         if not isolated:
-            check = self._labels.setdefault(structure.source, LabelCheck(structure.source))
-            check.add(structure, file, frame)
+            if structure.source not in self._labels:
+                self._labels[structure.source] = LabelCheck(structure.source, self._declared)
+            self._labels[structure.source].add(structure, file, frame)
 
     def check(self, accept: bool) -> list[str]:
         """What is wrong with labels, in words.

@@ -5,7 +5,8 @@ Between two structures of the same atoms that differ by displacements dx and a s
     dE = -sum(F . dx) + V (stress : e),
 
 with forces, stress and volume taken as the mean of both ends (the trapezoid rule, exact for quadratic
-energies). A unit or a sign that is wrong in one of the three shows as a factor, whatever the sizes.
+energies). A unit or a sign that is wrong in one of the three shows as a factor, whatever the sizes. Where
+cells differ and no stress is known, the second term is a fitted function of the volume instead.
 """
 
 from __future__ import annotations
@@ -24,6 +25,16 @@ MAX_STRAIN = 0.06
 MIN_STRAIN = 1e-5
 """Below, the cell is the same but for rounding."""
 
+STRAIN_LENGTH = 30.0
+"""Å. Of pairs the one is nearest whose displacement plus this times its strain is least: a strain of 1 %
+spoils the trapezoid rule about as much as 0.3 Å do."""
+
+MIN_KNOWN = 20
+"""Pairs that need no fitted function of the volume, from which on the others are left out."""
+
+FOLDS = 10
+"""Parts of the pairs, each of which is left out once for the error of a factor."""
+
 MAX_PAIRS = 2000
 MAX_SAMPLE = 300
 MAX_ATOMS = 512
@@ -40,6 +51,9 @@ class Pair:
         of_forces, of_stress: eV, what forces and stress say; 0 where nothing moved.
         num_atoms, volume: of the structure; volume in Å^3, 0 without one.
         displacement: Å, largest of an atom.
+        strain: the largest component.
+        growth: change of the volume over the mean one, of a pair whose cells differ without a stress; else 0.
+        species: atomic numbers, as bytes.
     """
 
     energy: float
@@ -48,6 +62,14 @@ class Pair:
     num_atoms: int
     volume: float
     displacement: float
+    strain: float = 0.0
+    growth: float = 0.0
+    species: bytes = b""
+
+    @property
+    def distance(self) -> float:
+        """Å, by how much the trapezoid rule may err."""
+        return self.displacement + STRAIN_LENGTH * self.strain
 
 
 class NearFrames:
@@ -83,7 +105,7 @@ class NearFrames:
                 candidates = [pair_of(structure, other) for other in frames[index + 2 : index + 40]]
                 near = [pair for pair in candidates if pair is not None]
                 if near:
-                    found.append(min(near, key=lambda pair: pair.displacement))
+                    found.append(min(near, key=lambda pair: pair.distance))
         return found
 
 
@@ -115,13 +137,28 @@ def pair_of(a: Structure, b: Structure) -> Pair | None:
         if a.forces is None or b.forces is None:
             return None
         of_forces = -float(((a.forces + b.forces) / 2 * moved).sum())
-    if strained:
-        if a.stress is None or b.stress is None:
+    growth = 0.0
+    if strained and (a.stress is None or b.stress is None):
+        growth = float(abs(np.linalg.det(b.cell)) - abs(np.linalg.det(a.cell))) / volume
+        if displacement < 1e-4 or not growth:
             return None
+    elif strained:
+        assert a.stress is not None
+        assert b.stress is not None
         # strain about the middle of the two cells, so that the rule is symmetric in them
         middle = np.linalg.solve((a.cell + b.cell) / 2, b.cell - a.cell)
         of_stress = volume * float(((a.stress + b.stress) / 2 * (middle + middle.T) / 2).sum())
-    return Pair(b.energy - a.energy, of_forces, of_stress, a.num_atoms, volume, displacement)
+    return Pair(
+        b.energy - a.energy,
+        of_forces,
+        of_stress,
+        a.num_atoms,
+        volume,
+        displacement,
+        float(np.abs(strain).max()),
+        growth,
+        a.atomic_numbers.tobytes(),
+    )
 
 
 @dataclass(frozen=True)
@@ -132,15 +169,20 @@ class Slope:
         value: the factor.
         misfit: median of what is left over the median without it: small is sure.
         num_pairs: of frames.
+        error: standard deviation of the factor.
     """
 
     value: float
     misfit: float
     num_pairs: int
+    error: float = 0.0
 
 
 def slopes(pairs: list[Pair], per: str = "") -> tuple[Slope | None, Slope | None]:
     """Of forces and of stress, by least absolute deviations, which single bad frames do not disturb.
+
+    Pairs whose cells differ without a stress take part where others are few: their energies may change with
+    the volume, linearly and quadratically, in whatever way fits.
 
     Args:
         per: "atom" or "volume" divides what labels say by the number of atoms or the volume, for energies per
@@ -149,6 +191,9 @@ def slopes(pairs: list[Pair], per: str = "") -> tuple[Slope | None, Slope | None
     Returns:
         None where no pair tells.
     """
+    known = [pair for pair in pairs if not pair.growth]
+    if sum(pair.of_forces != 0 for pair in known) >= MIN_KNOWN:
+        pairs = known
     if not pairs:
         return None, None
     energy = np.array([pair.energy for pair in pairs])
@@ -159,23 +204,47 @@ def slopes(pairs: list[Pair], per: str = "") -> tuple[Slope | None, Slope | None
     stress = np.array([pair.of_stress for pair in pairs]) / divisor
     if per == "volume":
         stress = stress / np.array([pair.volume or 1.0 for pair in pairs])
-    columns = np.stack([forces, stress], axis=1)
-    used = [k for k in range(2) if np.count_nonzero(columns[:, k]) >= 3]
+    columns = np.stack([forces, stress, *_of_volume(pairs)], axis=1)
+    used = [k for k in range(columns.shape[1]) if np.count_nonzero(columns[:, k]) >= 3]
+    result: list[Slope | None] = [None, None]
     if not used:
         return None, None
     found, residual = _least_absolute(columns[:, used], energy)
-    result: list[Slope | None] = [None, None]
-    for position, k in enumerate(used):
-        others = [j for j in range(len(used)) if j != position]
-        without = energy
-        if others:
-            without = _least_absolute(columns[:, used][:, others], energy)[1]
+    for k in {0, 1} & set(used):
+        position, without = used.index(k), energy
+        if len(used) > 1:
+            without = _least_absolute(columns[:, [j for j in used if j != k]], energy)[1]
         rows = columns[:, k] != 0
         scale = float(np.median(np.abs(without[rows])))
         if scale > 0:
             misfit = float(np.median(np.abs(residual[rows]))) / scale
-            result[k] = Slope(float(found[position]), misfit, int(rows.sum()))
+            error = _jackknife(columns[:, used], energy, position)
+            result[k] = Slope(float(found[position]), misfit, int(rows.sum()), error)
     return result[0], result[1]
+
+
+def _of_volume(pairs: list[Pair]) -> list[NDArray[np.float64]]:
+    """Columns for pairs without a stress: the growth of the volume, and that times how large it is."""
+    growth = np.array([pair.growth * pair.num_atoms for pair in pairs])
+    if not growth.any():
+        return []
+    size = np.ones(len(pairs))
+    of_species: dict[bytes, list[int]] = {}
+    for index, pair in enumerate(pairs):
+        of_species.setdefault(pair.species, []).append(index)
+    for rows in of_species.values():
+        volumes = np.array([pairs[k].volume for k in rows])
+        size[rows] = volumes / (np.median(volumes) or 1.0)
+    return [growth, growth * (size - 1)]
+
+
+def _jackknife(columns: NDArray[np.float64], values: NDArray[np.float64], position: int) -> float:
+    """Standard deviation of one coefficient, by leaving out every tenth pair in turn (jackknife)."""
+    if len(values) < FOLDS + columns.shape[1]:
+        return float("inf")
+    folds = np.arange(len(values)) % FOLDS
+    found = [_least_absolute(columns[folds != k], values[folds != k])[0][position] for k in range(FOLDS)]
+    return float(np.std(found) * np.sqrt(FOLDS - 1))
 
 
 def _least_absolute(
@@ -184,6 +253,7 @@ def _least_absolute(
     """Coefficients of the smallest sum of absolute residuals, by reweighted least squares; and residuals."""
     sizes = np.median(np.abs(columns), axis=0)
     sizes = np.where(sizes > 0, sizes, np.abs(columns).max(axis=0))
+    sizes = np.where(sizes > 0, sizes, 1.0)
     scaled = columns / sizes
     floor = 1e-6 * float(np.median(np.abs(values))) + 1e-12
     weights = 1.0 / np.maximum(np.abs(values), floor)  # large differences would rule the first guess

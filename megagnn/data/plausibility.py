@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +19,19 @@ from numpy.typing import NDArray
 
 from megagnn.data.atomic_energies import HARTREE, all_electron_energy
 from megagnn.data.formats.groups import empirical_formula
+from megagnn.data.lengths import LONG, Lengths
 from megagnn.data.near_frames import NearFrames, Pair, Slope, slopes
 from megagnn.data.places import Places
 from megagnn.data.record import Structure
-from megagnn.data.suspected_units import FORCES, KCAL, KJ, STRESS, explain_factor, explain_size
+from megagnn.data.suspected_units import (
+    FORCES,
+    KCAL,
+    KJ,
+    STRESS,
+    TOLERANCE,
+    explain_factor,
+    explain_size,
+)
 
 LARGE_STRESS, IMPOSSIBLE_STRESS = 1.0, 10.0
 """eV/Å^3, root mean square: 160 GPa is half the pressure in the Earth's core, 1600 GPa is in no data."""
@@ -39,6 +49,18 @@ within 0.89 and 1.08; smearing, loose convergence and large steps spoil it by so
 BOHR_SLOPES = (1.75, 2.05)
 """Within the factor of two, but sharp: 1.89 is a length in bohr, mostly of forces in Ha/bohr beside energies
 in Ha."""
+
+CLEAR_ERRORS, CLEAR_PAIRS, CLEAR_MISFIT = 5.0, 20, 0.85
+CLEAR_SLOPES, CLEAR_SLOPES_MISFIT = (0.25, 4.0), 0.6
+"""Where strains and large steps spoil the fit, a factor is still wrong if it is negative by so many standard
+deviations, or beyond these limits by size. Right data never have either."""
+
+BOHR_LENGTHS = (0.4, 0.7)
+"""The factor of energies in eV and forces in eV/Å beside lengths in bohr is 0.53; within these limits it is
+sure where the distances say the same."""
+
+UNEXPLAINED_ROOM = 0.4
+"""Of the logarithm of the factor of energies per atom, where no other unit explains it."""
 
 SURE_MISFIT, SHARP_MISFIT = 0.3, 0.12
 """Share of the energy differences that a factor leaves unexplained. Right data leave 0.04 to 0.14."""
@@ -76,11 +98,16 @@ class LabelCheck:
     """The labels of one source: `add` its structures in order, then `faults`.
 
     It keeps some numbers of each structure, and the positions of a bounded sample.
+
+    Args:
+        source: its name.
+        declared: units that the user declared, quantity -> unit; the labels are converted already.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, declared: Mapping[str, str] | None = None) -> None:
         self.source = source
-        self._frames = NearFrames()
+        self.declared = ",".join(f"{name}={unit}" for name, unit in (declared or {}).items())
+        self._frames, self._lengths = NearFrames(), Lengths()
         self._forces, self._stress = _Squares(), _Squares()
         self._virial = _Squares()
         self._compositions: dict[tuple[bytes, bytes], int] = {}
@@ -91,6 +118,7 @@ class LabelCheck:
         """One structure that is no isolated atom, and where it comes from."""
         s = structure
         self._frames.add(s)
+        self._lengths.add(s)
         if s.forces is not None:
             self._forces.add(s.forces)
         if s.stress is not None:
@@ -106,9 +134,12 @@ class LabelCheck:
     def faults(self) -> list[Fault]:
         """What is wrong, the sure faults first."""
         found = [*self._absent(), *self._sizes(), *self._differences(), *self._totals(), *self._outliers()]
+        found += [self._fault(text, False) for text in self._lengths.told()]
         return sorted(found, key=lambda fault: not fault.sure)
 
     def _fault(self, text: str, sure: bool) -> Fault:
+        if self.declared and "--units" in text:
+            text += f"; declared: {self.declared}, perhaps that is what is wrong"
         return Fault(f"{self.source}: {text}", sure)
 
     def _absent(self) -> list[Fault]:
@@ -161,7 +192,8 @@ class LabelCheck:
                 way = f"--stress-key none --virial-key KEY{' --units virial=-eV' if sign else ''}"
                 reason = f"as if it were the {sign}virial, in eV: read it by {way}"
             else:
-                reason = _reason(explain_factor(of_stress.value, STRESS, "stress", self._stress.rms))
+                texts = explain_factor(of_stress.value, STRESS, "stress", self._stress.rms, _room(of_stress))
+                reason = self._reason(_per_atom_first(texts, pairs, 1))
             found.append(
                 self._fault(
                     f"energies change with the cell {of_stress.value:.3g} times as the stress says "
@@ -172,7 +204,7 @@ class LabelCheck:
         return found
 
     def _of_forces(self, slope: Slope, pairs: list[Pair]) -> list[Fault]:
-        if not _is_wrong(slope):
+        if not (_is_wrong(slope) or self._is_bohr(slope)):
             near = [pair for pair in pairs if pair.displacement < LOST_DISPLACEMENT and pair.of_forces]
             lost = None
             if len(near) >= LOST_PAIRS and np.median([abs(pair.of_forces) for pair in near]) > LOST_ENERGY:
@@ -187,18 +219,28 @@ class LabelCheck:
                     )
                 ]
             return []
-        texts = explain_factor(slope.value, FORCES, "forces", self._forces.rms)
-        per_atom = slopes(pairs, per="atom")[0]
-        sizes = [pair.num_atoms for pair in pairs]
-        if per_atom is not None and _is_clean(per_atom) and 0.8 < per_atom.value < 1.25 and min(sizes) > 2:
-            texts = ["energy=eV/atom", *texts]
+        texts = explain_factor(slope.value, FORCES, "forces", self._forces.rms, _room(slope))
+        if self._is_bohr(slope):
+            texts = ["length=bohr", *texts]
         return [
             self._fault(
                 f"energies change {slope.value:.3g} times as the forces say ({slope.num_pairs} pairs of near "
-                f"frames), {_reason(texts)}",
+                f"frames), {self._reason(_per_atom_first(texts, pairs, 0))}",
                 True,
             )
         ]
+
+    def _is_bohr(self, slope: Slope) -> bool:
+        """Whether the factor is that of lengths in bohr beside forces per Å, and distances say so, too."""
+        within = BOHR_LENGTHS[0] < slope.value < BOHR_LENGTHS[1]
+        return within and self._lengths.ratio > LONG and slope.misfit < CLEAR_SLOPES_MISFIT
+
+    def _reason(self, texts: list[str]) -> str:
+        if self.declared:
+            return f"though units are declared ({self.declared}): perhaps they are what is wrong"
+        if not texts:
+            return "so the unit or the sign of one of them is wrong; declare it (--units)"
+        return f"as with other units: declare them, perhaps --units {' or --units '.join(texts)}"
 
     def _totals(self) -> list[Fault]:
         """Energies against those of all electrons, which are known to some per cent."""
@@ -294,15 +336,36 @@ def _is_clean(slope: Slope) -> bool:
 def _is_wrong(slope: Slope) -> bool:
     """A factor that is surely not one."""
     if not _is_clean(slope):
-        return False
+        return _is_clear(slope)
     sharp = slope.misfit < SHARP_MISFIT and BOHR_SLOPES[0] < slope.value < BOHR_SLOPES[1]
     return sharp or not RIGHT_SLOPES[0] <= slope.value <= RIGHT_SLOPES[1]
 
 
-def _reason(texts: list[str]) -> str:
-    if not texts:
-        return "so the unit or the sign of one of them is wrong; declare it (--units)"
-    return f"as with other units: declare them, perhaps --units {' or --units '.join(texts)}"
+def _is_clear(slope: Slope) -> bool:
+    """A wrong factor whatever the misfit: negative, or far from one, by many standard deviations."""
+    if slope.num_pairs < CLEAR_PAIRS or abs(slope.value) < CLEAR_ERRORS * slope.error:
+        return False
+    if slope.value < 0:
+        return slope.misfit < CLEAR_MISFIT
+    return slope.misfit < CLEAR_SLOPES_MISFIT and not CLEAR_SLOPES[0] <= slope.value <= CLEAR_SLOPES[1]
+
+
+def _room(slope: Slope) -> float:
+    """By how much the logarithm of a factor may be off that of a unit."""
+    return max(TOLERANCE, 0.7 * slope.misfit) if not _is_clean(slope) else TOLERANCE
+
+
+def _per_atom_first(texts: list[str], pairs: list[Pair], which: int) -> list[str]:
+    """The units that explain a factor; before them energies per atom, where they do.
+
+    Args:
+        which: 0 for the factor of forces, 1 for that of stress.
+    """
+    slope = slopes(pairs, per="atom")[which]
+    if slope is None or min(pair.num_atoms for pair in pairs) <= 2:
+        return texts
+    room = _room(slope) + 0.08 if texts else UNEXPLAINED_ROOM
+    return ["energy=eV/atom", *texts] if abs(math.log(max(slope.value, 1e-9))) < room else texts
 
 
 def _medians(values: NDArray[np.float64], indices: NDArray[np.int64]) -> NDArray[np.float64]:

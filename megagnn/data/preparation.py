@@ -109,7 +109,8 @@ class Preparation:
             }
         self.provenance, self.warnings = {}, []
         self._num_named = Counter(entry.path.name for entry in self.inputs)
-        self._sides, self._audit = Sides(self.fractions, self.seed), Audit()
+        self._sides = Sides(self.fractions, self.seed)
+        self._audit = Audit(self.options.units.of)
         references: References = {}
         return write_store(
             out,

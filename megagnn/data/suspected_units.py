@@ -40,13 +40,16 @@ TOLERANCE = 0.15
 SHOWN = 3
 
 
-def explain_factor(slope: float, labels: Mapping[str, float], name: str, rms: float) -> list[str]:
+def explain_factor(
+    slope: float, labels: Mapping[str, float], name: str, rms: float, tolerance: float = TOLERANCE
+) -> list[str]:
     """Units of energies and of forces or stress that explain how energies change against them.
 
     Args:
         slope: energy differences over what the labels say, in the numbers of the file.
         labels: FORCES or STRESS; name: "forces" or "stress".
         rms: of the labels, in the numbers of the file; sizes that no data have are sorted out.
+        tolerance: of the logarithm of the factor.
 
     Returns:
         As `--units` takes them, the likeliest first.
@@ -56,7 +59,7 @@ def explain_factor(slope: float, labels: Mapping[str, float], name: str, rms: fl
     found = []
     for rank, (label, value) in enumerate(labels.items()):
         for order, (energy, unit) in enumerate(ENERGY.items()):
-            if abs(math.log(abs(slope) * unit / value)) > TOLERANCE:
+            if abs(math.log(abs(slope) * unit / value)) > tolerance:
                 continue
             # a program has one energy unit; else one of the two quantities is as it should be
             one_system = label.startswith(energy)
@@ -68,7 +71,7 @@ def explain_factor(slope: float, labels: Mapping[str, float], name: str, rms: fl
             )
             found.append((not sized, not one_system, rank + order, text))
     texts = [text for *_, text in sorted(found) if text]
-    return texts[:1] if abs(math.log(abs(slope))) < TOLERANCE else texts[:SHOWN]  # a sign explains it alone
+    return texts[:1] if abs(math.log(abs(slope))) < tolerance else texts[:SHOWN]  # a sign explains it alone
 
 
 def explain_size(rms: float, labels: Mapping[str, float], largest: float) -> list[str]:

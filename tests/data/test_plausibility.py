@@ -162,3 +162,61 @@ def test_medians_of_many_compositions():
     found = _medians(values, indices)  # a pass over all values for each index would take minutes
     for index in range(40):
         assert found[index] == np.median(values[indices == index])
+
+
+STRAINED = {"num_frames": 40, "rattle": 0.08, "strain": 0.04}
+"""Steps and strains so large that they spoil the rule by a third."""
+
+
+def without_stress(frames):
+    return [labelled(f, **{name: f.calc.results[name] for name in ("energy", "forces")}) for f in frames]
+
+
+def test_the_sign_of_forces_in_strained_cells():
+    frames = crystals(**STRAINED)
+    assert faults(frames) == []
+    (fault,) = faults(scaled(frames, forces=-1.0))
+    assert fault.sure
+    assert "--units forces=-eV/Å" in fault.text
+
+
+def test_the_sign_of_forces_in_strained_cells_without_stress():
+    frames = without_stress(crystals(**STRAINED | {"strain": 0.02}))
+    assert faults(frames) == []
+    (fault,) = faults(
+        [labelled(f, **{**f.calc.results, "forces": -f.calc.results["forces"]}) for f in frames]
+    )
+    assert fault.sure
+    assert "--units forces=-eV/Å" in fault.text
+
+
+def test_energies_per_atom_of_cells_of_one_size():
+    frames = crystals(**STRAINED)
+    found = faults(scaled(frames, energy=len(frames[0])))
+    assert len(found) == 2  # by forces and by stress
+    assert all(fault.sure and "perhaps --units energy=eV/atom" in fault.text for fault in found)
+
+
+def test_lengths_in_bohr_beside_forces_per_ångström():
+    for frames in (crystals(**STRAINED), molecules(num_frames=40)):
+        longer = []
+        for f in without_stress(frames):
+            copy = f.copy()
+            copy.set_cell(f.cell.array / BOHR)
+            copy.positions = f.positions / BOHR
+            longer.append(labelled(copy, **f.calc.results))
+        first, *others = faults(longer)
+        assert "--units length=bohr" in first.text
+        assert first.sure
+        assert all("sum of their covalent radii" in fault.text for fault in others)
+
+
+def test_units_that_the_user_declared_are_named():
+    check = LabelCheck("data", {"energy": "hartree"})
+    for index, atoms in enumerate(scaled(molecules(), energy=1 / HA)):
+        check.add(record(atoms), "file", index)
+    told = [fault.text for fault in check.faults()]
+    assert any(
+        "though units are declared (energy=hartree): perhaps they are what is wrong" in t for t in told
+    )
+    assert all("energy=hartree" in text for text in told if "--units" in text)
