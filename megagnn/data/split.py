@@ -19,6 +19,9 @@ SPLITS = ("train", "valid", "test")
 
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 
+FRAME_PREFIX = "frame "
+"""Of groups of one frame and its copies (--group-by frame)."""
+
 TEST_PREFIX, VALID_PREFIX = "test file: ", "validation file: "
 FIXED_PREFIXES = {SPLITS.index("valid"): VALID_PREFIX, SPLITS.index("test"): TEST_PREFIX}
 """Groups of fixed test and validation files are named apart: whether they are kin to their own training data
@@ -144,10 +147,27 @@ class _Draw:
             if count < len(self.wanted[source]):
                 names = ", ".join(SPLITS[k] for k in self.wanted[source])
                 raise ValueError(
-                    f"source {source!r} has {count} group(s), too few to fill {names} without leaking; give "
-                    "files of its own (--test, --valid), another grouping (--group-by frame takes every "
-                    "frame of a trajectory for unrelated to the others), or a split fraction of 0"
+                    f"source {source!r} has {count} group(s), too few to fill {names} without leaking; "
+                    f"{self._way_out(source)}"
                 )
+
+    def _way_out(self, source: str) -> str:
+        """What to do where the groups of a source are too few."""
+        mine = [group for group, of in self.sizes.items() if source in of]
+        no_test = "with a validation file of its own (--valid FILE --split 0.9,0.1,0) training needs no more"
+        if all(group.startswith(FRAME_PREFIX) for group in mine):
+            return (
+                "each frame is a group already, and frames within about 1e-4 Å of each other are one: give "
+                f"more structures, or files of its own (--test, --valid); {no_test}"
+            )
+        num_structures = sum(self.sizes[group][source] for group in mine)
+        frames = ""
+        if num_structures >= len(self.wanted[source]):
+            frames = (
+                "another grouping (--group-by frame takes every frame of a trajectory for unrelated to the "
+                "others), "
+            )
+        return f"give more files, files of its own (--test, --valid), {frames}or a split fraction of 0; {no_test}"
 
     def best(self, seed: int) -> dict[str, int]:
         """Side of each group."""

@@ -116,6 +116,17 @@ def test_one_group_tells_the_way_out():
         split_groups(["a"] * 50, ["A"] * 50)
 
 
+def test_frames_that_are_groups_already_are_told_another_way():
+    with pytest.raises(
+        ValueError, match=r"has 2 group.*each frame is a group already.*--valid FILE"
+    ) as error:
+        split_groups(["frame a", "frame b"], ["A"] * 2)
+    assert "--group-by frame" not in str(error.value)
+    with pytest.raises(ValueError, match=r"has 1 group.*--valid FILE") as error:
+        split_groups(["a"], ["A"])
+    assert "--group-by frame" not in str(error.value)  # a single structure
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="equally long"):
         split_groups(["a"], ["A", "B"])
