@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from ase.data import chemical_symbols
+from ase.data import chemical_symbols, covalent_radii
 from numpy.typing import ArrayLike, NDArray
 
 from megagnn.data.neighbours import neighbour_list
@@ -13,6 +13,9 @@ from megagnn.data.store import Store
 ISOLATED_DISTANCE = 6.0
 """Å. A single atom farther than this from its images is taken for isolated: cutoffs of models are mostly
 smaller, and no crystal has one atom to a cell and nearest neighbours so far away."""
+
+NEARLY_ISOLATED, NEARLY_RADII = 4.5, 3.0
+"""Å, and covalent radii: single atoms farther than both from their images are in no crystal."""
 
 ISOLATED_PREFIX = "isolated atom "
 """Groups of isolated atoms are named apart: H and H2 share the empirical formula, and not the side."""
@@ -40,6 +43,15 @@ def is_isolated_atom(structure: Structure, distance: float = ISOLATED_DISTANCE) 
     """The same of the record of a structure."""
     s = structure
     return is_isolated(s.num_atoms, s.positions, s.cell, s.pbc, s.config_type, distance)
+
+
+def is_nearly_isolated(structure: Structure) -> bool:
+    """Whether a single atom is farther from its images than in any crystal."""
+    s = structure
+    if s.num_atoms != 1:
+        return False
+    distance = max(NEARLY_ISOLATED, NEARLY_RADII * float(covalent_radii[int(s.atomic_numbers[0])]))
+    return is_isolated(1, s.positions, s.cell, s.pbc, s.config_type, distance)
 
 
 def isolated_atoms(store: Store, distance: float = ISOLATED_DISTANCE) -> NDArray[np.bool_]:

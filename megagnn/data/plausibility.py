@@ -32,6 +32,7 @@ from megagnn.data.suspected_units import (
     explain_factor,
     explain_size,
 )
+from megagnn.data.two_methods import TwoMethods
 
 LARGE_STRESS, IMPOSSIBLE_STRESS = 1.0, 10.0
 """eV/Å^3, root mean square: 160 GPa is half the pressure in the Earth's core, 1600 GPa is in no data."""
@@ -107,7 +108,7 @@ class LabelCheck:
     def __init__(self, source: str, declared: Mapping[str, str] | None = None) -> None:
         self.source = source
         self.declared = ",".join(f"{name}={unit}" for name, unit in (declared or {}).items())
-        self._frames, self._lengths = NearFrames(), Lengths()
+        self._frames, self._lengths, self._methods = NearFrames(), Lengths(), TwoMethods()
         self._forces, self._stress = _Squares(), _Squares()
         self._virial = _Squares()
         self._compositions: dict[tuple[bytes, bytes], int] = {}
@@ -119,6 +120,7 @@ class LabelCheck:
         s = structure
         self._frames.add(s)
         self._lengths.add(s)
+        self._methods.add(s, file, frame)
         if s.forces is not None:
             self._forces.add(s.forces)
         if s.stress is not None:
@@ -134,7 +136,7 @@ class LabelCheck:
     def faults(self) -> list[Fault]:
         """What is wrong, the sure faults first."""
         found = [*self._absent(), *self._sizes(), *self._differences(), *self._totals(), *self._outliers()]
-        found += [self._fault(text, False) for text in self._lengths.told()]
+        found += [self._fault(text, False) for text in [*self._lengths.told(), *self._methods.told()]]
         return sorted(found, key=lambda fault: not fault.sure)
 
     def _fault(self, text: str, sure: bool) -> Fault:

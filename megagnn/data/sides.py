@@ -150,7 +150,9 @@ class Sides:
             self.warnings.append(
                 f"{source}: {counts[0]:,} validation and {counts[1]:,} test structures hold "
                 f"{', '.join(symbols)}, which no training structure of the source does, so no model of it "
-                "can be evaluated on them; train on such structures, too, or leave these out"
+                "can be evaluated on them, and training refuses them in validation; train on such "
+                "structures, too (more data, --split, or --valid FILE with elements of training), or leave "
+                "these out"
             )
 
     def _tell_missed(

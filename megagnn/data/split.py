@@ -167,7 +167,8 @@ class _Draw:
                 "another grouping (--group-by frame takes every frame of a trajectory for unrelated to the "
                 "others), "
             )
-        return f"give more files, files of its own (--test, --valid), {frames}or a split fraction of 0; {no_test}"
+        files = "give more files, files of its own (--test, --valid)"
+        return f"{files}, {frames}or a split fraction of 0; {no_test}"
 
     def best(self, seed: int) -> dict[str, int]:
         """Side of each group."""

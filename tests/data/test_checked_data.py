@@ -314,3 +314,13 @@ def test_a_molecule_beside_its_image_is_no_copy_of_another(tmp_path, capsys):
         frames.append(labelled(atoms, energy=-3070.0 + (0.002 * k) ** 2))
     assert prepare(tmp_path, write(tmp_path / "slow.xyz", frames), "--group-by", "frame") == 0
     assert not [line for line in last_lines(capsys) if "copies" in line]
+
+
+def test_single_atoms_in_a_small_box_are_told(tmp_path, capsys):
+    box = isolated("Cu", 0.1, cell=[5.0] * 3, pbc=True)
+    file = write(tmp_path / "a.xyz", [*crystals(20), box])
+    assert prepare(tmp_path, file, "--group-by", "frame") == 0
+    assert any("--isolated-distance 4.5" in line and "IsolatedAtom" in line for line in last_lines(capsys))
+    options = ("--group-by", "frame", "--isolated-distance", "4.5", "--overwrite")
+    assert prepare(tmp_path, file, *options) == 0
+    assert not any("IsolatedAtom" in line for line in last_lines(capsys))

@@ -220,3 +220,28 @@ def test_units_that_the_user_declared_are_named():
         "though units are declared (energy=hartree): perhaps they are what is wrong" in t for t in told
     )
     assert all("energy=hartree" in text for text in told if "--units" in text)
+
+
+def test_two_methods_in_one_source():
+    frames = [f for seed in (0, 1) for f in crystals(num_frames=12, seed=seed)]
+    shifted = [
+        labelled(f, **{**f.calc.results, "energy": f.calc.results["energy"] - 3.0 * len(f)})
+        for f in frames[12:]
+    ]
+    check, apart = LabelCheck("data"), LabelCheck("data")
+    for index, atoms in enumerate([*frames[:12], *shifted]):
+        check.add(record(atoms), "file", index)
+        apart.add(record(atoms, file="a.xyz" if index < 12 else "b.xyz"), "file", index)
+    assert any("eV per atom and more apart" in f.text and not f.sure for f in check.faults())
+    assert any("files b.xyz and a.xyz" in f.text and "NAME=FILE" in f.text for f in apart.faults())
+    assert faults(frames) == []
+
+
+def test_bonds_and_crystals_of_one_composition_are_no_two_methods():
+    frames = crystals(num_frames=12)
+    spread = []
+    for f in frames:
+        wide = f.copy()
+        wide.set_cell(1.5 * f.cell.array, scale_atoms=True)
+        spread.append(labelled(wide, energy=f.calc.results["energy"] + 12.0))
+    assert not [f for f in faults([*frames, *spread]) if "two methods" in f.text]

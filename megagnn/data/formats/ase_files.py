@@ -160,7 +160,7 @@ def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found
     try:
         mender = Mender(path, name)
         converged = convergence.converged_frames(path, name)
-        for atoms in ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True):
+        for atoms in _silent(ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True)):
             ended = mender.converged(atoms) and (index >= len(converged) or converged[index])
             yield Found(index, atoms, notes=mender.mend(atoms), units=mender.units, converged=ended)
             index += 1
@@ -168,6 +168,17 @@ def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found
         raise
     except Exception as error:
         options.unreadable(_cannot_read(path, index, error))
+
+
+def _silent(frames: Iterator[ase.Atoms]) -> Iterator[ase.Atoms]:
+    """The same without the warnings of ASE's readers, which repeat what the program wrote into its output."""
+    while True:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            atoms = next(frames, None)
+        if atoms is None:
+            return
+        yield atoms
 
 
 def _aims_frames(path: Path, options: ReadOptions) -> Iterator[Found]:

@@ -83,8 +83,8 @@ def content_name(
     """A name of a structure made of its species, positions and cell, whatever its labels.
 
     Positions and cell are reduced to NUM_MARKS weighted sums, which are rounded. Frames that differ by more
-    than some 1e-4 Å have different names. Those that differ by the rounding of a file with eight decimals have
-    one name but for one frame in a hundred or fewer, whose sums lie where rounding turns over; with six
+    than some 1e-4 Å have different names. Those that differ by the rounding of a file with eight decimals
+    have one name but for one frame in a hundred or fewer, whose sums lie where rounding turns over; with six
     decimals but for some per cent. Single precision, which a store keeps, is taken of all.
     """
     digest = hashlib.sha256(np.asarray(numbers, dtype="<i8").tobytes())
