@@ -69,7 +69,7 @@ class Audit:
         """Few single atoms beside other structures, in a box that no crystal has, in words."""
         return [
             f"{source}: {symbols.total()} single atoms ({', '.join(symbols)}) are farther from "
-            "their images than in any crystal, but nearer than --isolated-distance, and so no isolated atoms; "
+            "their images than in any crystal, but nearer than --isolated-distance, so no isolated atoms; "
             f"if they are meant as such, give --isolated-distance {NEARLY_ISOLATED:g} or, in the file, "
             "config_type=IsolatedAtom"
             for source, symbols in self._single.items()
