@@ -298,3 +298,14 @@ def test_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         assert main(["sweep", str(path), *arguments]) == 2
         assert message in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "out" / "w8-s0")
+
+
+def test_a_sweep_of_fine_tuning_takes_the_model_of_its_checkpoint(folder: Path) -> None:
+    best = folder / "out" / "w16-s0" / "checkpoints" / "best.safetensors"
+    (folder / "tune.toml").write_text(f'init_from = "{best}"\n[optim]\nwarmup_steps = 1\n')
+    path = folder / "tune-sweep.toml"
+    path.write_text(
+        f'config = "tune.toml"\nout_dir = "{folder}/tuned"\n[set]\n"data.paths" = ["{folder}/store"]\n'
+        "[grid]\nlearning_rate = [1e-3, 3e-3]\n"
+    )
+    assert [run.config.model.width for run in load_sweep(path).runs] == [16, 16]
