@@ -30,6 +30,9 @@ max_atoms = 512
 max_edges = 5000
 [loss]
 energy = "mae"
+energy_weight = 1.0
+final_energy_factor = 1.0
+forces = "huber"
 [optim]
 learning_rate = 8e-3
 warmup_steps = 20
