@@ -66,6 +66,8 @@ class Configuration:
 
     model: dict[str, Any]
     loss: str
+    forces: str = ""
+    """Kind of the force loss, where it is another."""
     shares: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=lambda: UNEVEN)
 
     def model_config(self, operation: str, recomputation: str) -> ModelConfig:
@@ -79,30 +81,28 @@ class Configuration:
         forces, stress = self.model.get("forces") != "none", self.model.get("stress", False)
         return LossConfig(
             energy=self.loss,  # type: ignore[arg-type]
-            forces=FORCE_LOSSES.get(self.loss, self.loss),  # type: ignore[arg-type]
+            forces=self.forces or self.loss,  # type: ignore[arg-type]
             stress=self.loss,  # type: ignore[arg-type]
             force_strata=((0.0, 1.0), (1.0, 0.4)),
             element_weights={"C": 0.5},
             energy_weight=0.7,
+            final_energy_factor=1.0,
             force_weight=1.0 if forces else 0.0,
             stress_weight=0.3 if stress else 0.0,
         )
 
 
-# Of forces, the kinds that other terms do not have.
-FORCE_LOSSES = {"huber": "stratified_huber", "mae": "norm"}
-
 CONFIGURATIONS = {
     "stress": Configuration({"stress": True}, "huber"),
-    "direct": Configuration({"forces": "direct"}, "mae"),
-    "energies": Configuration({"forces": "none"}, "mse", ONE_EMPTY),
+    "direct": Configuration({"forces": "direct"}, "mae", "norm"),
+    "energies": Configuration({"forces": "none"}, "mse", shares=ONE_EMPTY),
     "fixed-gaussian": Configuration(
         {"stress": True, "update_coordinates": False, "distance_feature": "gaussian"}, "mae"
     ),
     "satorras": Configuration(
         {"preset": "satorras", "stress": True, "num_layers": 2, "coordinate_bias": True}, "mse"
     ),
-    "study": Configuration({"preset": "study", "stress": True}, "huber", ONE_EMPTY),
+    "study": Configuration({"preset": "study", "stress": True}, "huber", "stratified_huber", ONE_EMPTY),
 }
 
 AXES: dict[str, tuple[Any, ...]] = {
