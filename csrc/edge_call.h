@@ -11,7 +11,7 @@ namespace megagnn {
 
 constexpr const char* kAny = "compiled";
 
-// Positions in the lists of the operation, as in megagnn/ops/edge_message.py.
+// Positions in the lists of the operation, as in megagnn/models/egnn/edge/message.py.
 enum Input { kP, kQ, kR, kF, kNumInputs };  // then the same again for the tangents
 enum Weight { kCentres, kW1c, kW2, kB2, kW3, kB3, kW4, kB4, kNumWeights };
 enum Graph { kDestination, kSource, kPtr, kBlocks, kWorkers, kOrder, kRuns, kRunBegin, kNumGraph };

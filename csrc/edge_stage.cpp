@@ -1,5 +1,5 @@
 // One stage of the blockwise edge operation on one block, in the caller's memory, so that the caller can put
-// collectives between the stages (megagnn/ops/edge_stages.py). The products are the caller's, too.
+// collectives between the stages (megagnn/models/egnn/edge/stages.py). The products are the caller's, too.
 #include "cpu/edge_message.h"
 #include "edge_call.h"
 #ifdef MEGAGNN_WITH_CUDA
@@ -11,7 +11,7 @@ namespace {
 
 constexpr const char* kName = "edge_stage";
 
-// As in megagnn/ops/edge_stages.py, like the lists below.
+// As in megagnn/models/egnn/edge/stages.py, like the lists below.
 enum Stage {
   kRadial,
   kBefore,

@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 from ase import Atoms
 from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 
-from megagnn.train.checkpoint import Checkpoint
-from megagnn.train.checkpoint_folder import FolderCheckpoint
+from megagnn.checkpoint.folder import FolderCheckpoint
+from megagnn.checkpoint.single_file import Checkpoint
 from megagnn.train.predictor import Predictor, has_volume
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import megagnn
-from megagnn.parallel.rendezvous import rank_label
+from megagnn.launch.rendezvous import rank_label
 
 # command -> (module with add_arguments and run, one line of help); modules load only when their command is
 # called
@@ -17,9 +17,9 @@ COMMANDS = {
     "train": ("megagnn.train.command", "train a model: CONFIG.toml [--section.field value ...]"),
     "evaluate": ("megagnn.train.evaluate", "errors of a checkpoint on a data set, beside baselines"),
     "predict": ("megagnn.train.predict", "energies, forces and stress of the frames of a file, to a file"),
-    "export": ("megagnn.train.export", "a checkpoint's weights as one safetensors file"),
-    "import": ("megagnn.train.import_file", "a run's checkpoint of a file that holds all of it"),
-    "inspect": ("megagnn.train.inspect", "what a checkpoint or a data set holds"),
+    "export": ("megagnn.checkpoint.export", "a checkpoint's weights as one safetensors file"),
+    "import": ("megagnn.checkpoint.import_file", "a run's checkpoint of a file that holds all of it"),
+    "inspect": ("megagnn.checkpoint.inspect", "what a checkpoint or a data set holds"),
     "prepare": ("megagnn.data.prepare", "make a packed store from files that ASE reads, and others"),
     "label": ("megagnn.data.labels.command", "make structures and label them with a simulation engine"),
     "fit": ("megagnn.scaling.fit_command", "scaling laws of finished runs: RUNS.jsonl"),

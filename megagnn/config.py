@@ -9,169 +9,33 @@ exist, or a value that cannot be, is a `ValueError` that names the nearest valid
 import sys
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from ase.data import atomic_numbers
 from pydantic import (
-    ConfigDict,
     Field,
-    NonNegativeFloat,
     NonNegativeInt,
-    PositiveFloat,
     PositiveInt,
     TypeAdapter,
     ValidationError,
 )
 from pydantic.dataclasses import dataclass
 
-from megagnn.init_config import InitConfig
-from megagnn.model_config import ModelConfig as ModelConfig
-from megagnn.models.presets import PRESETS
-from megagnn.overrides import Factors, Names, UserPath, check_keys, explain, parse_overrides, set_dotted
-from megagnn.parallel_config import CONSERVATIVE_SCHEDULES as CONSERVATIVE_SCHEDULES
-from megagnn.parallel_config import ParallelConfig as ParallelConfig
-from megagnn.train.loss_presets import LOSS_PRESETS
+from megagnn.data.config import DataConfig
+from megagnn.models.egnn.config import ModelConfig as ModelConfig
+from megagnn.models.egnn.presets import PRESETS
+from megagnn.objective.config import LOSS_PRESETS, LossConfig
+from megagnn.optim.config import OptimConfig
+from megagnn.overrides import STRICT, Pairs, UserPath, check_keys, explain, parse_overrides, set_dotted
+from megagnn.parallel.config import CONSERVATIVE_SCHEDULES as CONSERVATIVE_SCHEDULES
+from megagnn.parallel.config import ParallelConfig as ParallelConfig
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-_STRICT = ConfigDict(use_attribute_docstrings=True, validate_default=True)
 
-LossKind = Literal["mae", "mse", "huber"]
-ForceLossKind = Literal["mae", "mse", "huber", "norm", "stratified_huber"]
-
-
-@dataclass(frozen=True, config=_STRICT)
-class DataConfig:
-    """Which structures, and how many at once."""
-
-    paths: tuple[UserPath, ...] = ()
-    """Packed stores, as made by `megagnn prepare` or `megagnn label`."""
-    num_structures: PositiveInt | None = None
-    """Train on this many structures of the training split; all of them if not given. Smaller subsets are part
-    of larger ones of the same seed."""
-    subset_seed: NonNegativeInt = 0
-    """Which structures those are."""
-    source_weights: Factors = Field(default_factory=dict)
-    """Weights of sources in the loss, 1 for those not named: {"old data" = 0.2}."""
-    config_type_weights: Factors = Field(default_factory=dict)
-    """The same of kinds of structures, as their files name them (config_type)."""
-    reference_energies: UserPath | None = None
-    """File of reference energies, eV, by element or by source and element (docs/data.md); if not given, those
-    that neither stores nor isolated atoms give are fitted."""
-    max_atoms: PositiveInt = 2048
-    """Atoms of one batch on one rank, at most."""
-    max_edges: PositiveInt = 65536
-    """Directed edges of one batch on one rank, at most."""
-    max_structures: PositiveInt | None = None
-    """Structures of one batch on one rank, at most; no limit if not given."""
-    num_workers: NonNegativeInt = 0
-    """Processes per rank that read structures and find neighbours; 0 does it in the training process."""
-
-
-@dataclass(frozen=True, config=_STRICT)
-class LossConfig:
-    """Weights and kinds of the loss terms; errors in eV per atom, eV/Å, eV/Å^3, sums over global counts."""
-
-    energy: LossKind = "mse"
-    """Kind of the energy-per-atom loss."""
-    forces: ForceLossKind = "mse"
-    """Kind of the force loss, of components; `norm` is the mean length of the error vectors, and
-    `stratified_huber` has a delta that depends on the size of the label (`force_strata`)."""
-    stress: LossKind = "huber"
-    """Kind of the stress loss."""
-    energy_weight: NonNegativeFloat = 10.0
-    """Weight of the energy-per-atom loss."""
-    force_weight: NonNegativeFloat = 1.0
-    """Weight of the force loss."""
-    stress_weight: NonNegativeFloat = 0.0
-    """Weight of the stress loss (needs model.stress)."""
-    huber_delta: PositiveFloat = 0.1
-    """Error at which the Huber loss turns from square to linear, in the unit of each term."""
-    force_strata: tuple[tuple[NonNegativeFloat, PositiveFloat], ...] = (
-        (0.0, 1.0),
-        (100.0, 0.7),
-        (200.0, 0.4),
-        (300.0, 0.1),
-    )
-    """`stratified_huber`: pairs (size of the label in eV/Å, factor of `huber_delta` from there on)."""
-    element_weights: Factors = Field(default_factory=dict)
-    """Weights of atoms in the force term by element, 1 for those not named: {H = 0.5}."""
-    final_energy_factor: NonNegativeFloat = 10.0
-    """What `energy_weight` is multiplied with in the last part of the run, and where validations judge."""
-    final_force_factor: NonNegativeFloat = 1.0
-    """The same of `force_weight`."""
-    final_stress_factor: NonNegativeFloat = 1.0
-    """The same of `stress_weight`."""
-    change: tuple[float, float] = (0.6, 0.9)
-    """Shares of the run between which these factors rise from 1 in a straight line; two equal numbers for a
-    switch."""
-    preset: Literal[
-        "default", "mace-weighted", "mace-stress", "mace-huber", "mace-universal", "mace-l1l2", "nequip"
-    ] = "default"
-    """Named set of kinds and weights, as those of MACE and NequIP; keys that are set come before it."""
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.change[0] <= self.change[1] <= 1:
-            raise ValueError(
-                f"loss.change = {list(self.change)} must be two rising shares of the run between 0 and 1, "
-                "such as [0.5, 0.75]"
-            )
-        bounds = [bound for bound, _ in self.force_strata]
-        if bounds != sorted(bounds):
-            raise ValueError(f"loss.force_strata must have rising sizes, got {bounds}; put them in order")
-        for symbol in self.element_weights:
-            if atomic_numbers.get(symbol, 0) < 1:
-                raise ValueError(
-                    f"loss.element_weights names '{symbol}', which is no element; use symbols such as H or Si"
-                )
-
-
-@dataclass(frozen=True, config=_STRICT)
-class OptimConfig:
-    """AdamW, its learning-rate schedule, clipping and weight averaging."""
-
-    implementation: Literal["own", "torch", "apex"] = "own"
-    """AdamW by megagnn's kernel over flat buffers, PyTorch's fused one, or NVIDIA apex's where installed."""
-    learning_rate: PositiveFloat = 1e-3
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """Decay rates of AdamW's moments."""
-    eps: PositiveFloat = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay, on matrices only."""
-    offload: Literal["none", "host", "disk"] = "none"
-    """Where moments, master copies and gradient shards lie, and in ZeRO stage 3 parameters, too: beside the
-    parameters, in the memory of the CPU, or in files."""
-    offload_dir: UserPath | None = None
-    """Folder of those files, one the rank's own or shared."""
-    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
-    """After warm-up: cosine to the floor; stay, then decay linearly (warmup-stable-decay); or stay."""
-    warmup_steps: NonNegativeInt = 100
-    """Steps of linear warm-up."""
-    decay_fraction: Annotated[float, Field(gt=0, le=1)] = 0.2
-    """Share of the steps that the decay of `wsd` takes, at the end."""
-    final_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
-    """Learning rate at the end, as a share of the peak."""
-    clip_norm: PositiveFloat | None = 10.0
-    """Global gradient norm is clipped to this; no clipping if not given ("none" on the command line)."""
-    spike_factor: Annotated[float, Field(gt=1)] | None = None
-    """A gradient norm above so many times the median of the last 100 is bad; no limit if not given."""
-    rates: Factors = Field(default_factory=dict)
-    """{layers = 0.1}: share of the learning rate that a part of the model has; the longest name counts."""
-    freeze: Names = ()
-    """Parts of the model that stay as they are, such as "element_embedding" or "layers.0"."""
-    accumulate_steps: PositiveInt = 1
-    """Batches of each rank whose gradients make one optimizer step."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """Decay of the exponential moving average of the weights, which validation and use see; 0 turns it off.
-    """
-
-
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
 class TrainConfig:
     """Length of the run, and what is written when."""
 
@@ -212,7 +76,32 @@ class TrainConfig:
     needs the memory for both."""
 
 
-@dataclass(frozen=True, config=_STRICT)
+@dataclass(frozen=True, config=STRICT)
+class InitConfig:
+    """What of the checkpoint `init_from` a new run takes over; without `init_from` it has no effect."""
+
+    weights: Literal["average", "model"] = "average"
+    """The moving average of the checkpoint's weights, which its validation saw, or the weights themselves."""
+    references: Literal["fit", "keep"] = "fit"
+    """Reference energies: fitted anew on the training split, or those of the checkpoint's source of the same
+    name, where elements that it lacks are fitted beside them."""
+    new_sources: Pairs = Field(default_factory=dict)
+    """`keep`: {new = old}, for a source of the data the checkpoint's source whose references it keeps."""
+    new_elements: Pairs = Field(default_factory=dict)
+    """{Si = "Ge"}: an element that the checkpoint lacks begins as another does; as the mean of all if not
+    given."""
+    new_levels: Pairs = Field(default_factory=dict)
+    """{new = old}: the same of levels of theory."""
+
+    def __post_init__(self) -> None:
+        if self.new_sources and self.references == "fit":
+            raise ValueError(
+                "init.new_sources says whose references are kept, but init.references is 'fit'; set it to "
+                "'keep', or leave init.new_sources out"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
 class RunConfig:
     """A whole run."""
 

@@ -7,12 +7,15 @@ import sys
 import typing
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+# Of every section: what stands below a field describes it, and defaults are checked as well.
+STRICT = ConfigDict(use_attribute_docstrings=True, validate_default=True)
 
 
 def _names(value: Any) -> Any:

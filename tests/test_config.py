@@ -215,7 +215,7 @@ def test_schedules_of_pipelines() -> None:
     assert config_from_dict(direct).schedule == "1f1b"
     direct["parallel"] = {"pipeline": 2, "schedule": "interleaved"}
     assert config_from_dict({**direct, "optim": {"accumulate_steps": 4}}).schedule == "interleaved"
-    from megagnn.config import CONSERVATIVE_SCHEDULES
+    from megagnn.parallel.config import CONSERVATIVE_SCHEDULES
     from megagnn.pipeline_parallel.pipeline import CONSERVATIVE
 
     assert tuple(CONSERVATIVE) == CONSERVATIVE_SCHEDULES

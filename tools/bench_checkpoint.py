@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
+from megagnn.checkpoint.folder import open_folder
+from megagnn.checkpoint.progress import Progress
+from megagnn.checkpoint.single_file import EVERYTHING
+from megagnn.checkpoint.writer import CheckpointStore
 from megagnn.config import RunConfig
 from megagnn.models.statistics import Statistics
 from megagnn.optim.pieces import Piece
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import ParameterLayout
-from megagnn.train.checkpoint import EVERYTHING
-from megagnn.train.checkpoint_folder import open_folder
-from megagnn.train.checkpoint_store import CheckpointStore
-from megagnn.train.progress import Progress
 
 NUM_PARAMETERS = 50
 

@@ -28,15 +28,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from megagnn.config import LossConfig, OptimConfig
 from megagnn.models.potential import Potential, build_potential
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.optim.bucket_reducer import GradientReducer
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import gradient_buffers, make_optimizer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 
 
 class Step:

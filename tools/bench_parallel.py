@@ -5,7 +5,7 @@
 Starts the ranks on this machine over gloo. Every layout takes one training step on the same batch; losses are
 compared first. Reported per rank (the largest of the ranks): parameters, gradients and AdamW's moments in
 bytes; the peak of what the step allocated on top, from the allocator's own events; bytes sent, counted, which
-must equal the formulas of megagnn/tensor_parallel/cost.py. Seconds are left out on purpose: ranks that share
+must equal the formulas of models/egnn/traffic_model.py. Seconds are left out on purpose: ranks that share
 cores, and gloo, say nothing of machines with an interconnect.
 """
 
@@ -19,16 +19,16 @@ from typing import Any
 import edge_workload
 from step_memory import peak_of_events
 
-from megagnn.config import OptimConfig
 from megagnn.data import keys
+from megagnn.models.egnn.edge.partition import partition_edges
+from megagnn.models.egnn.traffic_model import Setting, pass_elements
 from megagnn.models.potential import build_potential
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.spawn import spawn
-from megagnn.tensor_parallel.cost import Setting, pass_elements
-from megagnn.tensor_parallel.partition import partition_edges
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 
 
 def work(context: ParallelContext, arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -25,7 +25,8 @@ import edge_workload
 import torch
 from torch import Tensor
 
-from megagnn.config import LossConfig
+from megagnn.objective.config import LossConfig
+from megagnn.objective.loss import Loss, step_counts
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Expected
 from megagnn.parallel.spawn import spawn
@@ -38,7 +39,6 @@ from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Ev
 from megagnn.pipeline_parallel.stage import layer_costs, stages_of
 from megagnn.pipeline_parallel.stage_costs import measured_costs
 from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
-from megagnn.train.loss import Loss, step_counts
 
 ORDINARY_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1")
 

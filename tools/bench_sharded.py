@@ -38,13 +38,14 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
-from megagnn.config import OptimConfig, ParallelConfig
 from megagnn.models.potential import build_potential
+from megagnn.objective.loss import Loss, LossCounts, label_counts
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_sharded_optimizer
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import num_parameters
 from megagnn.parallel.spawn import spawn
-from megagnn.train.loss import Loss, LossCounts, label_counts
 
 OPTIMIZER = OptimConfig(learning_rate=1e-3, clip_norm=None)
 DDP, ZERO_1, FSDP = "torch DDP, AdamW", "torch DDP, ZeroRedundancyOptimizer", "torch FSDP2"

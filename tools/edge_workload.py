@@ -14,16 +14,18 @@ from peers.model import PeerEGNN, concatenated
 from peers.usual import UsualLayer, index_add, torch_scatter_sum
 from torch import Tensor, nn
 
-from megagnn.config import LossConfig, ModelConfig, OptimConfig
 from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
-from megagnn.models.egnn import EGNN
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.model import EGNN
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 
 NEIGHBOURS = 30
 DEPTH, NUM_RADIAL = 3, 16

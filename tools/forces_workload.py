@@ -8,8 +8,9 @@ from pathlib import Path
 import edge_workload as workload
 import torch
 
-from megagnn.config import DataConfig, RunConfig
+from megagnn.config import RunConfig
 from megagnn.data import keys
+from megagnn.data.config import DataConfig
 from megagnn.data.formats.packed import unpack_store
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext

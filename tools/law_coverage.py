@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megagnn.scaling.fitting import fit_law
-from megagnn.scaling.forms import JOINT, POWER, SATURATING, Array, SumOfPowers
-from megagnn.scaling.intervals import Bootstrap, Interval
-from megagnn.scaling.optimum import optimal_exponents
+from megagnn.scaling.laws.fitting import fit_law
+from megagnn.scaling.laws.forms import JOINT, POWER, SATURATING, Array, SumOfPowers
+from megagnn.scaling.laws.intervals import Bootstrap, Interval
+from megagnn.scaling.laws.optimum import optimal_exponents
 
 SIZES = {n: np.geomspace(1e4, 1e7, n) for n in range(5, 13)}
 

@@ -16,10 +16,10 @@ from edge_workload import MEMORY, NUM_RADIAL, Batch, peer_layers, statistics
 from peers.model import PeerEGNN, concatenated
 from torch import Tensor, nn
 
-from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.models.egnn import EGNN
-from megagnn.models.layer import edge_distances, edge_vectors
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.layer import edge_distances, edge_vectors
+from megagnn.models.egnn.model import EGNN
 from megagnn.models.potential import build_potential
 from megagnn.models.radial import envelope
 

@@ -24,10 +24,10 @@ from torch._C._profiler import _EventType
 from torch.profiler import record_function
 
 from megagnn.models.potential import Potential
-from megagnn.optim.sharded_reducer import ShardedReducer
-from megagnn.optim.unit import Unit
+from megagnn.optim.bucket_reducer import Bucket
+from megagnn.optim.zero.reducer import ShardedReducer
+from megagnn.optim.zero.unit import Unit
 from megagnn.parallel import messages
-from megagnn.parallel.gradients import Bucket
 
 PARAMETERS, GRADIENTS, STATE = "parameters", "gradients", "optimizer state"
 ACTIVATIONS, MESSAGES, FILES = "activations", "communication buffers", "offloaded, resident"

@@ -18,10 +18,14 @@ from step_memory import reset_peak, status_bytes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from megagnn.config import LossConfig, OptimConfig, ParallelConfig
 from megagnn.data.batch import collate
 from megagnn.models.potential import build_potential
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.adamw import FlatAdamW
+from megagnn.optim.bucket_reducer import GradientReducer
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
     clipped_step,
     gradient_buffers,
@@ -29,14 +33,12 @@ from megagnn.optim.optimizer import (
     make_optimizer,
     make_sharded_optimizer,
 )
-from megagnn.optim.sharded import ShardedAdamW
-from megagnn.optim.storage import DiskStorage
+from megagnn.optim.zero.offload import DiskStorage
+from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.parameter import num_parameters
 from megagnn.parallel.world import all_reduce_sum, barrier
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 
 POINTS = 400  # of a timeline, enough for a picture
 # AdamW's first steps make rounding large: at so small a rate it does not move the losses that are compared.

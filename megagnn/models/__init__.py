@@ -1,1 +1,1 @@
-"""The EGNN, its heads and its forces; no module here knows of ranks."""
+"""Potentials: a model of some family, and the forces and stress that are made of its energy."""

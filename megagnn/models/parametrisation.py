@@ -11,8 +11,8 @@ move by an amount that does not depend on F with
     output  F      -> fixed    1/F^2             1/F   the last Linears of phi_x, of forces and energies
 
 relative to `base_width`, at which it is the standard parametrisation. In depth, L node updates of weight
-1/sqrt(L) ([Note: depth scaling] in models/layer.py) move in one direction once they are trained, and add up
-to sqrt(L) times one: the rate of what makes them goes by 1/sqrt(L) (Yang et al., "Tensor Programs VI",
+1/sqrt(L) ([Note: depth scaling] in models/egnn/layer.py) move in one direction once they are trained, and
+add up to sqrt(L) times one: the rate of what makes them goes by 1/sqrt(L) (Yang et al., "Tensor Programs VI",
 arXiv:2310.02244, table 1), relative to `base_layers`. Coordinate updates weigh 1/L and need nothing. Rates
 are on the parameters (parallel/parameter.py) and in the groups of the optimizer (optim/optimizer.py); the
 forward pass knows nothing of them.
@@ -20,7 +20,7 @@ forward pass knows nothing of them.
 
 from typing import Literal
 
-from megagnn.config import ModelConfig
+from megagnn.models.egnn.config import ModelConfig
 from megagnn.parallel.parameter import Constant, Normal, Uniform
 from megagnn.tensor_parallel.layers import LinearLaws
 

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.models.egnn import EGNN, Part
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.model import EGNN, Part
+from megagnn.models.egnn.traffic_model import PlanChoice
 from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.ops import dual
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import deferred_parameters
-from megagnn.tensor_parallel.cost import PlanChoice
 
 
 class Potential(nn.Module):

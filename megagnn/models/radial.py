@@ -58,7 +58,7 @@ class _PlanesEnvelope(torch.autograd.Function):
 
 
 class DistanceFeature(nn.Module):
-    """Constants of what phi_e sees of the distance; the formula is in `ops.edge_reference.distance_features`.
+    """Constants of what phi_e sees of the distance; formula: `models/egnn/edge/reference.py`.
 
     `bessel`: frequencies n pi / cutoff, n = 1..R. Its values are those of the published basis times
     cutoff^(3/2)/sqrt(2); without that factor they are near 0.2, and at the start of training the network

@@ -5,9 +5,6 @@ Importing this without the compiled extension warns once; everything then runs o
 
 from megagnn.ops import extension
 from megagnn.ops.adamw import adamw_, square_sum
-from megagnn.ops.edge_message import edge_message, edge_message_pair
-from megagnn.ops.edge_stages import BlockStages
-from megagnn.ops.edge_types import EdgeGraph, EdgeSpec, EdgeWeights
 from megagnn.ops.extension import backend, build_info
 from megagnn.ops.maximum import segment_max
 from megagnn.ops.scatter import gather_rows, scatter_add
@@ -15,16 +12,10 @@ from megagnn.ops.segment import Segments, gather, segment_mean, segment_sum
 from megagnn.ops.weighted import gather_weighted_sum
 
 __all__ = [
-    "BlockStages",
-    "EdgeGraph",
-    "EdgeSpec",
-    "EdgeWeights",
     "Segments",
     "adamw_",
     "backend",
     "build_info",
-    "edge_message",
-    "edge_message_pair",
     "gather",
     "gather_rows",
     "gather_weighted_sum",

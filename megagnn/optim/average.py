@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import torch
 
 from megagnn.optim.pieces import Piece
-from megagnn.optim.sharded import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedAdamW
 
 
 class ShardedAverage:

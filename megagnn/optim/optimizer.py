@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagnn.config import OptimConfig, ParallelConfig, RunConfig
-from megagnn.models.egnn import EGNN
+from megagnn.config import RunConfig
+from megagnn.models.egnn.model import EGNN
 from megagnn.ops import square_sum
 from megagnn.ops.dispatch import accumulator_type
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.apex import make_apex_adamw
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.parts import FROZEN, clear_frozen_gradients, share_of
-from megagnn.optim.sharded import ShardedAdamW
-from megagnn.optim.storage import DiskStorage, MemoryStorage, Storage
+from megagnn.optim.zero.offload import DiskStorage, MemoryStorage, Storage
+from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel import messages
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from megagnn.config import OptimConfig
+    from megagnn.optim.config import OptimConfig
 
 FROZEN = "frozen"
 """Key of a parameter group, beside `rate`."""

@@ -2,7 +2,7 @@
 
 import math
 
-from megagnn.config import OptimConfig
+from megagnn.optim.config import OptimConfig
 
 
 def learning_rate(step: int, num_steps: int, config: OptimConfig) -> float:

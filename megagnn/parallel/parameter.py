@@ -145,7 +145,7 @@ _deferred: ContextVar[bool] = ContextVar("megagnn_deferred", default=False)
 @contextmanager
 def deferred_parameters() -> Iterator[None]:
     """Parameters that are made within the context take no memory: an optimizer that keeps a share of each
-    fills them, one module after another (optim/sharded.py)."""
+    fills them, one module after another (optim/zero/optimizer.py)."""
     token = _deferred.set(True)
     try:
         yield

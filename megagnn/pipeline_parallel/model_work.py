@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from megagnn.data import keys
 from megagnn.models.potential import Potential, along, derivatives, differentiable, frozen, seeds
+from megagnn.objective.loss import TERMS, Loss, LossCounts
 from megagnn.ops.dual import Dual
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Expected
 from megagnn.pipeline_parallel.actions import Action, Kind, Message, Schedule
 from megagnn.pipeline_parallel.stage import Stage
-from megagnn.train.loss import TERMS, Loss, LossCounts
 
 Tensors = Sequence[Tensor]
 Batch = dict[str, Tensor]

@@ -10,13 +10,16 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.models.egnn import EGNN
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.model import EGNN
+from megagnn.models.egnn.traffic_model import PlanChoice
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision
 from megagnn.models.statistics import Statistics
-from megagnn.optim.sharded_reducer import ShardedReducer
+from megagnn.objective.gradient_methods import Reducer
+from megagnn.objective.loss import TERMS, Loss, LossCounts
+from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
@@ -27,9 +30,6 @@ from megagnn.pipeline_parallel.record import Record, record
 from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
 from megagnn.pipeline_parallel.stage import Stage, check_owners, layer_costs, part_of, stages_of
 from megagnn.pipeline_parallel.validate import validate
-from megagnn.tensor_parallel.cost import PlanChoice
-from megagnn.train.gradients import Reducer
-from megagnn.train.loss import TERMS, Loss, LossCounts
 
 WINDOW = 4  # batches for each stage that are predicted together: at most a fifth of the time is idle
 CONSERVATIVE: dict[str, Callable[[int, int], Schedule]] = {
@@ -130,8 +130,7 @@ class Pipeline:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add to the parameters' `.grad`; the share of these micro-batches in the loss and in its terms.
 
-        As `train.gradients.GradientMethod`; the result is the same on every rank along pp. The method is that
-        of `one_backward`.
+        As `GradientMethod`, by the method of `one_backward`; the result is the same on every rank along pp.
 
         Args:
             before_last: called before the last backward, such as a reducer's `start`.
@@ -164,7 +163,7 @@ class Pipeline:
     def accumulate(
         self, batches: Sequence[Batch], loss: Loss, counts: LossCounts, reducer: Reducer
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """As `train.gradients.accumulate`."""
+        """As `objective.gradient_methods.accumulate`."""
         sharding = Sharding()
         if isinstance(reducer, ShardedReducer) and not reducer.by_arrival:
             sharding = Sharding(reducer.inputs_only, through_inputs=True)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 from torch import nn
 
-from megagnn.config import ModelConfig
-from megagnn.models.egnn import Part
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.model import Part
+from megagnn.models.egnn.traffic_model import Widths, has_vector
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import gather_along
 from megagnn.pipeline_parallel.split import split_layers
-from megagnn.tensor_parallel.cost import Widths, has_vector
 
 
 class Stage(NamedTuple):

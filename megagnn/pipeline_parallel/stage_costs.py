@@ -8,19 +8,20 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megagnn.config import ModelConfig, RunConfig
+from megagnn.config import RunConfig
 from megagnn.data import keys
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.traffic_model import PlanChoice
 from megagnn.models.potential import build_potential
 from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics
+from megagnn.objective.loss import Loss, step_counts
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
 from megagnn.pipeline_parallel.actions import Action, Schedule
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import Batch, ModelWork
 from megagnn.pipeline_parallel.stage import Stage, layer_costs, stages_of, stages_of_sizes
-from megagnn.tensor_parallel.cost import PlanChoice
-from megagnn.train.loss import Loss, step_counts
 
 REPEATS = 3  # of which the shortest counts; one more goes before them
 

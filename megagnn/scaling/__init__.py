@@ -1,1 +1,1 @@
-"""Sweeps, laws and reports. Nothing is here yet."""
+"""Sweeps of runs, laws fitted to them, and reports."""

@@ -4,8 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagnn.scaling.analysis import Options, select
 from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks
+from megagnn.scaling.laws.analysis import Options, select
 from megagnn.scaling.rates import curves
 from megagnn.scaling.records import RunRecord
 

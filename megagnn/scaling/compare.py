@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megagnn.scaling.analysis import Analysis
 from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks, short
+from megagnn.scaling.laws.analysis import Analysis
 from megagnn.scaling.records import RunRecord, geometric_mean
 
 Shape = tuple[int, int, int, int]

@@ -22,14 +22,14 @@ from megagnn.config import RunConfig, load_config
 from megagnn.data import keys
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer, set_learning_rate
 from megagnn.parallel.context import ParallelContext
 from megagnn.scaling.drawing import Drawn, colours, make_axes, save_figures, write_tensorboard
 from megagnn.scaling.records import geometric_mean
 from megagnn.train.fit_statistics import compute_statistics
-from megagnn.train.gradients import GRADIENT_METHODS
 from megagnn.train.loader import BatchLoader, open_split
-from megagnn.train.loss import Loss, label_counts
 
 PARAMETRISATIONS = ("standard", "mup")
 

@@ -11,9 +11,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from megagnn.scaling.analysis import PUBLISHED, Analysis
 from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks, short
-from megagnn.scaling.forms import Array
+from megagnn.scaling.laws.analysis import PUBLISHED, Analysis
+from megagnn.scaling.laws.forms import Array
 
 
 def draw_all(analysis: Analysis) -> list[Drawn]:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megagnn.scaling.analysis import (
+from megagnn.scaling.laws.analysis import (
     DATA_UNITS,
     PUBLISHED,
     Analysis,
@@ -17,8 +17,8 @@ from megagnn.scaling.analysis import (
     hold_out_largest,
     predict,
 )
-from megagnn.scaling.intervals import Interval
-from megagnn.scaling.optimum import optimal_sizes
+from megagnn.scaling.laws.intervals import Interval
+from megagnn.scaling.laws.optimum import optimal_sizes
 from megagnn.scaling.records import RunRecord, read_records, squared
 
 FEW = 3  # spare points, below which a bootstrap has little to draw from

@@ -5,7 +5,7 @@ What is counted is the model's work, not the machine's: blocks or layers that ar
 and padding, do not count, so that a run's compute does not depend on how its memory was saved.
 """
 
-from megagnn.config import ModelConfig
+from megagnn.models.egnn.config import ModelConfig
 
 # Products of a training step in units of one forward: forward, backward with respect to inputs and weights;
 # for conservative forces by one backward, see docs/forces.md.

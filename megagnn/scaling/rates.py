@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from megagnn.scaling.analysis import Options, select
 from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks
+from megagnn.scaling.laws.analysis import Options, select
 from megagnn.scaling.records import RunRecord, geometric_mean
 
 Curve = Mapping[float, float]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import megagnn
 from megagnn.scaling import ablation, compare
-from megagnn.scaling.analysis import Analysis, Options, analyse
 from megagnn.scaling.drawing import Drawn, save_figures, write_tensorboard
 from megagnn.scaling.figures import draw_all
 from megagnn.scaling.fit_command import add_selection, describe, options_of
+from megagnn.scaling.laws.analysis import Analysis, Options, analyse
 from megagnn.scaling.rates import describe as describe_rates
 from megagnn.scaling.rates import draw as draw_rates
 from megagnn.scaling.records import RunRecord, read_records, slug

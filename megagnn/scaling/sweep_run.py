@@ -12,18 +12,19 @@ from pathlib import Path
 import torch
 
 import megagnn
-from megagnn.config import ModelConfig, RunConfig, flat_config
+from megagnn.checkpoint.folder import checkpoint_steps
+from megagnn.checkpoint.single_file import load_potential, open_checkpoint
+from megagnn.config import RunConfig, flat_config
+from megagnn.launch.context import parallel_context
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.scaling.flops import step_flops
 from megagnn.scaling.records import RunRecord, append_line
 from megagnn.scaling.sweep import PlannedRun, Sweep
-from megagnn.train.checkpoint import load_potential, open_checkpoint
-from megagnn.train.checkpoint_folder import checkpoint_steps
 from megagnn.train.evaluate import evaluate
 from megagnn.train.loader import BatchLoader, open_split
-from megagnn.train.loss import Loss
 from megagnn.train.trainer import Trainer
 
 # Errors of a source, as metrics.py names them, to losses: name, unit, factor.

@@ -1,1 +1,1 @@
-"""Training, evaluation, checkpoints and what is shown of them."""
+"""Training, evaluation, prediction, and what is shown of them."""

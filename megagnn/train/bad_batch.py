@@ -13,12 +13,12 @@ from ase.symbols import Symbols
 from safetensors.torch import save_file
 from torch import Tensor
 
+from megagnn.checkpoint.progress import Progress
 from megagnn.config import TrainConfig
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier
-from megagnn.train.progress import Progress
 
 FORMAT, VERSION = "megagnn-bad-batch", 1
 _NUM_SHOWN = 20

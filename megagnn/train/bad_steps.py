@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megagnn.checkpoint.progress import Progress
 from megagnn.config import RunConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import sum_over_ranks
-from megagnn.train.progress import Progress
 
 WINDOW = 100  # steps of which the median is taken
 ENOUGH = 20  # steps before which it says little

@@ -5,12 +5,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.config import RunConfig, flat_config
+from megagnn.launch.context import parallel_context
+from megagnn.launch.elastic import launch_identity
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.elastic import launch_identity
-from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import barrier, broadcast_object
-from megagnn.train.checkpoint_folder import checkpoint_steps
 from megagnn.train.fine_tune import run_config
 from megagnn.train.monitor import LINES
 from megagnn.train.run_lock import locked

@@ -12,17 +12,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from megagnn.config import ParallelConfig, RunConfig, flat_config
+from megagnn.checkpoint.single_file import load_potential, open_checkpoint
+from megagnn.config import RunConfig, flat_config
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
+from megagnn.launch.context import parallel_context
 from megagnn.models.potential import Potential
 from megagnn.models.statistics import Statistics
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import all_reduce_sum
-from megagnn.train.checkpoint import load_potential, open_checkpoint
 from megagnn.train.loader import BatchLoader, open_split
-from megagnn.train.loss import Loss, label_counts
 from megagnn.train.metrics import ErrorSums, Grouping, format_table, grouping
 from megagnn.train.parity import ParityPoints
 

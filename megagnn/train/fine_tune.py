@@ -18,18 +18,19 @@ import torch
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
 
-from megagnn.config import ModelConfig, OptimConfig, RunConfig, config_from_dict, read_values
+from megagnn.checkpoint.folder import FolderCheckpoint, follow
+from megagnn.checkpoint.single_file import Checkpoint, open_checkpoint
+from megagnn.config import InitConfig, RunConfig, config_from_dict, read_values
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import References
-from megagnn.init_config import InitConfig
-from megagnn.models.presets import PRESETS
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.presets import PRESETS
 from megagnn.models.statistics import Statistics
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.parts import share_of
 from megagnn.optim.pieces import Piece
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
-from megagnn.train.checkpoint import Checkpoint, open_checkpoint
-from megagnn.train.checkpoint_folder import FolderCheckpoint, follow
 from megagnn.train.kept_references import known_references, spread, with_known
 
 # Of the section [model], what may differ from the checkpoint's: how the function is computed, what of it is

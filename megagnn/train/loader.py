@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from megagnn.config import DataConfig, ModelConfig, RunConfig
+from megagnn.config import RunConfig
 from megagnn.data.batch import collate
+from megagnn.data.config import DataConfig
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.data.subset import nested_subset
+from megagnn.models.egnn.config import ModelConfig
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext

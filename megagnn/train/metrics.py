@@ -11,9 +11,9 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.models.potential import Potential
+from megagnn.objective.loss import free_atoms
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import all_reduce_sum
-from megagnn.train.loss import free_atoms
 
 # Quantities whose absolute and squared values are summed, per group; the baselines know per-element energies
 # and zero forces ("elements"), or the mean energy per atom ("mean").

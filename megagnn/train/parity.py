@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.models.potential import Potential
+from megagnn.objective.loss import free_atoms
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import gather_objects
-from megagnn.train.loss import free_atoms
 
 MAX_POINTS = 3000  # of each kind, source and rank: more only darken the plot
 

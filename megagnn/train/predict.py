@@ -13,6 +13,7 @@ import ase
 import numpy as np
 from tqdm import tqdm
 
+from megagnn.checkpoint.single_file import open_checkpoint
 from megagnn.data import keys
 from megagnn.data.batch import Graph
 from megagnn.data.formats import (
@@ -25,8 +26,7 @@ from megagnn.data.formats import (
 )
 from megagnn.data.formats.ase_files import read_frames
 from megagnn.data.record import Structure
-from megagnn.parallel.launch import parallel_context
-from megagnn.train.checkpoint import open_checkpoint
+from megagnn.launch.context import parallel_context
 from megagnn.train.predicted_frames import check_format, output_format, with_predictions, write_frames
 from megagnn.train.predictor import Predictor, Results
 

@@ -10,12 +10,12 @@ import torch
 from ase import Atoms
 from ase.stress import full_3x3_to_voigt_6_stress
 
+from megagnn.checkpoint.folder import FolderCheckpoint
+from megagnn.checkpoint.single_file import Checkpoint, load_potential
 from megagnn.data import keys
 from megagnn.data.batch import Graph, build_graph, collate
+from megagnn.launch.context import named_device
 from megagnn.models.potential import Potential
-from megagnn.parallel.launch import named_device
-from megagnn.train.checkpoint import Checkpoint, load_potential
-from megagnn.train.checkpoint_folder import FolderCheckpoint
 
 Results = dict[str, Any]
 """What is predicted of a structure, by ASE's names: energy (eV), energies (N,) eV, forces (N, 3) eV/Å, stress

@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from megagnn.checkpoint.folder import FolderCheckpoint
+from megagnn.checkpoint.progress import Progress
 from megagnn.config import RunConfig, flat_config
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.checkpoint_folder import FolderCheckpoint
-from megagnn.train.progress import Progress
 
 # With another value of these the continued run would see other batches, or hold another model.
 MUST_BE_EQUAL = (

@@ -12,7 +12,7 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
-from megagnn.parallel.watch import SAME_WISH_SECONDS
+from megagnn.launch.watch import SAME_WISH_SECONDS
 
 WISHES = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _WORKER_SECONDS = 30

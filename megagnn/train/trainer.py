@@ -13,15 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagnn.checkpoint.export import export_checkpoint
+from megagnn.checkpoint.folder import FolderCheckpoint
+from megagnn.checkpoint.pieces import num_steps_of, pieces_loaded, pieces_of
+from megagnn.checkpoint.progress import Progress
+from megagnn.checkpoint.writer import CheckpointStore
 from megagnn.config import RunConfig, check_patience, config_to_dict, with_num_steps
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import for_sources, read_reference_energies
-from megagnn.models.egnn import parameter_names
+from megagnn.models.egnn.model import parameter_names
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
+from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
+from megagnn.objective.loss import Loss, check_labels, step_counts
 from megagnn.optim.average import ShardedAverage
+from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.optimizer import (
     WeightAverage,
     clipped_step,
@@ -36,9 +44,8 @@ from megagnn.optim.optimizer import (
 from megagnn.optim.parts import check_parts
 from megagnn.optim.pieces import Piece
 from megagnn.optim.schedule import learning_rate
-from megagnn.optim.sharded_reducer import ShardedReducer
+from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.world import (
     all_reduce_sum,
     broadcast_object,
@@ -49,19 +56,12 @@ from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.pipeline_parallel.stage_costs import run_stages
 from megagnn.train.bad_batch import end_of_run, save_bad_batches
 from megagnn.train.bad_steps import advance, judge
-from megagnn.train.checkpoint_folder import FolderCheckpoint
-from megagnn.train.checkpoint_pieces import num_steps_of, pieces_loaded, pieces_of
-from megagnn.train.checkpoint_store import CheckpointStore
 from megagnn.train.evaluate import evaluate
-from megagnn.train.export import export_checkpoint
 from megagnn.train.fine_tune import Beginning
 from megagnn.train.fit_statistics import compute_statistics
-from megagnn.train.gradients import GRADIENT_METHODS, accumulate
 from megagnn.train.loader import BatchLoader, open_split
-from megagnn.train.loss import Loss, check_labels, step_counts
 from megagnn.train.monitor import Monitor
 from megagnn.train.parity import ParityPoints
-from megagnn.train.progress import Progress
 from megagnn.train.resume import check_same_run, fingerprint_of, judges_anew, position_of
 from megagnn.train.signals import StopSignals
 

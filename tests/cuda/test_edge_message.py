@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagnn.ops import EdgeGraph, EdgeSpec, EdgeWeights, Segments
-from megagnn.ops.edge_runner import Call, compiled_arguments
+from megagnn.models.egnn.edge import EdgeGraph, EdgeSpec, EdgeWeights
+from megagnn.models.egnn.edge.runner import Call, compiled_arguments
+from megagnn.ops import Segments
 from tests.cuda.emulator import CUDA, ORDERS, SCALARS, Emulator, build
 from tests.tolerances import RELATIVE, assert_close
 

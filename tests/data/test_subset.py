@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagnn.config import DataConfig, ModelConfig
+from megagnn.data.config import DataConfig
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.store import write_store
 from megagnn.data.subset import nested_subset
+from megagnn.models.egnn.config import ModelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.loader import open_split

@@ -15,9 +15,9 @@ import torch
 
 from megagnn.cli import rank_label
 from megagnn.config import config_from_dict, flat_config
+from megagnn.launch.context import parallel_context
+from megagnn.launch.heartbeat import WatchTimes
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.heartbeat import WatchTimes
-from megagnn.parallel.launch import parallel_context
 from megagnn.parallel.world import all_reduce_sum
 
 

@@ -25,9 +25,10 @@ from typing import Any
 import torch
 
 from megagnn import cli
-from megagnn.train import checkpoint_manifest, checkpoint_store
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
-from megagnn.train.checkpoint_folder import checkpoint_steps
+from megagnn.checkpoint import manifest as checkpoint_manifest
+from megagnn.checkpoint import writer as checkpoint_store
+from megagnn.checkpoint.folder import checkpoint_steps
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.train.trainer import Trainer
 from tests import runs
 from tests.distributed.ranks import free_port

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from megagnn.models.egnn.edge import plan_channel as channel
+from megagnn.models.egnn.edge.plan_rows import WEIGHT_DIMS, RowsRunner
 from megagnn.ops import dual
 from megagnn.parallel import collectives, messages, row_collectives
-from megagnn.tensor_parallel import channel
 from megagnn.tensor_parallel.layers import RMSNorm, share
-from megagnn.tensor_parallel.rows import WEIGHT_DIMS, RowsRunner
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 

@@ -14,17 +14,18 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from megagnn.config import LossConfig, ModelConfig
 from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
+from megagnn.models.egnn.config import ModelConfig
 from megagnn.models.potential import Potential
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, LossCounts, label_counts
+from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.parallel.world import all_reduce_sum
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, LossCounts, label_counts
 from tests.models.physics import STATISTICS, crystal, ethanol, model_config, randomised, slab
 from tests.tolerances import PARITY, PARITY_FLOOR
 

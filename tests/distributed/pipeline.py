@@ -9,18 +9,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megagnn.config import OptimConfig, ParallelConfig
 from megagnn.data import keys
+from megagnn.objective.loss import Loss, step_counts
+from megagnn.optim.bucket_reducer import GradientReducer
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import gradient_norm, make_optimizer, make_sharded_optimizer
-from megagnn.optim.sharded import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel import messages
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
-from megagnn.train.loss import Loss, step_counts
 from tests.distributed import parity
 from tests.distributed.pairwise import pairwise
 from tests.distributed.parity import UNEVEN, Configuration, Result, batch_of, errors, whole_gradients

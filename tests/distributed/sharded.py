@@ -6,8 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megagnn.config import OptimConfig, ParallelConfig
 from megagnn.models.potential import Potential
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.optim.bucket_reducer import GradientReducer
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
     clipped_step,
     gradient_buffers,
@@ -16,14 +19,12 @@ from megagnn.optim.optimizer import (
     make_sharded_optimizer,
     set_learning_rate,
 )
-from megagnn.optim.sharded import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.parallel.world import all_reduce_sum
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 from tests.distributed.parity import CONFIGURATIONS, batch_of
 from tests.models.physics import randomised
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
+from megagnn.objective.loss import Loss, LossCounts, label_counts, step_counts
+from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.world import all_reduce_sum
-from megagnn.train.gradients import GRADIENT_METHODS, accumulate
-from megagnn.train.loss import Loss, LossCounts, label_counts, step_counts
 from tests.distributed import sharded
 from tests.distributed.parity import CONFIGURATIONS, batch_of, whole_gradients
 from tests.distributed.spawn import spawn

@@ -7,9 +7,20 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from megagnn.checkpoint import boxes as checkpoint_boxes
+from megagnn.checkpoint import writer as checkpoint_store
+from megagnn.checkpoint.boxes import Box
+from megagnn.checkpoint.folder import open_folder
+from megagnn.checkpoint.pieces import num_steps_of, pieces_loaded, pieces_of
+from megagnn.checkpoint.progress import Progress
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
+from megagnn.checkpoint.writer import CheckpointStore
 from megagnn.config import RunConfig
 from megagnn.models.potential import Potential
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.average import ShardedAverage
+from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.optimizer import (
     WeightAverage,
     clipped_step,
@@ -18,18 +29,8 @@ from megagnn.optim.optimizer import (
     make_optimizer,
 )
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.world import all_reduce_sum, barrier
-from megagnn.train import checkpoint_boxes, checkpoint_store
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
-from megagnn.train.checkpoint_boxes import Box
-from megagnn.train.checkpoint_folder import open_folder
-from megagnn.train.checkpoint_pieces import num_steps_of, pieces_loaded, pieces_of
-from megagnn.train.checkpoint_store import CheckpointStore
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
-from megagnn.train.progress import Progress
 from tests.distributed.parity import CONFIGURATIONS, batch_of
 from tests.distributed.sharded import OPTIMIZER, SHARES, Case, build, optimizer_of
 from tests.distributed.spawn import spawn

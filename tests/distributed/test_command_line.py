@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.cli import main
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from tests import runs
 from tests.tolerances import assert_close
 

@@ -5,15 +5,15 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from megagnn.config import LossConfig
 from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
 from megagnn.models.potential import Potential
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.world import all_reduce_sum
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 from tests.distributed.spawn import spawn
 from tests.models.physics import crystal, ethanol, model_config, randomised, slab
 from tests.tolerances import PARITY, PARITY_FLOOR

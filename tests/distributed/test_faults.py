@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from megagnn.parallel.heartbeat import WatchTimes
+from megagnn.launch.heartbeat import WatchTimes
 from tests.distributed.ranks import (
     TIMEOUT_S,
     Ended,

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megagnn.config import OptimConfig
 from megagnn.ops import square_sum
 from megagnn.optim.adamw import FlatAdamW
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.groups import grid_context

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from megagnn.config import OptimConfig
+from megagnn.optim.bucket_reducer import BUCKET_BYTES, Bucket, GradientReducer
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import gradient_buffers, make_optimizer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import BUCKET_BYTES, Bucket, GradientReducer
 from tests.distributed.spawn import spawn
 from tests.tolerances import PARITY
 

@@ -9,14 +9,14 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from torch import Tensor
 
-from megagnn.config import LossConfig
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
+from megagnn.models.egnn.traffic_model import PlanChoice
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import gather_whole, layout_of
-from megagnn.tensor_parallel.cost import PlanChoice
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 from tests.distributed.spawn import spawn
 from tests.distributed.test_data_parallel import worst
 from tests.models.physics import ethanol, model_config, randomised

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.models.potential import build_potential
+from megagnn.objective.loss import step_counts
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.model_work import ModelWork, Tensors
 from megagnn.pipeline_parallel.pipeline import WINDOW, Pipeline, forward_only, schedule_for
 from megagnn.pipeline_parallel.simulate import peaks, simulate
 from megagnn.pipeline_parallel.stage import check_owners
-from megagnn.train.loss import step_counts
 from tests.distributed.pipeline import (
     AXES,
     CONFIGURATIONS,

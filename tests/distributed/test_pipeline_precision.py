@@ -14,15 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagnn.config import LossConfig
 from megagnn.data.batch import collate
 from megagnn.models.potential import build_potential
 from megagnn.models.precision import Precision, precision_of
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
+from megagnn.objective.loss import Loss, step_counts
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.model_work import ModelWork
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
-from megagnn.train.gradients import GRADIENT_METHODS, accumulate
-from megagnn.train.loss import Loss, step_counts
 from tests.distributed.parity import CUTOFF, structures
 from tests.distributed.spawn import spawn
 from tests.models.physics import STATISTICS, model_config, randomised

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagnn.cli import main
 from megagnn.config import RunConfig, load_config
-from megagnn.optim.sharded import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.pipeline_parallel import stage_costs

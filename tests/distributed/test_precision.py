@@ -12,15 +12,15 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megagnn.config import LossConfig
 from megagnn.data import keys
 from megagnn.data.batch import collate
 from megagnn.models.potential import build_potential
 from megagnn.models.precision import Precision, precision_of
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import label_counts
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import label_counts
 from tests.distributed import mistakes
 from tests.distributed.parity import CUTOFF, RecordingLoss, structures, whole_gradients
 from tests.distributed.spawn import spawn

@@ -7,15 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from megagnn.config import LossConfig, OptimConfig, ParallelConfig
 from megagnn.data.batch import collate
 from megagnn.models.potential import build_potential
 from megagnn.models.precision import Precision, precision_of
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_sharded_optimizer
-from megagnn.optim.sharded import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 from tests.distributed.parity import CUTOFF, structures
 from tests.distributed.sharded import whole_parameters
 from tests.distributed.spawn import spawn

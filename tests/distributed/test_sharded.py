@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagnn.optim import unit
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.optim.zero import unit
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 from tests.distributed import sharded
 from tests.distributed.pairwise import pairwise
 from tests.distributed.sharded import Case, on_rank, train, worst

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
+from megagnn.launch.watch import SAME_WISH_SECONDS
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.groups import grid_context
-from megagnn.parallel.watch import SAME_WISH_SECONDS
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.bad_steps import judge
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from tests import runs
 from tests.distributed.ranks import TIMEOUT_S, clean_environment, free_port, torchrun_like
 from tests.distributed.spawn import spawn
@@ -168,7 +168,7 @@ def test_two_machines_that_count_restarts_differently(
 
 WAITER = """
 import sys, time, torch
-from megagnn.parallel.launch import parallel_context
+from megagnn.launch.context import parallel_context
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.signals import StopSignals
 with parallel_context("cpu", 1) as context, StopSignals():

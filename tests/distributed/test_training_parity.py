@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagnn.config import OptimConfig
 from megagnn.models.potential import Potential, build_potential
+from megagnn.optim.bucket_reducer import GradientReducer
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
     clipped_step,
     gradient_buffers,
@@ -17,7 +18,6 @@ from megagnn.optim.optimizer import (
     set_learning_rate,
 )
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.gradients import GradientReducer
 from megagnn.parallel.groups import grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of, num_parameters
 from tests.distributed.parity import AXES, CONFIGURATIONS, run

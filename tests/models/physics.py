@@ -12,14 +12,15 @@ from ase.build import bulk, fcc111, molecule
 from scipy.spatial.transform import Rotation
 from torch import Tensor
 
-from megagnn.config import ModelConfig, config_from_dict
+from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.traffic_model import PlanChoice
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
-from megagnn.tensor_parallel.cost import PlanChoice
 
 TOLERANCE = 1e-10
 STATISTICS = Statistics(

@@ -5,10 +5,10 @@ import torch
 from ase.build import molecule
 from torch import Tensor
 
-from megagnn.config import OptimConfig
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import build_potential
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_optimizer
 from megagnn.optim.schedule import learning_rate
 from tests.models.physics import STATISTICS, model_config, rattled

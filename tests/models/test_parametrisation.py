@@ -9,10 +9,11 @@ import torch
 from ase.build import molecule
 
 from megagnn.cli import main
-from megagnn.config import OptimConfig, RunConfig, config_from_dict
+from megagnn.config import RunConfig, config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import build_potential
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_optimizer, parameter_groups, set_learning_rate
 from megagnn.scaling import coordinates
 from tests import runs

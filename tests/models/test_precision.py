@@ -14,14 +14,14 @@ import torch
 from ase import Atoms
 from torch import Tensor
 
-from megagnn.config import LossConfig
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision, precision_of
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.gradients import GRADIENT_METHODS
-from megagnn.train.loss import Loss, label_counts
 from tests.models.physics import STATISTICS, crystal, ethanol, model_config, randomised, slab
 
 FLOAT32, FLOAT64, BFLOAT16 = torch.float32, torch.float64, torch.bfloat16

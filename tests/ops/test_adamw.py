@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import adamw_, extension, reference
-from tests.ops.conftest import LEVELS
+from tests.conftest import LEVELS
 from tests.tolerances import RELATIVE, assert_close
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}

@@ -60,7 +60,7 @@ import sys, warnings
 sys.modules["megagnn._C"] = None
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import megagnn.models.layer
+    import megagnn.models.egnn.layer
 print([(w.filename, w.lineno) for w in caught if "megagnn.ops" in str(w.message)])
 """
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megagnn.ops import extension, reference, square_sum
-from tests.ops.conftest import LEVELS
+from tests.conftest import LEVELS
 from tests.tolerances import assert_close
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import Segments, backend, extension, gather_weighted_sum, reference
-from tests.ops.conftest import LEVELS
+from tests.conftest import LEVELS
 from tests.ops.helpers import long_row, random_segments
 from tests.ops.test_segment import DTYPES
 from tests.tolerances import assert_close

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from megagnn.config import OptimConfig
 from megagnn.optim.adamw import FlatAdamW
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
 from megagnn.parallel.context import ParallelContext
 from tests.tolerances import assert_close

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megagnn.config import OptimConfig
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.schedule import learning_rate
 
 

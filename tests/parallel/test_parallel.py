@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from megagnn.launch.context import default_threads, named_device, pick_device
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.launch import default_threads, named_device, pick_device
 from megagnn.parallel.world import all_reduce_sum, broadcast_object
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagnn.config import ModelConfig, OptimConfig
+from megagnn.models.egnn.config import ModelConfig
 from megagnn.models.potential import Potential, build_potential
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import (

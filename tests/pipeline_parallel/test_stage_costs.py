@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.config import RunConfig, config_from_dict
+from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel import stage_costs
 from megagnn.pipeline_parallel.model_work import ModelWork
 from megagnn.pipeline_parallel.stage import stages_of_sizes
 from megagnn.pipeline_parallel.stage_costs import layer_by_layer, measured_costs, run_stages
 from megagnn.pipeline_parallel.validate import validate
-from megagnn.train.loss import Loss
 from tests.distributed.parity import CONFIGURATIONS, batch_of
 from tests.models.physics import STATISTICS
 

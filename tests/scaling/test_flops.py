@@ -3,7 +3,7 @@ import dataclasses
 import edge_workload
 import pytest
 
-from megagnn.config import ModelConfig
+from megagnn.models.egnn.config import ModelConfig
 from megagnn.scaling.flops import UNITS, step_flops
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from megagnn.cli import main
 from megagnn.scaling import ablation, compare, rates
-from megagnn.scaling.analysis import Options, analyse, hold_out_largest, select
 from megagnn.scaling.figures import draw_all
-from megagnn.scaling.intervals import Interval
+from megagnn.scaling.laws.analysis import Options, analyse, hold_out_largest, select
+from megagnn.scaling.laws.intervals import Interval
 from megagnn.scaling.records import RunRecord
 from megagnn.scaling.report import chapters_of, page
 from tests.scaling.synthetic import LAW, law, study, write

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.cli import main
 from megagnn.config import RunConfig, flat_config
 from megagnn.scaling import sweep as sweep_module
 from megagnn.scaling.records import read_records
 from megagnn.scaling.sweep import load_sweep, run_name
-from megagnn.train.checkpoint_folder import checkpoint_steps
 from tests import runs
 
 STUDY = Path(__file__).parents[2] / "examples/sweeps/study"

@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megagnn.data import keys
+from megagnn.models.egnn.edge.runner import Call, SerialRunner
 from megagnn.ops import extension
-from megagnn.ops.edge_runner import Call, SerialRunner
 
 UNFUSED, METHODS = ("unfused", "unfused layers"), ("one_backward", "create_graph")
 BATCH, CUTOFF = workload.dense_batch(2000)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from memory_rows import Row, Size, events_of_step, table_rows
 
-from megagnn.optim.storage import DiskStorage
+from megagnn.optim.zero.offload import DiskStorage
 from megagnn.parallel.context import ParallelContext
 
 TOOL = Path(memory_table.__file__)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
-from megagnn.models.egnn import EGNN
+from megagnn.models.egnn.model import EGNN
 from megagnn.models.potential import Potential
 from tests.models.physics import crystal, ethanol, model_config, randomised
 from tests.tolerances import PARITY, assert_close

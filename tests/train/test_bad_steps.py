@@ -9,14 +9,14 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megagnn.checkpoint.progress import Progress
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.cli import main
 from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.bad_batch import load_bad_batch
 from megagnn.train.bad_steps import ENOUGH, WINDOW, advance, judge
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
-from megagnn.train.progress import Progress
 from megagnn.train.trainer import Trainer
 from tests import runs
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megagnn.checkpoint.folder import follow
 from megagnn.data.store import write_store
-from megagnn.train.checkpoint_folder import follow
 from tests import runs
 
 SHORT = ("--train.num_steps", "8", "--train.validate_every", "4", "--optim.warmup_steps", "1")

@@ -11,10 +11,10 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from megagnn.calculator import MegaGNNCalculator
+from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.cli import main
 from megagnn.data.record import Structure
 from megagnn.data.store import write_store
-from megagnn.train.checkpoint import load_checkpoint
 from tests import runs
 
 

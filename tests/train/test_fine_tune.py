@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from megagnn.checkpoint.single_file import load_checkpoint, load_potential
 from megagnn.cli import main
 from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.potential import Potential
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.checkpoint import load_checkpoint, load_potential
 from megagnn.train.fine_tune import run_config
 from megagnn.train.trainer import Trainer
 from tests import runs

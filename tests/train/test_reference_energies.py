@@ -10,13 +10,13 @@ import torch
 from ase import Atoms
 
 from megagnn.calculator import MegaGNNCalculator
+from megagnn.checkpoint.single_file import load_potential, open_checkpoint
 from megagnn.cli import main
-from megagnn.config import ModelConfig
 from megagnn.data.dataset import StructureDataset
+from megagnn.models.egnn.config import ModelConfig
 from megagnn.models.potential import build_potential
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.checkpoint import load_potential, open_checkpoint
 from megagnn.train.fit_statistics import ZERO_FORCES, compute_statistics
 from megagnn.train.loader import BatchLoader
 from tests.data.trajectories import FREE_ATOMS, isolated, labelled, molecules, write

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagnn.checkpoint.folder import FolderCheckpoint
+from megagnn.checkpoint.import_file import import_checkpoint
+from megagnn.checkpoint.progress import Progress
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint, save_checkpoint
 from megagnn.data import keys
 from megagnn.data.sampler import BudgetSampler
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint, save_checkpoint
-from megagnn.train.checkpoint_folder import FolderCheckpoint
-from megagnn.train.import_file import import_checkpoint
-from megagnn.train.progress import Progress
 from megagnn.train.resume import position_of
 from tests import runs
 

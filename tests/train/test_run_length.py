@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from megagnn.checkpoint.single_file import open_checkpoint
 from megagnn.cli import main
 from megagnn.config import config_from_dict, with_num_steps
-from megagnn.train.checkpoint import open_checkpoint
 from megagnn.train.trainer import Trainer
 from tests import runs
 from tests.train.test_trainer import scalars

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.train import signals
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from megagnn.train.signals import StopSignals
 from tests import runs
 

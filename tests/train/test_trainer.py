@@ -11,8 +11,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.cli import main
-from megagnn.train.checkpoint import EVERYTHING, load_checkpoint
 from tests import runs
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megagnn.config import ModelConfig
 from megagnn.data import keys
-from megagnn.models.egnn import EGNN
-from megagnn.models.layer import DISTANCE_EPSILON
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.layer import DISTANCE_EPSILON
+from megagnn.models.egnn.model import EGNN
 from megagnn.models.radial import envelope
 
 # What the peers have been written for; everything else of the configuration is a size.
@@ -52,7 +52,7 @@ class Sizes:
     node_scale: float
     """Factor of the node update."""
     vector_branch: str
-    """"coordinates", "forces" or "none", as in megagnn.models.layer.EGNNLayer."""
+    """"coordinates", "forces" or "none", as in megagnn.models.egnn.layer.EGNNLayer."""
 
 
 def edge_mlp(sizes: Sizes) -> nn.Sequential:

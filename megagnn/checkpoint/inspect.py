@@ -1,0 +1,64 @@
+"""The command `megagnn inspect`: what a checkpoint, a data set or a bad batch holds."""
+
+import argparse
+import json
+from pathlib import Path
+
+from ase.data import chemical_symbols
+
+from megagnn.checkpoint.folder import FolderCheckpoint
+from megagnn.checkpoint.single_file import Checkpoint, load_potential, open_checkpoint
+from megagnn.config import config_to_dict
+from megagnn.train.bad_batch import describe_bad_batch, is_bad_batch
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `megagnn inspect`."""
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="a checkpoint (a folder or a file), a bad batch (.safetensors) or a packed store",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """`megagnn inspect PATH`."""
+    if arguments.path.is_dir() and (arguments.path / "header.json").is_file():
+        from megagnn.data.inspect import describe
+        from megagnn.data.store import Store
+
+        print(describe(Store.open(arguments.path)))
+    elif is_bad_batch(arguments.path):
+        print(describe_bad_batch(arguments.path))
+    else:
+        print(describe_checkpoint(open_checkpoint(arguments.path)))
+    return 0
+
+
+def describe_checkpoint(checkpoint: Checkpoint | FolderCheckpoint) -> str:
+    """Readable summary: parameters by part, progress, statistics, configuration."""
+    model = load_potential(checkpoint).model
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    statistics, progress = checkpoint.statistics, checkpoint.progress
+    lines = [
+        f"checkpoint   {checkpoint.path}",
+        f"progress     step {progress.step} (epoch {progress.epoch}), "
+        f"best validation loss {progress.best_loss:.6g}",
+        f"parameters   {model.num_parameters():,} in {model.precision}: "
+        + ", ".join(f"{name} {count:,}" for name, count in parts.items() if count),
+        f"elements     {' '.join(chemical_symbols[z] for z in statistics.elements)}",
+        f"levels       {', '.join(statistics.levels)}",
+        f"neighbours   {statistics.mean_neighbours:.2f} per atom within {checkpoint.config.model.cutoff:g} Å",
+        f"output scale {statistics.output_scale:.4f} eV/Å",
+        "reference energies, eV (of the training split, isolated atoms or given):",
+    ]
+    shifts = statistics.shifts or (0.0,) * len(statistics.sources)
+    for source, row, shift in zip(statistics.sources, statistics.references, shifts, strict=True):
+        shown = [
+            f"{chemical_symbols[z]} {e:.4f}"
+            for z, e in zip(statistics.elements, row, strict=True)
+            if e != 0.0
+        ] + [f"each atom {shift:+.4f}"] * (shift != 0.0)
+        lines.append(f"  {source}: {', '.join(shown)}")
+    lines += ["configuration:", json.dumps(config_to_dict(checkpoint.config), indent=2)]
+    return "\n".join(lines)

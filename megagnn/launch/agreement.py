@@ -1,0 +1,136 @@
+"""Before the first collective: the ranks find each other's store and agree that they are of one run."""
+
+import json
+import reprlib
+import socket
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megagnn
+from megagnn.launch.rendezvous import Rendezvous
+
+MAY_DIFFER = ("train.threads", "train.device")  # between machines
+JOIN_SECONDS = 300.0
+_READ_SECONDS = 10.0  # that the store outlives the outcome, so that every rank reads it
+_NUM_SHOWN = 3
+_AGREED = "agreed"
+
+
+def open_store(meeting: Rendezvous, seconds: float = JOIN_SECONDS, first: bool = True) -> dist.Store:
+    """A connection to the ranks' store, which the main rank or torchrun holds.
+
+    Args:
+        first: not a second connection of the same process.
+
+    Raises:
+        ValueError: the port is taken.
+        ConnectionError: nobody listens there in time.
+    """
+    serves, where = meeting.serves and first, f"{meeting.host}:{meeting.port}"
+    try:
+        store = dist.TCPStore(
+            meeting.host,
+            meeting.port,
+            is_master=serves,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            master_listen_fd=meeting.listener if serves else None,
+        )
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        if serves:
+            raise ValueError(
+                f"rank 0 cannot listen at {where} ({line}); set MASTER_PORT to a free port, on every rank"
+            ) from error
+        raise ConnectionError(
+            f"rank {meeting.rank} did not reach rank 0 at {where} within {seconds:g} s ({line}); see whether "
+            "rank 0 started, and whether MASTER_ADDR and MASTER_PORT are right"
+        ) from error
+    return dist.PrefixStore(meeting.prefix, store)
+
+
+def fingerprint_of(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
+    """What must be the same on every rank: a flat configuration, versions, the number of ranks."""
+    versions = {"megagnn": megagnn.__version__, "torch": torch.__version__, "number of ranks": world_size}
+    return {**versions, **{key: value for key, value in config.items() if key not in MAY_DIFFER}}
+
+
+def agree(
+    store: dist.Store, rank: int, world_size: int, fingerprint: dict[str, Any], seconds: float = JOIN_SECONDS
+) -> None:
+    """Return when all ranks are there and started alike. Each compares with rank 0 and the last to agree, or
+    the first that does not, says so under one key that all read: a constant number of messages per rank.
+
+    Raises:
+        ValueError: two ranks differ, the same on every rank; or two processes have one rank.
+        ConnectionError: ranks are missing; names them.
+    """
+    mine = json.dumps([socket.gethostname(), fingerprint])
+    seats = store.add(f"seat/{rank}", 1)
+    if rank == 0 and seats == 1:
+        store.set("fingerprint", mine)
+    deadline = time.monotonic() + seconds
+    _wait_for("fingerprint", store, range(1), deadline, seconds)
+    host, (_, reference) = socket.gethostname(), json.loads(store.get("fingerprint"))
+    complaint = difference(rank, host, json.loads(mine)[1], reference)
+    if seats > 1:
+        complaint = f"two processes were started as rank {rank}, one on host {host}: give each its own"
+    if complaint:
+        store.compare_set("outcome", "", complaint)
+    elif store.add("agreed", 1) == world_size:
+        store.compare_set("outcome", "", _AGREED)
+    _wait_for("outcome", store, range(world_size), deadline, seconds)
+    outcome = store.get("outcome").decode()
+    told = store.add("told", 1)
+    until = time.monotonic() + _READ_SECONDS
+    while rank == 0 and told < world_size and time.monotonic() < until:  # the others still read its store
+        time.sleep(0.05)
+        told = store.add("told", 0)
+    if outcome == _AGREED and not complaint:
+        return
+    raise ValueError(complaint if outcome == _AGREED else outcome)
+
+
+def _wait_for(key: str, store: dist.Store, ranks: range, deadline: float, seconds: float) -> None:
+    """Raises ConnectionError, with the ranks that have not come, when a key is not there by the deadline."""
+    pause = 0.02
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            missing = [rank for rank in ranks if not store.check([f"seat/{rank}"])]
+            raise ConnectionError(missing_ranks(missing, seconds))
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.5)
+
+
+def missing_ranks(ranks: list[int], seconds: float) -> str:
+    """What to say when ranks have not come."""
+    return (
+        f"{len(ranks)} of the ranks did not start within {seconds:g} s: {reprlib.repr(ranks)}; "
+        "their own output may say why"
+    )
+
+
+def difference(rank: int, host: str, mine: Mapping[str, Any], reference: Mapping[str, Any]) -> str:
+    """The first keys in which a rank differs from rank 0, with both values; empty if there are none."""
+    keys = [key for key in {**reference, **mine} if mine.get(key) != reference.get(key)]
+    if not keys:
+        return ""
+    more = f" and {len(keys) - _NUM_SHOWN} more" if len(keys) > _NUM_SHOWN else ""
+    return (
+        f"rank {rank} (host {host}) was started with {_values(mine, keys)}, rank 0 with "
+        f"{_values(reference, keys)}{more}: start every rank with the same configuration"
+    )
+
+
+def _values(values: Mapping[str, Any], keys: list[str]) -> str:
+    return ", ".join(f"{key} = {_text(values.get(key, 'nothing'))}" for key in keys[:_NUM_SHOWN])
+
+
+def _text(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

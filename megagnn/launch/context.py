@@ -1,0 +1,154 @@
+"""Start and end of a run: one process, or ranks that torchrun, mpirun or srun started."""
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megagnn.launch.agreement import agree, fingerprint_of, open_store
+from megagnn.launch.elastic import join_generation
+from megagnn.launch.heartbeat import Roll, WatchTimes
+from megagnn.launch.mpi import join_mpi
+from megagnn.launch.peer import this_peer
+from megagnn.launch.rendezvous import Rendezvous, discover
+from megagnn.launch.watch import Watcher
+from megagnn.parallel.config import ParallelConfig
+from megagnn.parallel.context import ParallelContext, grid_coordinates, grid_sizes, rank_name
+from megagnn.parallel.groups import grid_context
+
+# torchrun's store keeps what the ranks of a process's earlier context said: each context has its own keys
+_MEETINGS = itertools.count()
+
+
+def default_threads(num_local_ranks: int) -> int:
+    """CPU threads of a rank: the usable cores divided by the ranks of this machine, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // num_local_ranks)
+
+
+def pick_device(name: str, local_rank: int, num_local_ranks: int = 1) -> torch.device:
+    """`auto`, `cpu` or `cuda` to a device.
+
+    Raises:
+        ValueError: CUDA is asked for and absent, or there are more ranks on this machine than GPUs.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("the device is 'cuda' but PyTorch sees no GPU here; use 'cpu' or 'auto'")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if num_local_ranks > torch.cuda.device_count():
+        raise ValueError(
+            f"{num_local_ranks} ranks on this machine but {torch.cuda.device_count()} GPU(s): each rank "
+            "needs its own; start fewer ranks, or set train.device = 'cpu'"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def named_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:NUMBER` to a device, for work of one process.
+
+    Raises:
+        ValueError: another name, or CUDA is asked for and there is no such GPU.
+    """
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
+        raise ValueError(f"the device must be 'auto', 'cpu', 'cuda' or 'cuda:NUMBER', got '{name}'")
+    if not number:
+        return pick_device(name, 0)
+    pick_device(kind, 0)
+    if int(number) >= torch.cuda.device_count():
+        raise ValueError(
+            f"the device is '{name}' but there are {torch.cuda.device_count()} GPU(s) here, numbered from 0"
+        )
+    return torch.device("cuda", int(number))
+
+
+@contextlib.contextmanager
+def parallel_context(
+    device: str = "auto",
+    threads: int | None = None,
+    parallel: ParallelConfig | None = None,
+    fingerprint: Mapping[str, Any] | None = None,
+    times: WatchTimes | None = None,
+) -> Iterator[ParallelContext]:
+    """The context of this process among the ranks that a launcher started (launch/rendezvous.py), or alone.
+
+    Leaves the process group behind a barrier: destroying it while a peer still sends can abort at exit. After
+    an error there is no barrier, for the peers may never reach it.
+
+    Args:
+        parallel: sizes of the grid; without it all ranks are data-parallel.
+        fingerprint: configuration by dotted keys, which must be the same on every rank.
+        times: when a rank is given up.
+
+    Raises:
+        ValueError: the sizes do not make the number of ranks, or ranks were started differently.
+        ConnectionError: ranks are missing. PeerLostError, a kind of it: another rank died, failed or hangs.
+    """
+    parallel, times = parallel or ParallelConfig(), times or WatchTimes()
+    meeting = discover(os.environ, join_mpi)
+    meeting = dataclasses.replace(meeting, prefix=f"{meeting.prefix}/{next(_MEETINGS)}")
+    rank, world_size = meeting.rank, meeting.world_size
+    torch.set_num_threads(
+        threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or default_threads(meeting.num_local)
+    )
+    if world_size == 1:
+        grid_sizes(1, parallel.data, parallel.pipeline, parallel.tensor)
+        yield ParallelContext(device=pick_device(device, 0))
+        return
+    store, own, roll = _join(meeting, fingerprint or {})
+    # the same on all ranks, now that they agree: an error of one before that would leave the others waiting
+    sizes = grid_sizes(world_size, parallel.data, parallel.pipeline, parallel.tensor)
+    roll.read(lambda other: rank_name(*grid_coordinates(other, *sizes)))
+    watcher = Watcher(own, roll, f"{meeting.host}:{meeting.port}", times)
+    watcher.start()
+    try:
+        alone = meeting.own_gpu and torch.cuda.device_count() < meeting.num_local
+        local = (0, 1) if alone else (meeting.local_rank, meeting.num_local)
+        chosen = pick_device(device, *local)
+        if chosen.type == "cuda":
+            torch.cuda.set_device(chosen)
+        if rank != 0:
+            warnings.filterwarnings("ignore", category=UserWarning, module="torch")
+        dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=dist.PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(minutes=30),
+        )
+        yield grid_context(*sizes, chosen)
+        dist.barrier()
+    except BaseException as error:
+        lost = watcher.explain(error)
+        if lost is not None:
+            raise lost from error
+        raise
+    watcher.stop(clean=True)
+    dist.destroy_process_group()
+
+
+def _join(meeting: Rendezvous, fingerprint: Mapping[str, Any]) -> tuple[dist.Store, dist.Store, Roll]:
+    """Meet the others and agree with them, before there is any process group: two connections to the store,
+    for a connection serves one thread at a time, and the roll of ranks."""
+    store, own = open_store(meeting), open_store(meeting, first=False)
+    try:
+        if meeting.outlives:
+            generation = join_generation(store, meeting.rank, meeting.world_size)
+            store, own = dist.PrefixStore(generation, store), dist.PrefixStore(generation, own)
+        roll = Roll(own, this_peer(meeting.rank), meeting.world_size)
+        agree(store, meeting.rank, meeting.world_size, fingerprint_of(fingerprint, meeting.world_size))
+    except RuntimeError as error:
+        line = str(error).splitlines()[0]
+        where = f"{meeting.host}:{meeting.port}"
+        raise ConnectionError(
+            f"rank {meeting.rank} lost rank 0 at {where} while starting ({line})"
+        ) from error
+    return store, own, roll

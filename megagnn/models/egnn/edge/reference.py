@@ -1,0 +1,112 @@
+"""The edge operation in plain PyTorch: what the kernels are tested against, and the unfused path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megagnn.ops.activation import silu
+from megagnn.ops.segment import Segments, gather, segment_sum
+
+if TYPE_CHECKING:
+    from megagnn.models.egnn.edge.types import EdgeGraph, EdgeSpec, EdgeWeights
+    from megagnn.ops.backends import AggregationBackend
+
+
+def distance_features(spec: EdgeSpec, d_E: Tensor, squared_E: Tensor, centres_R: Tensor | None) -> Tensor:
+    """What the messages see of the distance d = sqrt(|r|^2 + eps^2), Å: (E,) to (E, R).
+
+    bessel: sin(k_n d) c/d, Gasteiger et al., ICLR 2020, eq. 7, times c^(3/2)/sqrt(2); gaussian: exp(-(d -
+    mu_n)^2 / (2 w^2)), Schütt et al., NeurIPS 2017, section 4.1; distance: d; squared: |r|^2.
+    """
+    if spec.feature == "distance":
+        return d_E.unsqueeze(-1)
+    if spec.feature == "squared":
+        return squared_E.unsqueeze(-1)
+    assert centres_R is not None
+    d_E1 = d_E.unsqueeze(-1)
+    if spec.feature == "bessel":
+        return torch.sin(d_E1 * centres_R) * (spec.cutoff / d_E1)
+    offset_ER = (d_E1 - centres_R) / spec.spread
+    return torch.exp(-0.5 * offset_ER * offset_ER)
+
+
+Gather = Callable[[Tensor, Segments], Tensor]
+
+
+def aggregation(backend: AggregationBackend | None) -> tuple[Gather, Gather]:
+    """What gathers and sums: a back end's, or the own kernels."""
+    return (gather, segment_sum) if backend is None else (backend.gather, backend.segment_sum)
+
+
+def activation(spec: EdgeSpec) -> Callable[[Tensor], Tensor]:
+    """The non-linearity."""
+    return silu if spec.activation == "silu" else functional.relu
+
+
+def before(
+    p_NH: Tensor,
+    q_NH: Tensor,
+    r_E3: Tensor,
+    weights: EdgeWeights,
+    graph: EdgeGraph,
+    spec: EdgeSpec,
+    take: Gather,
+) -> tuple[Tensor, Tensor]:
+    """The first pre-activation a (E, H), and the distances d (E,)."""
+    squared_E = (r_E3 * r_E3).sum(-1)
+    d_E = torch.sqrt(squared_E + spec.epsilon**2)
+    rho_ER = distance_features(spec, d_E, squared_E, weights.centres_R)
+    rho_ER = rho_ER.to(p_NH.dtype)
+    return take(p_NH, graph.destination) + take(q_NH, graph.source) + rho_ER @ weights.w1c_HR.t(), d_E
+
+
+def enveloped(m_EM: Tensor, f_E: Tensor | None) -> Tensor:
+    """f m, (E, M), in the type of m."""
+    return m_EM if f_E is None else m_EM * f_E.to(m_EM.dtype).unsqueeze(-1)
+
+
+def vectors(w_E: Tensor, r_E3: Tensor, d_E: Tensor, f_E: Tensor | None, spec: EdgeSpec) -> Tensor:
+    """f tanh?(w) t(d) r, (E, 3), in the type of r."""
+    w_E = w_E.to(r_E3.dtype)
+    if spec.bounded:
+        w_E = torch.tanh(w_E)
+    if spec.direction == "unit":
+        w_E = w_E / d_E
+    elif spec.direction == "plus_one":
+        w_E = w_E / (d_E + 1.0)
+    if f_E is not None:
+        w_E = w_E * f_E
+    return w_E.unsqueeze(-1) * r_E3
+
+
+def edge_message(
+    p_NH: Tensor,
+    q_NH: Tensor,
+    r_E3: Tensor,
+    f_E: Tensor | None,
+    weights: EdgeWeights,
+    graph: EdgeGraph,
+    spec: EdgeSpec,
+    backend: AggregationBackend | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """See `message.edge_message`; every intermediate is a tensor of E rows, kept for the backward.
+
+    Args:
+        backend: what gathers and sums, if not the own kernels.
+    """
+    take, add = aggregation(backend)
+    act = activation(spec)
+    a_EH, d_E = before(p_NH, q_NH, r_E3, weights, graph, spec, take)
+    m_EM = act(functional.linear(act(a_EH), weights.w2_MH, weights.b2_M))
+    sum_NM = add(enveloped(m_EM, f_E), graph.destination)
+    if weights.w3_KM is None:
+        return sum_NM, None
+    assert weights.w4_K is not None
+    u_EK = act(functional.linear(m_EM, weights.w3_KM, weights.b3_K))
+    w_E = functional.linear(u_EK, weights.w4_K.unsqueeze(0), weights.b4_1).squeeze(-1)
+    return sum_NM, add(vectors(w_E, r_E3, d_E, f_E, spec), graph.destination)

@@ -1,0 +1,193 @@
+"""What a rank sends, derived from the layout, and the plan that sends less.
+
+Elements per layer and pass, exactly as `parallel.traffic` counts them; tests hold one against the other. With
+t ranks, u = (t-1)/t, P planes (1 for values, 2 for pairs of value and tangent), N atoms, n of them this
+rank's rows under `edge`, E edges, widths F (node), H (hidden of phi_e), M (message), K (hidden of phi_x), D
+(hidden of phi_h), R distance features:
+
+    atoms, forward    u P N (F + D + F) + 2u P N                gather h; scatter D and F; sum of squares
+    atoms, backward   the same, and 2u 3P N for the coordinates that the layer moved
+    channel, forward  u P E M      with phi_x also  u P E K + 2u P E
+    channel, backward the same, and u P E (M + K) where the products are made again
+    edge, forward     P (N-n) H/t + u P N H + u P n M + u W     with phi_x also  3 (t-1) P n
+    edge, backward    P (N-n) M/t + u P n H + u P N H + 2 u W   and P (N-n) H/t + u P N H made again
+
+W are the weights of the edge products, M H + K M + H R and biases. A layer that is run again sends its
+forward once more, but for the last scatter of F; together with `recompute` blocks only its atoms' part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, NamedTuple
+
+from megagnn.data import keys
+from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.edge.operation import Plan
+from megagnn.parallel.context import ParallelContext
+
+PlanChoice = Literal["auto", "channel", "edge"]
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of a layer, see the module."""
+
+    F: int
+    H: int
+    M: int
+    K: int
+    D: int
+    R: int
+    normed: bool
+    vector_bias: bool
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Widths:
+        """Those of a configuration."""
+        width = config.width
+        return cls(
+            F=width,
+            H=config.message_hidden or width,
+            M=config.message_width or width,
+            K=config.coordinate_hidden or width,
+            D=config.node_hidden or width,
+            R=config.num_radial if config.distance_feature in ("bessel", "gaussian") else 1,
+            normed=config.normalisation == "rms",
+            vector_bias=config.coordinate_bias,
+        )
+
+    def weights(self, vector: bool) -> int:
+        """W: elements that the plan `edge` gathers."""
+        return self.M * self.H + self.H * self.R + self.M + (self.K * (self.M + 2) if vector else 0)
+
+
+class Pass(NamedTuple):
+    """What a rank sends in one layer, forward and backward."""
+
+    forward: Fraction
+    backward: Fraction
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A batch on a layout: t, P, N, n, E of the module, and how the backward gets its intermediates."""
+
+    ranks: int
+    planes: int
+    num_atoms: int
+    own_atoms: Fraction | int
+    num_edges: int
+    blocks_again: bool = False
+    """`edge_memory = "recompute"`."""
+    layers_again: bool = False
+    """`recompute_layers`."""
+    weights_wanted: bool = True
+    """Whether the backward is one to the parameters, and not to the positions alone."""
+
+    @property
+    def u(self) -> Fraction:
+        """(t-1)/t."""
+        return Fraction(self.ranks - 1, self.ranks)
+
+
+def edge_elements(plan: Plan, s: Setting, w: Widths, vector: bool) -> Pass:
+    """Of a layer's edge operation."""
+    u, t, P, N, n, E = s.u, s.ranks, s.planes, s.num_atoms, s.own_atoms, s.num_edges
+    K = w.K if vector else 0
+    if plan == "channel":
+        scalar = 2 * u * P * E if vector else 0
+        forward = u * P * E * (w.M + K) + scalar
+        backward = forward + (u * P * E * (w.M + K) if s.blocks_again else 0)
+    else:
+        inputs = P * (N - n) * Fraction(w.H, t) + u * P * N * w.H
+        weights = u * w.weights(vector)
+        forward = inputs + u * P * n * w.M + weights + (3 * (t - 1) * P * n if vector else 0)
+        backward = P * (N - n) * Fraction(w.M, t) + u * P * (n + N) * w.H + weights
+        backward += inputs if s.blocks_again else 0
+        if s.weights_wanted:
+            backward += weights + (2 * u if vector and w.vector_bias else 0)
+    if (
+        s.layers_again and not s.blocks_again
+    ):  # whole weights are held from the second forward to the backward
+        backward += forward - (u * w.weights(vector) if plan == "edge" else 0)
+    return Pass(Fraction(forward), Fraction(backward))
+
+
+def atom_elements(s: Setting, w: Widths, first: bool = False) -> Pass:
+    """Of a layer's atoms; `first`: no gradient reaches the features before the layer."""
+    u, P, N = s.u, s.planes, s.num_atoms
+    norm, entry = 2 * u * P * N if w.normed else Fraction(0), u * P * N * w.F
+    forward = norm + entry + u * P * N * (w.D + w.F)
+    backward = u * P * N * (w.D + w.F) + (0 if first else norm + entry)
+    if s.layers_again:
+        backward += norm + entry + u * P * N * w.D
+    return Pass(forward, backward)
+
+
+def head_elements(s: Setting, w: Widths) -> Pass:
+    """Of the energy head."""
+    u, P, N = s.u, s.planes, s.num_atoms
+    norm = 2 * u * P * N if w.normed else Fraction(0)
+    return Pass(norm + u * P * N * w.F + 2 * u * P * N, norm + u * P * N * w.F)
+
+
+def has_vector(config: ModelConfig, layer: int) -> bool:
+    """Whether a layer has a coordinate branch or the force head."""
+    if layer == config.num_layers - 1:
+        return config.forces == "direct"
+    return config.update_coordinates
+
+
+def pass_elements(config: ModelConfig, plan: Plan, s: Setting, positions: int = 0) -> Pass:
+    """Of the whole model, once forward and once backward.
+
+    positions: elements of positions, and of cells under stress, that want a gradient: 3N (+ 9B), or 0.
+    """
+    w, moved = Widths.of(config), 2 * s.u * s.planes * 3 * s.num_atoms
+    forward = backward = Fraction(0)
+    for layer in range(config.num_layers):
+        vector, last = has_vector(config, layer), layer == config.num_layers - 1
+        parts = (
+            edge_elements(plan, s, w, vector),
+            atom_elements(s, w, first=layer == 0 and not s.weights_wanted),
+        )
+        forward += sum(part.forward for part in parts)
+        backward += sum(part.backward for part in parts) + (moved if vector and not last else 0)
+    head = head_elements(s, w)
+    return Pass(forward + head.forward, backward + head.backward + 2 * s.u * positions)
+
+
+def edge_total(plan: Plan, config: ModelConfig, ranks: int, num_atoms: int, num_edges: int) -> Fraction:
+    """Elements that the edge operations of a training step send, with rows of equal size on every rank."""
+    w, total = Widths.of(config), Fraction(0)
+    planes = (1, 2) if config.forces == "conservative" else (1,)
+    for count in planes:
+        s = Setting(
+            ranks,
+            count,
+            num_atoms,
+            Fraction(num_atoms, ranks),
+            num_edges,
+            config.edge_memory == "recompute",
+            config.recompute_layers,
+            weights_wanted=count == planes[-1],
+        )
+        vectors = sum(has_vector(config, layer) for layer in range(config.num_layers))
+        total += vectors * sum(edge_elements(plan, s, w, vector=True))
+        total += (config.num_layers - vectors) * sum(edge_elements(plan, s, w, vector=False))
+    return total
+
+
+def choose_plan(
+    choice: PlanChoice, config: ModelConfig, batch: dict[str, Any], context: ParallelContext
+) -> Plan | None:
+    """The plan for a batch, the same on every rank of the group; None on one rank."""
+    if context.tp_size == 1:
+        return None
+    if choice != "auto":
+        return choice
+    sizes = (context.tp_size, len(batch[keys.ATOMIC_NUMBERS]), batch[keys.EDGE_INDEX].shape[1])
+    plans: tuple[Plan, Plan] = ("edge", "channel")
+    return min(plans, key=lambda plan: edge_total(plan, config, *sizes))

@@ -1,0 +1,1 @@
+"""The loss of a run, and the methods by which its gradient is taken."""

@@ -1,0 +1,1 @@
+"""Scaling laws fitted to any table of runs."""

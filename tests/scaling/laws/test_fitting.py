@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+
+from megagnn.scaling.laws.fitting import compare, fit_law
+from megagnn.scaling.laws.forms import BROKEN, JOINT, JOINT_POWER, POWER, SATURATING, Law
+from megagnn.scaling.laws.robust import Design, Tie, huber, minimise, objective
+
+SIZES = np.geomspace(1e4, 1e7, 10)
+LAWS = (POWER, SATURATING, BROKEN, JOINT, JOINT_POWER)
+
+
+def broken(x: np.ndarray) -> np.ndarray:
+    return 30 * x**-0.2 * (1 + (x / 3e5) ** (1 / 0.3)) ** (-0.25 * 0.3)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=lambda law: law.name)
+def test_derivatives(law: Law) -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(6, law.num_variables))
+    theta = np.abs(rng.normal(size=(3, len(law.parameters)))) + 0.1
+    for p in range(theta.shape[1]):
+        step = np.zeros_like(theta)
+        step[:, p] = 1e-6
+        numeric = (law.log_loss(theta + step, x) - law.log_loss(theta - step, x)) / 2e-6
+        np.testing.assert_allclose(law.jacobian(theta, x)[..., p], numeric, rtol=1e-6, atol=1e-8)
+
+
+def test_curves_without_noise() -> None:
+    """The parameters come back; the forms were written down once more here."""
+    assert fit_law(POWER, SIZES, 3 * SIZES**-0.26).parameters() == pytest.approx({"A": 3, "a": 0.26})
+    found = fit_law(SATURATING, SIZES, 0.02 + 3 * SIZES**-0.4).parameters()
+    assert found == pytest.approx({"L_inf": 0.02, "A": 3, "a": 0.4}, rel=1e-4)
+    found = fit_law(BROKEN, SIZES, broken(SIZES)).parameters()
+    assert found == pytest.approx({"A": 30, "a": 0.2, "d": 0.25, "x0": 3e5}, rel=1e-3)
+    n, d = (axis.ravel() for axis in np.meshgrid(SIZES[::2], np.geomspace(1e3, 1e6, 4)))
+    fit = fit_law(JOINT, np.stack([n, d], 1), 0.01 + 2 * n**-0.39 + 5 * d**-0.3)
+    expected = {"L_inf": 0.01, "A": 2, "a": 0.39, "B": 5, "b": 0.3}
+    assert fit.parameters() == pytest.approx(expected, rel=1e-3)
+    assert fit.predict((1e8, 1e7)) == pytest.approx(0.01 + 2 * 1e8**-0.39 + 5 * 1e7**-0.3, rel=1e-4)
+
+
+def test_units_do_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    losses = (0.02 + 3 * SIZES**-0.4) * np.exp(0.03 * rng.normal(size=len(SIZES)))
+    one, other = fit_law(SATURATING, SIZES, losses), fit_law(SATURATING, SIZES / 1e6, losses * 1e3)
+    assert other.parameters()["a"] == pytest.approx(one.parameters()["a"], rel=1e-5)
+    assert other.parameters()["L_inf"] == pytest.approx(1e3 * one.parameters()["L_inf"], rel=1e-5)
+
+
+def test_scatter_of_seeds_and_of_the_law() -> None:
+    """Two seeds 2 % apart around a curve that is no power: the law's residuals are more than the seeds'."""
+    sizes, losses = np.repeat(SIZES, 2), np.repeat(0.2 + 3 * SIZES**-0.2, 2)
+    fit = fit_law(POWER, sizes, losses * np.exp(np.tile([0.01, -0.01], len(SIZES))))
+    assert fit.seed_spread() == pytest.approx(0.01 * 2**0.5)
+    assert fit.spread() > 1.5 * 0.01 * 2**0.5
+    assert fit_law(POWER, SIZES, losses[::2]).seed_spread() is None
+
+
+def test_squared_losses_have_twice_the_exponent() -> None:
+    losses = 3 * SIZES**-0.26
+    assert fit_law(POWER, SIZES, losses**2).parameters()["a"] == pytest.approx(0.52)
+
+
+def test_a_run_that_went_wrong() -> None:
+    """Huber's fit hardly moves; least squares (a huge delta) moves far."""
+    rng = np.random.default_rng(1)
+    sizes = np.repeat(SIZES, 2)
+    losses = 3 * sizes**-0.26 * np.exp(0.02 * rng.normal(size=len(sizes)))
+    clean = fit_law(POWER, sizes, losses).parameters()["a"]
+    losses[-1] *= 3
+    robust, squares = (fit_law(POWER, sizes, losses, delta).parameters()["a"] for delta in (None, 1e3))
+    assert abs(robust - clean) < 0.005
+    assert abs(squares - clean) > 0.03
+
+
+def test_the_law_that_made_the_curve_wins() -> None:
+    rng = np.random.default_rng(2)
+    sizes = np.repeat(SIZES, 2)
+    noise = np.exp(0.02 * rng.normal(size=len(sizes)))
+    truths = {POWER: 3 * sizes**-0.26, SATURATING: 0.03 + 30 * sizes**-0.5, BROKEN: broken(sizes)}
+    for law, losses in truths.items():
+        choices = compare((POWER, SATURATING, BROKEN), sizes, losses * noise)
+        assert choices[0].fit.law is law
+        assert choices == sorted(choices, key=lambda choice: choice.aicc)
+
+
+def test_minimisation_is_at_a_minimum() -> None:
+    """Every neighbour is worse, with and without a tie; a mistake in the gradient would stop elsewhere."""
+    rng = np.random.default_rng(3)
+    x = np.log(SIZES)[:, None] - np.log(SIZES).mean()
+    y = np.log(0.5 + np.exp(-0.4 * x)) + 0.05 * rng.normal(size=(10, 2))
+    design = Design(x, y[None], delta=0.05)
+    tie = Tie(lambda theta: theta[:, 2], np.array([0.7]), 10.0)
+    for chosen in (None, tie):
+        theta, value = minimise(SATURATING, np.array([[0.1, 0.0, 0.2]]), design, chosen)
+        for step in 1e-3 * np.concatenate([np.eye(3), -np.eye(3)]):
+            assert objective(SATURATING, theta + step, design, chosen)[0] > value[0]
+
+
+def test_replicates_do_not_touch_each_other() -> None:
+    rng = np.random.default_rng(4)
+    x = np.linspace(-2, 2, 8)[:, None]
+    y = np.log(0.3 + np.exp(-0.5 * x)) + 0.05 * rng.normal(size=(5, 8, 1))
+    start = np.tile([0.2, 0.0, 0.3], (5, 1))
+    together, _ = minimise(SATURATING, start, Design(x, y, 0.1))
+    for k in range(5):
+        alone, _ = minimise(SATURATING, start[:1], Design(x, y[k : k + 1], 0.1))
+        np.testing.assert_allclose(together[k], alone[0], rtol=1e-6, atol=1e-8)
+
+
+def test_huber() -> None:
+    np.testing.assert_allclose(huber(np.array([0.5, -2.0, np.nan]), 1.0), [0.125, 1.5, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("law", "variables", "losses", "message"),
+    [
+        (POWER, [1.0, 2.0, 4.0], [1.0, np.nan, 0.5], "losses of a scaling law must be positive and finite"),
+        (POWER, [0.0, 2.0, 4.0], [1.0, 0.7, 0.5], "variables of a scaling law must be positive"),
+        (SATURATING, [1.0, 2.0, 4.0], [1.0, 0.7, 0.5], "needs at least 4 different points, got 3"),
+        (JOINT, SIZES, SIZES, r"has 2 variable\(s\), got 1"),
+        (JOINT, np.stack([SIZES, np.ones(10)], 1), SIZES, "needs different values of each variable"),
+    ],
+)
+def test_what_cannot_be_fitted(law: Law, variables: object, losses: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fit_law(law, variables, losses)
