@@ -10,7 +10,7 @@ from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import collate
 from megagnn.objective.config import LossConfig
-from megagnn.objective.loss import Loss, check_labels, label_counts, weight_at
+from megagnn.objective.loss import Loss, LossCounts, check_labels, label_counts, pointwise, weight_at
 from megagnn.parallel.context import ParallelContext
 from tests.data.conftest import make_crystal
 
@@ -195,3 +195,27 @@ def test_the_length_of_no_error_has_a_gradient_of_zero() -> None:
     gradient = outputs[keys.FORCES].grad
     assert gradient is not None
     assert gradient.abs().max() == 0
+
+
+def test_huber_in_numbers() -> None:
+    """A threshold of 4: 2^2/2 = 2 below it, 4 (10 - 2) = 32 above, divided by the threshold or the unit."""
+    error = torch.tensor([0.0, 2.0, -2.0, 4.0, 10.0, -10.0], dtype=torch.float64)
+    assert pointwise("huber", error, 4.0).tolist() == [0, 0.5, 0.5, 2, 8, 8]
+    assert pointwise("huber", error, 4.0, unit=2.0).tolist() == [0, 1, 1, 4, 16, 16]
+    assert pointwise("mse", error, 4.0).tolist() == [0, 4, 4, 16, 100, 100]
+    assert pointwise("mae", error, 4.0).tolist() == [0, 2, 2, 4, 10, 10]
+
+
+def test_only_free_atoms_of_labelled_structures_count() -> None:
+    """Errors of 1, 2, 3, ... eV/Å, one an atom: the mean of squares is over the atoms that are left."""
+    batch, outputs = batch_and_outputs()  # of 2, 5 and 3 atoms
+    batch[keys.FIXED][[1, 3, 4]] = True
+    batch[keys.HAS_FORCES][2] = False
+    outputs[keys.FORCES] = batch[keys.FORCES] + torch.arange(1.0, 11).double().unsqueeze(1)
+    counts = label_counts(batch, ParallelContext())
+    assert counts == LossCounts(energy=3, forces=12, stress=27, atoms=10, edges=0)
+    free = [1, 3, 6, 7]
+    expected = sum(e * e for e in free) / 4
+    only = {"energy_weight": 0.0, "force_weight": 1.0, "forces": "mse"}
+    assert total(only, batch, outputs) == pytest.approx(expected, rel=1e-12)
+    assert total({**only, "forces": "mae"}, batch, outputs) == pytest.approx(sum(free) / 4, rel=1e-12)

@@ -13,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.cli import main
+from megagnn.optim.optimizer import WeightAverage
+from megagnn.train.evaluate import evaluate
 from tests import runs
 
 
@@ -42,6 +44,25 @@ def test_the_run_keeps_its_configuration(run_dir: Path) -> None:
     config = json.loads((run_dir / "config.json").read_text())
     assert config["model"]["width"] == 16
     assert config["optim"]["betas"] == [0.9, 0.99]
+
+
+def test_the_average_is_taken_after_the_step_and_validated(store: Path, tmp_path: Path) -> None:
+    """One step from w0 to w1: the average is (w0 + 9 w1)/10, and the validation loss is its."""
+    one = ("--train.num_steps", "1", "--optim.learning_rate", "0.05", "--optim.warmup_steps", "0")
+    trainer = runs.make_trainer(store, tmp_path / "run", *one, "--train.dtype", "float64")
+    weights = dict(trainer.potential.model.named_parameters())
+    before = {name: p.detach().clone() for name, p in weights.items()}
+    trainer.run()
+    assert isinstance(trainer.average, WeightAverage)
+    for name, average in trainer.average.average.items():
+        after = weights[name].detach()
+        torch.testing.assert_close(average, 0.1 * before[name] + 0.9 * after, rtol=0, atol=1e-14)
+    assert sum(float((weights[name].detach() - p).abs().sum()) for name, p in before.items()) > 1
+    raw = evaluate(trainer.potential, trainer.valid, trainer.context, trainer.loss).loss
+    with trainer.average.applied():
+        averaged = evaluate(trainer.potential, trainer.valid, trainer.context, trainer.loss).loss
+    assert trainer.progress.best_loss == pytest.approx(averaged, rel=1e-12)
+    assert abs(raw - averaged) > 1e-3 * averaged
 
 
 def test_resume_gives_the_same_bits(store: Path, run_dir: Path, tmp_path: Path) -> None:

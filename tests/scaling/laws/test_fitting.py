@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 
@@ -84,6 +86,28 @@ def test_the_law_that_made_the_curve_wins() -> None:
         assert choices == sorted(choices, key=lambda choice: choice.aicc)
 
 
+def test_criteria_in_numbers() -> None:
+    """Six runs 1 % off a power, up and down: the sum of squares is 6e-4 less what two parameters take."""
+    sizes = np.array([1e3, 1e4, 1e5, 1e6, 1e7, 1e8])
+    up = np.exp([0.01, -0.01, -0.01, -0.01, -0.01, 0.01])  # no slope, a mean of -1/300
+    (choice,) = compare((POWER,), sizes, 3 * sizes**-0.5 * up)
+    assert choice.fit.parameters() == pytest.approx({"A": 3 * math.exp(-1 / 300), "a": 0.5})
+    mean_square = (2 * (4 / 300) ** 2 + 4 * (2 / 300) ** 2) / 6
+    deviance = 6 * math.log(mean_square)
+    # k = 3: A, a and the scale of the noise
+    assert choice.aicc == pytest.approx(deviance + 2 * 3 + 2 * 3 * 4 / (6 - 3 - 1), rel=1e-4)
+    assert choice.bic == pytest.approx(deviance + 3 * math.log(6), rel=1e-4)
+
+
+def test_few_runs_choose_by_aicc_and_not_by_bic() -> None:
+    """Six runs of a curve with a constant: one parameter more costs 30 by AICc and 2 by BIC."""
+    sizes = np.geomspace(1e4, 1e7, 6)
+    losses = (0.02 + 3 * sizes**-0.5) * np.exp(0.03 * np.array([1, -1, 0, 1, -1, 0]))
+    choices = compare((SATURATING, POWER), sizes, losses)
+    assert [choice.fit.law for choice in choices] == [POWER, SATURATING]
+    assert choices[0].bic > choices[1].bic
+
+
 def test_minimisation_is_at_a_minimum() -> None:
     """Every neighbour is worse, with and without a tie; a mistake in the gradient would stop elsewhere."""
     rng = np.random.default_rng(3)
@@ -110,6 +134,7 @@ def test_replicates_do_not_touch_each_other() -> None:
 
 def test_huber() -> None:
     np.testing.assert_allclose(huber(np.array([0.5, -2.0, np.nan]), 1.0), [0.125, 1.5, 0.0])
+    np.testing.assert_allclose(huber(np.array([2.0, 4.0, -10.0]), 4.0), [2.0, 8.0, 32.0])
 
 
 @pytest.mark.parametrize(
