@@ -31,7 +31,7 @@ def test_envelope_in_numbers(function: object, expected: list[float]) -> None:
 
 
 def test_envelope_of_a_pair() -> None:
-    """f' = f_c' d'; with bars 5 of f and 7 of f', and d' = 3: d_bar = 5 f_c' + 7 f_c'' d', d'_bar = 7 f_c'."""
+    """f' = f_c' d'. With bars 5 of f and 7 of f', d' = 3: d_bar = 5 f_c' + 7 f_c'' d', d'_bar = 7 f_c'."""
     planes = torch.stack((tensor(1), tensor(3))).requires_grad_()
     pair = envelope(Dual.of_planes(planes), 2.0)
     assert pair.value.tolist() == [VALUE]
