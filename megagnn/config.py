@@ -15,14 +15,16 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PositiveInt,
+    SerializeAsAny,
     TypeAdapter,
     ValidationError,
 )
 from pydantic.dataclasses import dataclass
 
 from megagnn.data.config import DataConfig
-from megagnn.models.egnn.config import ModelConfig as ModelConfig
-from megagnn.models.egnn.presets import PRESETS
+from megagnn.models.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
+from megagnn.models.registry import presets_of
 from megagnn.objective.config import LOSS_PRESETS, LossConfig
 from megagnn.optim.config import OptimConfig
 from megagnn.overrides import STRICT, Pairs, UserPath, check_keys, explain, parse_overrides, set_dotted
@@ -110,7 +112,7 @@ class RunConfig:
     init_from: UserPath | None = None
     """A checkpoint with whose weights a new run begins; the keys of [model] that are not given are its."""
     init: InitConfig = InitConfig()
-    model: ModelConfig = ModelConfig()
+    model: SerializeAsAny[ModelConfig] = EGNNConfig()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -231,17 +233,13 @@ class RunConfig:
                 "train.geometry must be at least as wide as train.dtype, got float32 beside float64; leave "
                 "train.geometry out, or set train.dtype = 'float32'"
             )
+        self.model.check_dtype(self.train.dtype)
         if self.train.dtype != "bfloat16":
             return
         if self.optim.implementation != "own":
             raise ValueError(
                 "train.dtype = 'bfloat16' needs float32 master weights, or small steps are rounded away, got "
                 f"optim.implementation = '{self.optim.implementation}', which keeps none; use 'own'"
-            )
-        if self.model.aggregation_backend == "torch_sparse":
-            raise ValueError(
-                "train.dtype = 'bfloat16' needs sums over neighbours in float32, got "
-                "model.aggregation_backend = 'torch_sparse', which adds bfloat16 in bfloat16; use 'own'"
             )
 
 
@@ -293,15 +291,25 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
         ValueError: an unknown key, or a value that cannot be; names the key and the nearest valid one.
     """
     check_keys(RunConfig, values)
-    for section, presets in (("model", PRESETS), ("loss", LOSS_PRESETS)):
+    model = values.get("model", {})
+    for section, presets in (("model", presets_of(model)), ("loss", LOSS_PRESETS)):
         given = values.get(section, {})
         preset = given.get("preset") if isinstance(given, dict) else None
         if isinstance(preset, str) and preset in presets:
             values = {**values, section: {**presets[preset], **given}}
+    errors, kind = [], ModelConfig.choose(model)
     try:
-        return TypeAdapter(RunConfig).validate_python(values)
+        values = {**values, "model": TypeAdapter(kind).validate_python(values.get("model", {}))}
     except ValidationError as error:
-        raise ValueError("\n".join(explain(e) for e in error.errors())) from None
+        errors = [{**e, "loc": ("model", *e["loc"])} for e in error.errors()]
+        values = {**values, "model": kind()}
+    try:
+        config = TypeAdapter(RunConfig).validate_python(values)
+    except ValidationError as error:
+        errors += [{**e} for e in error.errors()]
+    if errors:
+        raise ValueError("\n".join(explain(e) for e in errors))
+    return config
 
 
 def config_to_dict(config: RunConfig) -> dict[str, Any]:

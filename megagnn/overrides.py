@@ -138,13 +138,21 @@ def _types(root: type, key: str) -> list[Any]:
     for part in key.split("."):
         if not dataclasses.is_dataclass(kind):
             return [None]
-        kind = typing.get_type_hints(kind).get(part)
+        found = (typing.get_type_hints(k).get(part) for k in variants(kind))
+        kind = next((hint for hint in found if hint is not None), None)
     return list(typing.get_args(kind)) if type(None) in typing.get_args(kind) else [kind]
+
+
+def variants(section: Any) -> list[type]:
+    """The classes that a section may be of: for [model], those of the model families."""
+    return list(getattr(section, "variants", {}).values()) or [section]
 
 
 def check_keys(root: type, values: dict[str, Any], section: type | None = None, prefix: str = "") -> None:
     """Raises ValueError at the first key that is no field of the dataclass `root` or of its sections."""
     section = section or root
+    choose = getattr(section, "choose", None)
+    section = choose(values) if choose else section
     fields = {f.name for f in dataclasses.fields(section)}
     types = typing.get_type_hints(section)
     for key, value in values.items():
@@ -173,8 +181,11 @@ def _unknown_key(root: type, key: str, prefix: str, names: list[str]) -> str:
 def _all_keys(section_type: type, prefix: str = "") -> list[str]:
     keys: list[str] = []
     types = typing.get_type_hints(section_type)
-    for field in dataclasses.fields(section_type):
-        if dataclasses.is_dataclass(types[field.name]):
+    fields = {f.name: f for kind in variants(section_type) for f in dataclasses.fields(kind)}
+    for field in fields.values():
+        if field.name not in types:  # of another variant of this section
+            keys.append(prefix + field.name)
+        elif dataclasses.is_dataclass(types[field.name]):
             keys += _all_keys(typing.cast(type, types[field.name]), f"{prefix}{field.name}.")
         else:
             keys.append(prefix + field.name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.model import EGNN
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
@@ -84,10 +84,10 @@ def _liquid(size: int, rng: np.random.Generator) -> tuple[Any, ...]:
 
 def model_config(
     width: int, forces: str, cutoff: float, num_layers: int = DEPTH, **values: Any
-) -> ModelConfig:
+) -> EGNNConfig:
     """The default EGNN of this width, three layers where nothing else is said."""
     sizes = {"width": width, "num_layers": num_layers, "num_radial": NUM_RADIAL, "cutoff": cutoff}
-    return ModelConfig(**sizes, forces=forces, **values)  # type: ignore[arg-type] # checked by pydantic
+    return EGNNConfig(**sizes, forces=forces, **values)  # type: ignore[arg-type] # checked by pydantic
 
 
 def statistics() -> Statistics:
@@ -237,7 +237,7 @@ class TrainingStep:
 
 
 def make_step(
-    name: str, batch: Batch, config: ModelConfig, fitted: Statistics | None = None
+    name: str, batch: Batch, config: EGNNConfig, fitted: Statistics | None = None
 ) -> TrainingStep | None:
     """The step of an implementation, all of them with the same weights; None where it is not installed.
 

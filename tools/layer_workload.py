@@ -17,7 +17,7 @@ from peers.model import PeerEGNN, concatenated
 from torch import Tensor, nn
 
 from megagnn.data import keys
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.layer import edge_distances, edge_vectors
 from megagnn.models.egnn.model import EGNN
 from megagnn.models.potential import build_potential
@@ -79,7 +79,7 @@ class LayerWork:
         return [*grads[: len(inputs)], *(weights[name] for name in sorted(weights))]
 
 
-def make_layer(name: str, batch: Batch, config: ModelConfig) -> LayerWork | None:
+def make_layer(name: str, batch: Batch, config: EGNNConfig) -> LayerWork | None:
     """The layer of an implementation, all with the same weights; None where it is not installed."""
     memory, _ = edge_workload.variant(name)
     if memory in MEMORY:

@@ -25,7 +25,7 @@ from megagnn.checkpoint.manifest import write_tensors
 from megagnn.checkpoint.names import way_out
 from megagnn.checkpoint.progress import FORMAT, VERSION, Progress
 from megagnn.config import RunConfig, config_from_dict, config_to_dict
-from megagnn.models.egnn.traffic_model import PlanChoice
+from megagnn.models.family import PlanChoice
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics

@@ -20,7 +20,7 @@ forward pass knows nothing of them.
 
 from typing import Literal
 
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.config import ModelConfig
 from megagnn.parallel.parameter import Constant, Normal, Uniform
 from megagnn.tensor_parallel.layers import LinearLaws
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.data import keys
-from megagnn.models.egnn.config import ModelConfig
-from megagnn.models.egnn.model import EGNN, Part
-from megagnn.models.egnn.traffic_model import PlanChoice
+from megagnn.models.config import ModelConfig
+from megagnn.models.family import Model, Part, PlanChoice
 from megagnn.models.precision import Precision, precision_of
+from megagnn.models.registry import model_class
 from megagnn.models.statistics import Statistics
 from megagnn.ops import dual
 from megagnn.parallel.context import ParallelContext
@@ -27,7 +27,7 @@ class Potential(nn.Module):
     "direct"`: the model's own forces.
     """
 
-    def __init__(self, model: EGNN) -> None:
+    def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
         self.forces, self.stress = model.config.forces, model.config.stress
@@ -41,7 +41,7 @@ class Potential(nn.Module):
         """Energy (B,) float64 eV, forces (N, 3) eV/Å, stress (B, 3, 3) eV/Å^3 as configured.
 
         Forces and stress have the type of the positions. With `model.wants_atomic_energies` also atomic
-        energies (N,), see `EGNN`. Works within `torch.no_grad` and `torch.inference_mode`, too.
+        energies (N,), see `Model`. Works within `torch.no_grad` and `torch.inference_mode`, too.
 
         Args:
             create_graph: keep the graph of the derivatives, so that a loss on forces can be differentiated.
@@ -184,7 +184,7 @@ def build_potential(
     """
     # parameters made in inference mode could never be part of a derivative
     with torch.inference_mode(False), deferred_parameters() if deferred else contextlib.nullcontext():
-        model = EGNN(config, statistics, precision_of(precision), context, plan, part)
+        model = model_class(config)(config, statistics, precision_of(precision), context, plan, part)
     if not deferred:
         model.reset_parameters(seed)
     return Potential(model)

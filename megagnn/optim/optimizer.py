@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.config import RunConfig
-from megagnn.models.egnn.model import EGNN
+from megagnn.models.family import Model
 from megagnn.ops import square_sum
 from megagnn.ops.dispatch import accumulator_type
 from megagnn.optim.adamw import FlatAdamW
@@ -71,7 +71,7 @@ def is_sharded(config: RunConfig) -> bool:
 
 
 def make_sharded_optimizer(
-    model: EGNN, config: OptimConfig, parallel: ParallelConfig, context: ParallelContext, seed: int = 0
+    model: Model, config: OptimConfig, parallel: ParallelConfig, context: ParallelContext, seed: int = 0
 ) -> ShardedAdamW:
     """AdamW by ZeRO, for a model on its device; what `parallel.zero_stage` and `optim.offload` say.
 
@@ -83,7 +83,7 @@ def make_sharded_optimizer(
         assert config.offload_dir is not None
         storage = DiskStorage(config.offload_dir)
     optimizer = ShardedAdamW(
-        model.stages(),
+        model.blocks(),
         parameter_groups(model, config),
         context,
         parallel.zero_stage,
@@ -94,8 +94,8 @@ def make_sharded_optimizer(
         storage=storage,
         seed=seed,
     )
-    if optimizer.residency is not None and model.ring is not None:
-        model.ring.prepare = optimizer.residency.looker(model.layers)
+    if optimizer.residency is not None:
+        model.read_ahead(optimizer.residency.looker(model.layers))
     return optimizer
 
 

@@ -1,4 +1,4 @@
-"""What the actions of a schedule do to an EGNN: the messages of [Note: executor], made and taken in."""
+"""What the actions of a schedule do to a model of any family: the messages of [Note: executor]."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.data import keys
+from megagnn.models.family import Field, State
 from megagnn.models.potential import Potential, along, derivatives, differentiable, frozen, seeds
 from megagnn.objective.loss import TERMS, Loss, LossCounts
 from megagnn.ops.dual import Dual
@@ -26,11 +27,11 @@ class Kept(NamedTuple):
     """Of a forward, for its backward."""
 
     inputs: list[Tensor]
-    """Leaves: (h, x) that came, none at the first stage."""
+    """Leaves: the fields of the state that came, none at the first stage."""
     sources: list[Tensor]
     """Positions and strain of pass 1."""
     outputs: list[Tensor]
-    """(h, x) that went, or one scalar to be differentiated."""
+    """The fields that went, or one scalar to be differentiated."""
 
 
 class Split(NamedTuple):
@@ -118,56 +119,52 @@ class ModelWork:
         """See `executor.Work`."""
         batch, kind = self.micro_batches[message.micro_batch], message.kind
         planes = (2,) if self.conservative and kind in "FB" else ()
-        num_atoms, num_cells = len(batch[keys.ATOMIC_NUMBERS]), len(batch[keys.CELL])
-        dtype, width = self.model.precision.parameters, self.model.config.width // self.context.tp_size
-        positions = Expected((num_atoms, 3), batch[keys.POSITIONS].dtype)
+        num_cells = len(batch[keys.CELL])
+        positions = Expected(tuple(batch[keys.POSITIONS].shape), batch[keys.POSITIONS].dtype)
         cells = [Expected((num_cells, 3, 3), batch[keys.CELL].dtype)] if self.potential.stress else []
-        found = [Expected((*planes, num_atoms, width), dtype)]
-        if self._moves(min(message.source, message.target)):
-            found.append(Expected((*planes, num_atoms, 3), positions.dtype))
+        fields = self._fields(min(message.source, message.target), batch)
+        found = [Expected((*planes, *field.shape), field.dtype) for field in fields.values()]
         if kind == "b" or (kind == "F" and self.conservative):
             found += [positions, *cells, Expected((num_cells,), torch.float64)]
         return found
 
-    def _moves(self, stage: int) -> bool:
-        """Whether coordinates travel from a stage to the next: where a layer up to there moves them."""
-        layers = range(self.stages[stage].layers.stop)
-        return any(self.model.vector_branch(k) == "coordinates" for k in layers)
+    def _fields(self, stage: int, batch: dict[str, Any]) -> dict[str, Field]:
+        """The fields of the state that travel from a stage to the next."""
+        return self.model.fields(self.stages[stage].layers.stop, batch)
 
-    def _modules(self, stage: int) -> list[nn.Module]:
-        return [self.model.get_submodule(f"layers.{k}") for k in self.stages[stage].layers]
+    def _through(self, stage: int, batch: dict[str, Any], leaves: list[Tensor]) -> State:
+        """The state after a stage's layers, from what came or from the embedding."""
+        if self.stages[stage].is_first:
+            state = self.model.embed(batch)
+        else:
+            dual = isinstance(batch[keys.POSITIONS], Dual)
+            values = (Dual.of_planes(leaf) if dual else leaf for leaf in leaves)
+            state = dict(zip(self._fields(stage - 1, batch), values, strict=True))
+        return self.model.run_layers(self.stages[stage].layers, batch, state)
 
-    def _through(self, stage: int, batch: dict[str, Any], leaves: list[Tensor]) -> tuple[Any, Any, Any]:
-        """(h, x, forces) after a stage's layers, from what came or from the embedding."""
-        dual = isinstance(batch[keys.POSITIONS], Dual)
-        state: list[Any] = [Dual.of_planes(leaf) if dual else leaf for leaf in leaves]
-        h_NF = state[0] if state else self.model.embed(batch)
-        x_NC = state[1] if len(state) > 1 else batch[keys.POSITIONS]
-        return self.model.run_layers(self._modules(stage), batch, h_NF, x_NC)  # type: ignore[arg-type]
-
-    def _leaves(self, stage: int, received: Tensors) -> tuple[list[Tensor], Tensors]:
-        """The (h, x) of a message down, as leaves of a graph, and the rest of it."""
+    def _leaves(self, stage: int, i: int, received: Tensors) -> tuple[list[Tensor], Tensors]:
+        """The state of a message down, as leaves of a graph, and the rest of it."""
         if self.stages[stage].is_first:
             return [], received
-        count = 2 if self._moves(stage - 1) else 1
+        count = len(self._fields(stage - 1, self.micro_batches[i]))
         return [t.requires_grad_() for t in received[:count]], received[count:]
 
-    def _states(self, stage: int, h_NF: Any, x_NC: Any) -> list[Tensor]:
-        states = [h_NF, x_NC] if self._moves(stage) else [h_NF]
-        return [t.planes if isinstance(t, Dual) else t for t in states]
+    def _sent(self, stage: int, batch: dict[str, Any], state: State) -> list[Tensor]:
+        values = [state[name] for name in self._fields(stage, batch)]
+        return [t.planes if isinstance(t, Dual) else t for t in values]
 
     # Pass 1 of conservative forces.
 
     def _probe(self, stage: int, i: int, received: Tensors) -> Tensors:
         """f: energies, with a graph to positions and strain alone."""
-        leaves, _ = self._leaves(stage, received)
+        leaves, _ = self._leaves(stage, i, received)
         with frozen(self.model):
             batch, sources = differentiable(self.micro_batches[i], self.potential.stress)
-            h_NF, x_NC, _ = self._through(stage, batch, leaves)
+            state = self._through(stage, batch, leaves)
             if self.stages[stage].is_last:
-                outputs = [self.model.outputs(batch, h_NF, None)[keys.ENERGY]]
+                outputs = [self.model.outputs(batch, state)[keys.ENERGY]]
             else:
-                outputs = self._states(stage, h_NF, x_NC)
+                outputs = self._sent(stage, batch, state)
         self._kept[Action(stage, "f", i)] = Kept(leaves, sources, outputs)
         return [t.detach() for t in outputs]
 
@@ -221,20 +218,20 @@ class ModelWork:
 
     def _forward(self, stage: int, i: int, received: Tensors) -> Tensors:
         """F: on pairs of value and tangent for conservative forces."""
-        leaves, rest = self._leaves(stage, received)
+        leaves, rest = self._leaves(stage, i, received)
         batch: dict[str, Any] = self.micro_batches[i]
         if self.conservative:
             rest = self._seeds.pop(i) if self.stages[stage].is_first else rest
             batch = self._seeded(stage, batch, rest)
-        h_NF, x_NC, forces_NC = self._through(stage, batch, leaves)
+        state = self._through(stage, batch, leaves)
         if self.stages[stage].is_last:
-            predicted = self.model.outputs(batch, h_NF, forces_NC)
+            predicted = self.model.outputs(batch, state)
             if self.loss is None:
                 self.predictions[i] = {key: value.detach() for key, value in predicted.items()}
                 return []
             outputs = [self._objective(i, predicted, rest)]
         else:
-            outputs = self._states(stage, h_NF, x_NC)
+            outputs = self._sent(stage, batch, state)
         made = [t.detach() for t in outputs]
         if self.loss is not None:
             self._kept[Action(stage, "F", i)] = Kept(leaves, [], outputs)
@@ -288,14 +285,15 @@ class ModelWork:
         return []
 
     def _parameters(self, stage: int) -> list[nn.Parameter]:
-        modules = self._modules(stage)
-        first, last = self.stages[stage].is_first, self.stages[stage].is_last
-        ends: list[nn.Module | None] = []
-        if first:
-            ends += [self.model.element_embedding, self.model.level_embedding]
-        if last:
-            ends.append(self.model.energy_head)
-        return [p for module in [*modules, *ends] if module is not None for p in module.parameters()]
+        """Those of the stage's blocks: its layers, the embeddings before the first and the head behind the
+        last."""
+        others = {f"layers.{k}" for k in self.model.part.layers if k not in self.stages[stage].layers}
+        if not self.stages[stage].is_first:
+            others |= {"element_embedding", "level_embedding"}
+        if not self.stages[stage].is_last:
+            others.add("energy_head")
+        blocks = (module for name, module in self.model.blocks() if name not in others)
+        return [p for module in blocks for p in module.parameters()]
 
 
 def _gradient(leaf: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from megagnn.data import keys
-from megagnn.models.egnn.config import ModelConfig
-from megagnn.models.egnn.model import EGNN
-from megagnn.models.egnn.traffic_model import PlanChoice
+from megagnn.models.config import ModelConfig
+from megagnn.models.family import Model, PlanChoice
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision
 from megagnn.models.statistics import Statistics
@@ -66,7 +65,7 @@ class StagedPotential(Potential):
     """
 
     def __init__(
-        self, model: EGNN, predict: Callable[[Sequence[Batch]], list[dict[str, Tensor]]], window: int
+        self, model: Model, predict: Callable[[Sequence[Batch]], list[dict[str, Tensor]]], window: int
     ) -> None:
         super().__init__(model)
         self._predict, self._window = predict, window

@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 from torch import nn
 
-from megagnn.models.egnn.config import ModelConfig
-from megagnn.models.egnn.model import Part
-from megagnn.models.egnn.traffic_model import Widths, has_vector
+from megagnn.models.config import ModelConfig
+from megagnn.models.family import Part, layer_works
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import gather_along
 from megagnn.pipeline_parallel.split import split_layers
@@ -42,14 +41,8 @@ class Stage(NamedTuple):
 
 def layer_costs(config: ModelConfig, mean_neighbours: float) -> list[float]:
     """(L,) multiply-adds of each layer's forward for an atom; the head's are with the last layer's."""
-    w = Widths.of(config)
-    costs = []
-    for layer in range(config.num_layers):
-        per_edge = w.H * w.R + w.M * w.H + (w.K * (w.M + 1) if has_vector(config, layer) else 0)
-        per_atom = 2 * w.F * w.H + w.D * (w.F + w.M) + w.D * w.F
-        costs.append(float(per_edge * mean_neighbours + per_atom))
-    costs[-1] += w.F * (w.F + 1)
-    return costs
+    costs = [float(work.per_edge * mean_neighbours + work.per_atom) for work in layer_works(config)]
+    return [*costs[:-2], costs[-2] + costs[-1]]
 
 
 def stages_of(costs: Sequence[float], num_stages: int) -> list[Stage]:

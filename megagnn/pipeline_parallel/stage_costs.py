@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megagnn.config import RunConfig
 from megagnn.data import keys
-from megagnn.models.egnn.config import ModelConfig
-from megagnn.models.egnn.traffic_model import PlanChoice
+from megagnn.models.config import ModelConfig
+from megagnn.models.family import PlanChoice
 from megagnn.models.potential import build_potential
 from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics

@@ -136,7 +136,9 @@ def _watched(potential: Potential) -> Iterator[dict[str, Tensor]]:
 
     def keep(name: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, dict | tuple):  # a state: its features come first
+                output = next(iter(output.values() if isinstance(output, dict) else output))
+            seen[name] = output
 
         return hook
 

@@ -16,7 +16,7 @@ from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.checkpoint.single_file import load_potential, open_checkpoint
 from megagnn.config import RunConfig, flat_config
 from megagnn.launch.context import parallel_context
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.config import ModelConfig
 from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier, broadcast_object
@@ -159,11 +159,7 @@ def losses_of(per_source: dict[str, dict[str, float]], objective: float) -> dict
 
 def technique(model: ModelConfig, config: RunConfig) -> str:
     """How memory and time are saved, in words: `fused edges, save`."""
-    parts = [f"{model.edge_operation} edges"]
-    if model.edge_operation == "fused":
-        parts.append(model.edge_memory)
-    if model.recompute_layers:
-        parts.append("layers made again")
+    parts = model.technique()
     if config.parallel.zero_stage:
         parts.append(f"ZeRO {config.parallel.zero_stage}")
     if config.optim.offload != "none":

@@ -23,8 +23,8 @@ from megagnn.checkpoint.single_file import Checkpoint, open_checkpoint
 from megagnn.config import InitConfig, RunConfig, config_from_dict, read_values
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import References
-from megagnn.models.egnn.config import ModelConfig
-from megagnn.models.egnn.presets import PRESETS
+from megagnn.models.config import ModelConfig
+from megagnn.models.registry import presets_of
 from megagnn.models.statistics import Statistics
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.parts import share_of
@@ -33,21 +33,6 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
 from megagnn.train.kept_references import known_references, spread, with_known
 
-# Of the section [model], what may differ from the checkpoint's: how the function is computed, what of it is
-# predicted, and how weights begin and are trained.
-FREE_KEYS = (
-    "preset",
-    "stress",
-    "initialisation",
-    "parametrisation",
-    "base_width",
-    "base_layers",
-    "aggregation_backend",
-    "edge_operation",
-    "edge_memory",
-    "edge_block",
-    "recompute_layers",
-)
 ELEMENTS, LEVELS = "element_embedding.weight", "level_embedding.weight"
 
 
@@ -73,7 +58,7 @@ def complete_config(values: dict[str, Any], resume: bool = False) -> RunConfig:
     preset = given.get("preset", "default") if isinstance(given, dict) else None
     if not isinstance(preset, str):
         return config_from_dict(values)  # which tells what is wrong with it
-    values = {**values, "model": {**PRESETS.get(preset, {}), **given}}
+    values = {**values, "model": {**presets_of(given).get(preset, {}), **given}}
     own = Path(str(values.get("out_dir", RunConfig.out_dir))).expanduser() / "config.json"
     if resume and own.is_file():
         return _with_model(values, _model_of_run(own), str(own))
@@ -87,14 +72,20 @@ def complete_config(values: dict[str, Any], resume: bool = False) -> RunConfig:
 
 def check_model(own: ModelConfig, other: ModelConfig, where: str) -> None:
     """Raises ValueError if a model is another function than that of a checkpoint."""
-    for field in dataclasses.fields(ModelConfig):
+    if own.family != other.family:
+        raise _differs("family", own.family, other.family, where)
+    for field in dataclasses.fields(own):
         got, want = getattr(own, field.name), getattr(other, field.name)
         by_energy = field.name == "forces" and "direct" not in (got, want)
-        if got != want and field.name not in FREE_KEYS and not by_energy:
-            raise ValueError(
-                f"model.{field.name} is {got!r} in the configuration and {want!r} in {where}, with whose "
-                "weights the run begins; leave it out, or give it that value"
-            )
+        if got != want and field.name not in own.free_keys and not by_energy:
+            raise _differs(field.name, got, want, where)
+
+
+def _differs(key: str, got: Any, want: Any, where: str) -> ValueError:
+    return ValueError(
+        f"model.{key} is {got!r} in the configuration and {want!r} in {where}, with whose weights the run "
+        "begins; leave it out, or give it that value"
+    )
 
 
 @dataclass(frozen=True)
@@ -275,6 +266,9 @@ def _stay(known: Sequence[Any], now: Sequence[Any], name: str, part: str, optim:
 
 def _with_model(values: dict[str, Any], model: ModelConfig, where: str) -> RunConfig:
     """The configuration of these values, with what [model] leaves open from another model."""
+    family = values["model"].get("family", model.family)
+    if family != model.family:
+        raise _differs("family", family, model.family, where)
     config = config_from_dict({**values, "model": {**dataclasses.asdict(model), **values["model"]}})
     check_model(config.model, model, where)
     return config

@@ -15,7 +15,7 @@ from megagnn.data.config import DataConfig
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.data.subset import nested_subset
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.config import ModelConfig
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
@@ -57,7 +57,7 @@ def open_split(
     sources = statistics.sources if statistics else None
     levels = statistics.levels if statistics else None
     dataset = StructureDataset(
-        data.paths, split, model.cutoff, model.self_edges, sources, levels, as_source, as_level
+        data.paths, split, model.cutoff, model.has_self_edges, sources, levels, as_source, as_level
     )
     where = f"the {split} split of {', '.join(map(str, data.paths))}".replace("the all split", "all")
     if len(dataset) == 0:

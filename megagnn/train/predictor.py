@@ -55,7 +55,7 @@ class Predictor:
         config, self.statistics = self.potential.model.config, self.potential.statistics
         self.source_index = self.statistics.source_index(source)
         self.level_index = self.statistics.level_index(level, source)
-        self.cutoff, self.self_edges = config.cutoff, config.self_edges
+        self.cutoff, self.self_edges = config.cutoff, config.has_self_edges
         self.has_forces = config.forces != "none"
         # the stress is a derivative of the energy, so every conservative model can give it
         self.has_stress = config.forces == "conservative"

@@ -22,7 +22,7 @@ from megagnn.config import RunConfig, check_patience, config_to_dict, with_num_s
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import for_sources, read_reference_energies
-from megagnn.models.egnn.model import parameter_names
+from megagnn.models.family import parameter_names
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics

@@ -9,7 +9,7 @@ from megagnn.data.config import DataConfig
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.store import write_store
 from megagnn.data.subset import nested_subset
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.loader import open_split
@@ -47,7 +47,7 @@ def test_small_subsets_show_every_source_and_element(store: Path) -> None:
 
 def test_the_training_split_alone_is_cut(store: Path) -> None:
     data = DataConfig(paths=(str(store),), num_structures=12)
-    model, context = ModelConfig(cutoff=4.0), ParallelContext()
+    model, context = EGNNConfig(cutoff=4.0), ParallelContext()
     train = open_split(data, model, "train", context)
     assert (len(train), len(train.num_atoms), len(train.num_edges)) == (12, 12, 12)
     assert train.num_labelled()["energy"] == 12

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.data.batch import build_graph, collate
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.potential import Potential
 from megagnn.objective.config import LossConfig
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
@@ -71,7 +71,7 @@ class Configuration:
     """Kind of the force loss, where it is another."""
     shares: dict[int, tuple[tuple[int, ...], ...]] = field(default_factory=lambda: UNEVEN)
 
-    def model_config(self, operation: str, recomputation: str) -> ModelConfig:
+    def model_config(self, operation: str, recomputation: str) -> EGNNConfig:
         """The small model, run in this way."""
         memory, layers = RECOMPUTATION[recomputation]
         how = {"edge_operation": operation, "edge_memory": memory, "recompute_layers": layers}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
-from megagnn.models.egnn.traffic_model import PlanChoice
+from megagnn.models.family import PlanChoice
 from megagnn.objective.config import LossConfig
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts

@@ -15,8 +15,8 @@ from torch import Tensor
 from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
-from megagnn.models.egnn.config import ModelConfig
-from megagnn.models.egnn.traffic_model import PlanChoice
+from megagnn.models.egnn.config import EGNNConfig
+from megagnn.models.family import PlanChoice
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
@@ -36,14 +36,14 @@ STATISTICS = Statistics(
 )
 
 
-def model_config(**values: object) -> ModelConfig:
+def model_config(**values: object) -> EGNNConfig:
     """A small model configuration."""
     small = {"width": 16, "num_layers": 3, "num_radial": 8, "cutoff": 4.0}
     return config_from_dict({"model": {**small, **values}, "loss": {"force_weight": 0}}).model
 
 
 def randomised(
-    config: ModelConfig, seed: int = 0, context: ParallelContext | None = None, plan: PlanChoice = "auto"
+    config: EGNNConfig, seed: int = 0, context: ParallelContext | None = None, plan: PlanChoice = "auto"
 ) -> Potential:
     """A float64 potential with every parameter moved by noise, so that no branch is near zero."""
     potential = build_potential(config, STATISTICS, seed, torch.float64, context, plan)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.potential import Potential, build_potential
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_optimizer
@@ -32,7 +32,7 @@ CONFIGURATIONS = {
 }
 
 
-def build(config: ModelConfig, tp: int = 1, rank: int = 0, seed: int = 0) -> Potential:
+def build(config: EGNNConfig, tp: int = 1, rank: int = 0, seed: int = 0) -> Potential:
     context = ParallelContext(tp_size=tp, tp_rank=rank)
     return build_potential(config, STATISTICS, seed, torch.float64, context)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from megagnn.config import RunConfig, config_from_dict
 from megagnn.objective.loss import Loss
@@ -47,13 +47,13 @@ def test_every_layer_has_a_cost(name: str) -> None:
 
 def test_a_slow_layer_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Something that multiply-adds do not tell."""
-    right = ModelWork._modules
+    right = ModelWork._through
 
-    def slow(self: ModelWork, stage: int) -> list[nn.Module]:
+    def slow(self: ModelWork, stage: int, *others: Any) -> Any:
         time.sleep(0.05 if stage == 0 else 0)
-        return right(self, stage)
+        return right(self, stage, *others)
 
-    monkeypatch.setattr(ModelWork, "_modules", slow)
+    monkeypatch.setattr(ModelWork, "_through", slow)
     costs = costs_of("stress", 5)
     assert costs[0] > 0.1, "twice, once a pass"
     assert costs[0] > costs[1] + 0.05

@@ -3,7 +3,7 @@ import dataclasses
 import edge_workload
 import pytest
 
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.scaling.flops import UNITS, step_flops
 
 
@@ -20,13 +20,13 @@ def test_as_the_benchmarks_count(forces: str, width: int) -> None:
 
 
 def test_saving_memory_is_not_counted() -> None:
-    config = ModelConfig(width=32)
+    config = EGNNConfig(width=32)
     for saved in ({"edge_memory": "recompute"}, {"recompute_layers": True}, {"edge_operation": "unfused"}):
         assert step_flops(dataclasses.replace(config, **saved), 10, 100) == step_flops(config, 10, 100)
 
 
 def test_sums_over_graphs_and_directions() -> None:
-    config = ModelConfig(width=32)
+    config = EGNNConfig(width=32)
     one, two, both = (step_flops(config, n, e) for n, e in ((10, 100), (20, 50), (30, 150)))
     assert one + two == both
     still = dataclasses.replace(config, update_coordinates=False, forces="direct")

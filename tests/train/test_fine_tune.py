@@ -129,7 +129,7 @@ def test_the_model_is_the_checkpoint_s(folder: Path, new_store: Path, tmp_path: 
     found = run_config(tmp_path / "empty.toml", [*from_it, "--model.stress", "false"]).model
     assert (found.width, found.stress) == (16, False)
     for key, value in (("width", "32"), ("cutoff", "5.0"), ("preset", "study")):
-        named = "distance_feature" if key == "preset" else key
+        named = "depth_scaling" if key == "preset" else key
         with pytest.raises(ValueError, match=rf"model\.{named} is .* in the configuration and .* in .*last"):
             run_config(tmp_path / "empty.toml", [*from_it, f"--model.{key}", value])
     bare = config_from_dict({"init_from": str(folder), "data": {"paths": [str(new_store)]}})

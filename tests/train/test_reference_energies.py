@@ -13,7 +13,7 @@ from megagnn.calculator import MegaGNNCalculator
 from megagnn.checkpoint.single_file import load_potential, open_checkpoint
 from megagnn.cli import main
 from megagnn.data.dataset import StructureDataset
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.potential import build_potential
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
@@ -79,7 +79,7 @@ def test_isolated_atoms_fix_references_and_the_shift_takes_the_bonds(tmp_path: P
     assert statistics.shifts[0] == pytest.approx(np.mean(bonds), rel=1e-9)
     assert abs(statistics.shifts[0]) > 0.1
     # the model's constant part holds both
-    model = build_potential(ModelConfig(width=16, num_layers=1, cutoff=4.0), statistics).model
+    model = build_potential(EGNNConfig(width=16, num_layers=1, cutoff=4.0), statistics).model
     batch = dataset.batch([0])
     first = dataset.record(0)["atomic_numbers"]
     expected = sum(known[z] + statistics.shifts[0] for z in first)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.data import keys
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.layer import DISTANCE_EPSILON
 from megagnn.models.egnn.model import EGNN
 from megagnn.models.radial import envelope
@@ -156,7 +156,7 @@ class PeerEGNN(nn.Module):
         return r, d.unsqueeze(-1), self.basis(d)
 
 
-def check_parts(config: ModelConfig) -> None:
+def check_parts(config: EGNNConfig) -> None:
     """Raises ValueError unless the configuration differs from the default in sizes only."""
     for name, wanted in PARTS.items():
         if getattr(config, name) != wanted:

@@ -1,35 +1,27 @@
-"""The section [model]: sizes, parts of the layer, outputs."""
+"""The section [model] of the EGNN: sizes and parts of its layers."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
+from megagnn.models.config import ModelConfig
 from megagnn.overrides import STRICT
 
 Aggregation = Literal["constant", "sum", "mean"]
 
 
 @dataclass(frozen=True, config=STRICT)
-class ModelConfig:
-    """The EGNN: size, parts of the layer, outputs. `preset` names a set of defaults for the other keys."""
+class EGNNConfig(ModelConfig):
+    """The E(n)-equivariant graph network (docs/model.md): parts of the layer, and how its edges are run."""
+
+    family: Literal["egnn"] = "egnn"
+    """The model family."""
 
     preset: Literal["default", "satorras", "study"] = "default"
     """Named set of parts: the default, Satorras et al. 2021 as published, or the scaling study's EGNN."""
-    width: PositiveInt = 128
-    """Channels of a node, F."""
-    num_layers: PositiveInt = 4
-    """Message-passing layers, L."""
-    cutoff: PositiveFloat = 5.0
-    """Neighbours are the atoms within this distance, Å."""
-    forces: Literal["conservative", "direct", "none"] = "conservative"
-    """-dE/dx, an equivariant head of its own, or energies only."""
-    stress: bool = False
-    """Predict the stress from the strain derivative of the energy (needs conservative forces)."""
     distance_feature: Literal["bessel", "gaussian", "distance", "squared"] = "bessel"
     """What the message network sees of the distance: a radial basis, the distance itself, or its square."""
-    num_radial: PositiveInt = 16
-    """Radial basis functions, R (used by `bessel` and `gaussian`)."""
     envelope: bool = True
     """Multiply every edge branch's output by a smooth cutoff function of the input distance."""
     update_coordinates: bool = True
@@ -48,17 +40,6 @@ class ModelConfig:
     """Normalisation of the node features before each layer and before the heads."""
     residual: bool = True
     """Add each layer's node update to its input (else it replaces it)."""
-    depth_scaling: bool = True
-    """Multiply each layer's node update by 1/sqrt(L) and its coordinate update by 1/L."""
-    initialisation: Literal["lecun", "torch"] = "lecun"
-    """Initial Linear weights: normal with variance 1/inputs and no bias, or PyTorch's default."""
-    parametrisation: Literal["standard", "mup"] = "standard"
-    """One learning rate for all parameters, or rates and initial outputs that follow width and depth, so that
-    the best learning rate stays where it is (maximal update)."""
-    base_width: PositiveInt = 64
-    """Width at which `mup` is the standard parametrisation."""
-    base_layers: PositiveInt = 4
-    """Number of layers at which it is."""
     message_hidden: PositiveInt | None = None
     """Hidden width of phi_e; `width` if not given."""
     message_width: PositiveInt | None = None
@@ -73,8 +54,6 @@ class ModelConfig:
     """Bound phi_x by a tanh, where it moves coordinates."""
     self_edges: bool = False
     """Let every atom send a message to itself."""
-    level_embedding: bool = True
-    """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
     aggregation_backend: Literal["own", "torch_scatter", "torch_sparse", "torch"] = "own"
     """What gathers atoms to edges and sums edges over atoms; a library other than ours runs unfused."""
     edge_operation: Literal["fused", "unfused"] = "fused"
@@ -83,12 +62,29 @@ class ModelConfig:
     """Fused: keep two numbers per edge and channel for the backward, or make the blocks again."""
     edge_block: PositiveInt | None = None
     """Edges of a block; what fits the cache if not given."""
-    recompute_layers: bool = False
-    """Keep the inputs of each layer only, and run it again in the backward."""
 
-    def __post_init__(self) -> None:
-        if self.stress and self.forces != "conservative":
+    free_keys: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.free_keys,
+        "aggregation_backend",
+        "edge_operation",
+        "edge_memory",
+        "edge_block",
+    )
+
+    @property
+    def has_self_edges(self) -> bool:
+        """Whether every atom is a neighbour of itself."""
+        return self.self_edges
+
+    def check_dtype(self, dtype: str) -> None:
+        """See `ModelConfig`."""
+        if dtype == "bfloat16" and self.aggregation_backend == "torch_sparse":
             raise ValueError(
-                f"model.stress needs model.forces = 'conservative', got '{self.forces}'; set one of the two "
-                "to match"
+                "train.dtype = 'bfloat16' needs sums over neighbours in float32, got "
+                "model.aggregation_backend = 'torch_sparse', which adds bfloat16 in bfloat16; use 'own'"
             )
+
+    def technique(self) -> list[str]:
+        """See `ModelConfig`: `fused edges, save`."""
+        kept = [self.edge_memory] if self.edge_operation == "fused" else []
+        return [f"{self.edge_operation} edges", *kept, *super().technique()]

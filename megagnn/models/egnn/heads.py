@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.layer import Activation, FusedAtoms, make_norm, normed_linears
 from megagnn.models.parametrisation import laws
 from megagnn.ops import node
@@ -19,7 +19,7 @@ class EnergyHead(nn.Module):
     the references.
     """
 
-    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(self, config: EGNNConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         width, self.context = config.width, context
         last = laws(config, width, "output", scale=0.1, zero_bias=True)

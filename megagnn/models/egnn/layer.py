@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge import EdgeSpec, EdgeWeights
 from megagnn.models.egnn.edge.operation import EdgeOperation, EdgePartition
 from megagnn.models.parametrisation import branch_rate, laws
@@ -60,7 +60,7 @@ def edge_distances(r_EC: T) -> T:
     return dual.distance(r_EC, DISTANCE_EPSILON)
 
 
-def edge_spec(config: ModelConfig, feature: DistanceFeature, vector_branch: str) -> EdgeSpec:
+def edge_spec(config: EGNNConfig, feature: DistanceFeature, vector_branch: str) -> EdgeSpec:
     """The configured edge operation; only what moves coordinates is bounded, forces have no largest value."""
     return EdgeSpec(
         feature=config.distance_feature,
@@ -76,7 +76,7 @@ def edge_spec(config: ModelConfig, feature: DistanceFeature, vector_branch: str)
 
 
 class Divisor(nn.Module):
-    """Divides sums over neighbours by what `ModelConfig.message_aggregation` says."""
+    """Divides sums over neighbours by what `EGNNConfig.message_aggregation` says."""
 
     def __init__(self, kind: str, mean_neighbours: float) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class Divisor(nn.Module):
 class Activation(nn.Module):
     """The non-linearity named in the configuration."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: EGNNConfig) -> None:
         super().__init__()
         self.kind = config.activation
 
@@ -104,7 +104,7 @@ class Activation(nn.Module):
 
 
 def make_norm(
-    config: ModelConfig, context: ParallelContext, dtype: torch.dtype, rate: float = 1.0
+    config: EGNNConfig, context: ParallelContext, dtype: torch.dtype, rate: float = 1.0
 ) -> nn.Module:
     """The normalisation of node features named in the configuration."""
     return (
@@ -119,7 +119,7 @@ class FusedAtoms:
     for that, after its kernels. Forces alone, of a model that is frozen, and direct ones are served.
     """
 
-    def __init__(self, config: ModelConfig, context: ParallelContext) -> None:
+    def __init__(self, config: EGNNConfig, context: ParallelContext) -> None:
         possible = config.activation == "silu" and context.tp_size == 1
         self.possible = possible and fuses_edges(config)
         self.conservative = config.forces == "conservative"
@@ -132,7 +132,7 @@ class FusedAtoms:
         return h_NF
 
 
-def fuses_edges(config: ModelConfig) -> bool:
+def fuses_edges(config: EGNNConfig) -> bool:
     """Whether edges go through the kernels, where there are any; else the reference runs, and chains."""
     return config.edge_operation == "fused" and config.aggregation_backend == "own"
 
@@ -147,7 +147,7 @@ class EdgeMessage(nn.Module):
     """phi_e: Linear, activation, Linear, activation; the first Linear split into atom and edge blocks."""
 
     def __init__(
-        self, config: ModelConfig, num_features: int, context: ParallelContext, dtype: torch.dtype
+        self, config: EGNNConfig, num_features: int, context: ParallelContext, dtype: torch.dtype
     ) -> None:
         super().__init__()
         width, hidden = config.width, config.message_hidden or config.width
@@ -180,9 +180,7 @@ class EdgeVector(nn.Module):
     direct force head (phi_f): Linear, activation, Linear(-> 1).
     """
 
-    def __init__(
-        self, config: ModelConfig, context: ParallelContext, moves: bool, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: EGNNConfig, context: ParallelContext, moves: bool, dtype: torch.dtype) -> None:
         super().__init__()
         width = config.message_width or config.width
         hidden = config.coordinate_hidden or config.width
@@ -202,7 +200,7 @@ class EdgeVector(nn.Module):
 class NodeUpdate(nn.Module):
     """phi_h of the concatenation [h ; messages]: Linear (split in two blocks), activation, Linear."""
 
-    def __init__(self, config: ModelConfig, context: ParallelContext, dtype: torch.dtype) -> None:
+    def __init__(self, config: EGNNConfig, context: ParallelContext, dtype: torch.dtype) -> None:
         super().__init__()
         width, message = config.width, config.message_width or config.width
         hidden, name = config.node_hidden or width, "model.node_hidden"
@@ -246,7 +244,7 @@ class EGNNLayer(nn.Module):
 
     def __init__(
         self,
-        config: ModelConfig,
+        config: EGNNConfig,
         feature: DistanceFeature,
         mean_neighbours: float,
         vector_branch: str,

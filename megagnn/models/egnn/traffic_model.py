@@ -20,14 +20,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from megagnn.data import keys
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.operation import Plan
+from megagnn.models.family import PlanChoice
 from megagnn.parallel.context import ParallelContext
-
-PlanChoice = Literal["auto", "channel", "edge"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Widths:
     vector_bias: bool
 
     @classmethod
-    def of(cls, config: ModelConfig) -> Widths:
+    def of(cls, config: EGNNConfig) -> Widths:
         """Those of a configuration."""
         width = config.width
         return cls(
@@ -133,14 +132,14 @@ def head_elements(s: Setting, w: Widths) -> Pass:
     return Pass(norm + u * P * N * w.F + 2 * u * P * N, norm + u * P * N * w.F)
 
 
-def has_vector(config: ModelConfig, layer: int) -> bool:
+def has_vector(config: EGNNConfig, layer: int) -> bool:
     """Whether a layer has a coordinate branch or the force head."""
     if layer == config.num_layers - 1:
         return config.forces == "direct"
     return config.update_coordinates
 
 
-def pass_elements(config: ModelConfig, plan: Plan, s: Setting, positions: int = 0) -> Pass:
+def pass_elements(config: EGNNConfig, plan: Plan, s: Setting, positions: int = 0) -> Pass:
     """Of the whole model, once forward and once backward.
 
     positions: elements of positions, and of cells under stress, that want a gradient: 3N (+ 9B), or 0.
@@ -159,7 +158,7 @@ def pass_elements(config: ModelConfig, plan: Plan, s: Setting, positions: int = 
     return Pass(forward + head.forward, backward + head.backward + 2 * s.u * positions)
 
 
-def edge_total(plan: Plan, config: ModelConfig, ranks: int, num_atoms: int, num_edges: int) -> Fraction:
+def edge_total(plan: Plan, config: EGNNConfig, ranks: int, num_atoms: int, num_edges: int) -> Fraction:
     """Elements that the edge operations of a training step send, with rows of equal size on every rank."""
     w, total = Widths.of(config), Fraction(0)
     planes = (1, 2) if config.forces == "conservative" else (1,)
@@ -181,7 +180,7 @@ def edge_total(plan: Plan, config: ModelConfig, ranks: int, num_atoms: int, num_
 
 
 def choose_plan(
-    choice: PlanChoice, config: ModelConfig, batch: dict[str, Any], context: ParallelContext
+    choice: PlanChoice, config: EGNNConfig, batch: dict[str, Any], context: ParallelContext
 ) -> Plan | None:
     """The plan for a batch, the same on every rank of the group; None on one rank."""
     if context.tp_size == 1:

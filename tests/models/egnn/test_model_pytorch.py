@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.partition import partition_edges
 from megagnn.models.egnn.layer import Edges, EGNNLayer, edge_vectors
 from megagnn.models.radial import DistanceFeature
@@ -25,7 +25,7 @@ WIDTH, MESSAGE, NUM_LAYERS, NUM_ATOMS = 10, 6, 3, 9
 EDGE_INPUT = 2 * WIDTH + 1
 
 
-def config(**values: object) -> ModelConfig:
+def config(**values: object) -> EGNNConfig:
     widths = {
         "preset": "satorras",
         "width": WIDTH,
@@ -54,7 +54,7 @@ def peer_layers() -> nn.ModuleList:
     return layers
 
 
-def our_layers(config: ModelConfig) -> nn.ModuleList:
+def our_layers(config: EGNNConfig) -> nn.ModuleList:
     return nn.ModuleList(
         EGNNLayer(
             config,
@@ -90,7 +90,7 @@ def named_pairs(ours: EGNNLayer, theirs: nn.Module) -> list[tuple[nn.Parameter, 
     ]
 
 
-def run_ours(layers: nn.ModuleList, config: ModelConfig, h_NF: Tensor, x_NC: Tensor) -> tuple[Tensor, Tensor]:
+def run_ours(layers: nn.ModuleList, config: EGNNConfig, h_NF: Tensor, x_NC: Tensor) -> tuple[Tensor, Tensor]:
     atoms = Atoms("C" * NUM_ATOMS, x_NC.detach().numpy())
     batch = batch_from_atoms([atoms], config.cutoff, torch.float64, config.self_edges)
     partition = partition_edges(batch, ParallelContext(), plan=None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.data.batch import collate
-from megagnn.models.egnn.config import ModelConfig
+from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.partition import partition_edges
 from megagnn.models.egnn.traffic_model import Pass, Setting, choose_plan, edge_total, pass_elements
 from megagnn.models.potential import Potential, apply_strain, frozen
@@ -68,7 +68,7 @@ def counted(context: ParallelContext, potential: Potential) -> dict[str, tuple[T
     return {"value": (forward, backward), "pair": (pair_forward, pair_backward)}
 
 
-def derived(context: ParallelContext, config: ModelConfig, plan: Any, which: str) -> Pass:
+def derived(context: ParallelContext, config: EGNNConfig, plan: Any, which: str) -> Pass:
     """The same by the formulas."""
     b = batch()
     num_atoms, num_structures = len(b[keys.POSITIONS]), len(b[keys.NUM_ATOMS])
@@ -112,7 +112,7 @@ def test_formulas_equal_the_counts(tp: int) -> None:
             assert forward > 0
 
 
-def whole_step(plan: Any, config: ModelConfig, tp: int, num_atoms: int, num_edges: int) -> Fraction:
+def whole_step(plan: Any, config: EGNNConfig, tp: int, num_atoms: int, num_edges: int) -> Fraction:
     """Everything that a training step sends, atoms included, by the formulas held against the counts."""
     total, planes = Fraction(0), (1, 2) if config.forces == "conservative" else (1,)
     for count in planes:

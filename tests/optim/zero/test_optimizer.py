@@ -42,13 +42,13 @@ class Chain(nn.Module):
             x = torch.tanh(layer(x))
         return x
 
-    def stages(self) -> list[tuple[str, nn.Module]]:
+    def blocks(self) -> list[tuple[str, nn.Module]]:
         return [(f"layers.{k}", layer) for k, layer in enumerate(self.layers)]
 
 
 def make(model: Chain, stage: int, **settings: Any) -> ShardedAdamW:
     groups = parameter_groups(model, CONFIG)
-    return ShardedAdamW(model.stages(), groups, CONTEXT, stage, lr=1e-2, betas=CONFIG.betas, **settings)
+    return ShardedAdamW(model.blocks(), groups, CONTEXT, stage, lr=1e-2, betas=CONFIG.betas, **settings)
 
 
 def steps(model: Chain, optimizer: Any, number: int, average: Any = None) -> None:
@@ -254,12 +254,12 @@ def test_unknown_stage() -> None:
 def test_parameter_outside_of_the_modules() -> None:
     model = Chain()
     with pytest.raises(ValueError, match=r"2 parameter\(s\) of the groups are in none of the modules"):
-        ShardedAdamW(model.stages()[:2], parameter_groups(model, CONFIG), CONTEXT, 1)
+        ShardedAdamW(model.blocks()[:2], parameter_groups(model, CONFIG), CONTEXT, 1)
 
 
 def test_parameter_in_two_modules() -> None:
     model = Chain()
-    twice = [*model.stages(), ("again", model.layers[0])]
+    twice = [*model.blocks(), ("again", model.layers[0])]
     with pytest.raises(ValueError, match=r"again\.weight is in two modules"):
         ShardedAdamW(twice, parameter_groups(model, CONFIG), CONTEXT, 1)
 

@@ -1,0 +1,95 @@
+"""What the section [model] of a configuration holds for every model family."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import PositiveFloat, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from megagnn.overrides import STRICT
+
+
+@dataclass(frozen=True, config=STRICT)
+class ModelConfig:
+    """Size, outputs and parametrisation of a model; each family adds keys of its own."""
+
+    family: str = "egnn"
+    """Model family, one of those in models/registry.py."""
+    preset: str = "default"
+    """Named set of defaults for the other keys, of the family."""
+    width: PositiveInt = 128
+    """Channels of a node, F."""
+    num_layers: PositiveInt = 4
+    """Message-passing layers, L."""
+    cutoff: PositiveFloat = 5.0
+    """Neighbours are the atoms within this distance, Å."""
+    forces: Literal["conservative", "direct", "none"] = "conservative"
+    """-dE/dx, an equivariant head of its own, or energies only."""
+    stress: bool = False
+    """Predict the stress from the strain derivative of the energy (needs conservative forces)."""
+    num_radial: PositiveInt = 16
+    """Radial basis functions, R."""
+    depth_scaling: bool = True
+    """Multiply each layer's node update by 1/sqrt(L) and its coordinate update by 1/L."""
+    initialisation: Literal["lecun", "torch"] = "lecun"
+    """Initial Linear weights: normal with variance 1/inputs and no bias, or PyTorch's default."""
+    parametrisation: Literal["standard", "mup"] = "standard"
+    """One learning rate for all parameters, or rates and initial outputs that follow width and depth, so that
+    the best learning rate stays where it is (maximal update)."""
+    base_width: PositiveInt = 64
+    """Width at which `mup` is the standard parametrisation."""
+    base_layers: PositiveInt = 4
+    """Number of layers at which it is."""
+    level_embedding: bool = True
+    """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
+    recompute_layers: bool = False
+    """Keep the inputs of each layer only, and run it again in the backward."""
+
+    free_keys: ClassVar[tuple[str, ...]] = (
+        "preset",
+        "stress",
+        "initialisation",
+        "parametrisation",
+        "base_width",
+        "base_layers",
+        "recompute_layers",
+    )
+    """Keys that may differ between a checkpoint and a run that begins with its weights: how the function is
+    computed, which outputs are derived from it, and how weights begin and are trained."""
+
+    def __post_init__(self) -> None:
+        if self.stress and self.forces != "conservative":
+            raise ValueError(
+                f"model.stress needs model.forces = 'conservative', got '{self.forces}'; set one of the two "
+                "to match"
+            )
+
+    variants: ClassVar[dict[str, type["ModelConfig"]]] = {}
+    """The configurations of the families, by their names; filled by models/registry.py."""
+
+    @classmethod
+    def choose(cls, values: Mapping[str, Any]) -> type["ModelConfig"]:
+        """The configuration that the keys of a section [model] are for; the EGNN's where they name none.
+
+        Raises:
+            ValueError: a family that is not there.
+        """
+        name = values.get("family", "egnn")
+        if name in cls.variants:
+            return cls.variants[name]
+        near = difflib.get_close_matches(str(name), cls.variants, n=1, cutoff=0.4)
+        hint = f"; nearest: '{near[0]}'" if near else ""
+        raise ValueError(f"model.family must be one of {', '.join(cls.variants)}, got {name!r}{hint}")
+
+    @property
+    def has_self_edges(self) -> bool:
+        """Whether every atom is a neighbour of itself."""
+        return False
+
+    def check_dtype(self, dtype: str) -> None:
+        """Raises ValueError where the model cannot be trained with parameters of this type."""
+
+    def technique(self) -> list[str]:
+        """How the model's edge work is computed and what it keeps, in words for tables of results."""
+        return ["layers recomputed"] if self.recompute_layers else []
