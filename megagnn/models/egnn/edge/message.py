@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from megagnn.models.egnn.edge import autograd as edge_autograd
 from megagnn.models.egnn.edge import reference as edge_reference
 from megagnn.models.egnn.edge.runner import SERIAL, Call, EdgeRunner, has_kernels
 from megagnn.models.egnn.edge.types import EdgeGraph, EdgeSpec, EdgeWeights
+from megagnn.ops.lift import value_and_tangent
 
 
 def edge_message(
@@ -96,18 +96,9 @@ def pair_reference(
     spec: EdgeSpec,
     operation: Any = edge_reference.edge_message,
 ) -> EdgePair:
-    """By the double-backward trick: the tangent is the derivative of <dummy, gradient> in the dummy.
+    """`edge_message_pair` of plain operations, lifted by `ops.lift`.
 
     operation: has the arguments and results of `edge_reference.edge_message`.
     """
-    with torch.enable_grad():
-        inputs = [v if v is None or v.requires_grad else v.detach().requires_grad_() for v in values]
-        outputs = operation(*inputs, weights, graph, spec)
-        present = [t for t in outputs if t is not None]
-        dummies = [torch.zeros_like(t, requires_grad=True) for t in present]
-        pairs = [(x, t) for x, t in zip(inputs, tangents, strict=True) if x is not None]
-        gradients = torch.autograd.grad(present, [x for x, _ in pairs], dummies, create_graph=True)
-        along = sum((g * t).sum() for g, (_, t) in zip(gradients, pairs, strict=True) if t is not None)
-        tangent = torch.autograd.grad(along, dummies, create_graph=True)
-    sum_NM, vec_N3 = outputs
-    return EdgePair(sum_NM, vec_N3, tangent[0], tangent[1] if vec_N3 is not None else None)
+    results, along = value_and_tangent(lambda *x: operation(*x, weights, graph, spec), values, tangents)
+    return EdgePair(*results, *along)

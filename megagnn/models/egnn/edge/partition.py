@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from megagnn.data import keys
@@ -10,7 +9,8 @@ from megagnn.models.egnn.edge import EdgeGraph
 from megagnn.models.egnn.edge.operation import EdgePartition, Plan
 from megagnn.ops import Segments
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.row_collectives import Rows, balanced_bounds
+from megagnn.parallel.row_collectives import Rows
+from megagnn.tensor_parallel.edge_plan import edge_rows
 
 
 def partition_edges(batch: dict[str, Tensor], context: ParallelContext, plan: Plan | None) -> EdgePartition:
@@ -23,16 +23,5 @@ def partition_edges(batch: dict[str, Tensor], context: ParallelContext, plan: Pl
         )
         bounds = (0,) * context.tp_size + (num_rows,)
         return EdgePartition(graph, Rows(bounds, context), slice(0, num_edges), plan)
-    rows = Rows(balanced_bounds(ptr, context.tp_size), context)
-    begin, end = int(ptr[rows.own.start]), int(ptr[rows.own.stop])
-    destination = Segments(
-        index[0, begin:end] - rows.own.start, ptr[rows.own.start : rows.own.stop + 1] - begin
-    )
-    source = index[1, begin:end].contiguous()
-    # The stable order by source of some of the edges is that of all, without the others.
-    perm = batch[keys.SOURCE_PERM]
-    perm = perm[(perm >= begin) & (perm < end)] - begin
-    counts = torch.bincount(source, minlength=num_rows)
-    source_ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    graph = EdgeGraph(destination, Segments(source, source_ptr, perm))
-    return EdgePartition(graph, rows, slice(begin, end), plan)
+    own = edge_rows(batch, context)
+    return EdgePartition(EdgeGraph(own.destination, own.source), own.rows, own.edges, plan)

@@ -5,15 +5,18 @@ Arguments and results as `reference.edge_message`; who holds what as in the runn
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from megagnn.models.egnn.edge import reference as edge_reference
 from megagnn.models.egnn.edge.plan_rows import WEIGHT_DIMS
 from megagnn.models.egnn.edge.types import EdgeGraph, EdgeSpec, EdgeWeights
 from megagnn.ops.backends import AggregationBackend
-from megagnn.parallel import collectives, row_collectives
+from megagnn.parallel import collectives
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.row_collectives import Rows
+from megagnn.tensor_parallel.edge_plan import by_rows
 
 
 def channel_edge_message(
@@ -60,21 +63,10 @@ def rows_edge_message(
     rows: Rows,
 ) -> tuple[Tensor, Tensor | None]:
     """The plan `edge`."""
-    context = rows.context
-    whole: list[Tensor | None] = [weights.centres_R]
-    for tensor, dim in zip(weights[1:], WEIGHT_DIMS[1:], strict=True):
-        if tensor is not None:
-            tensor = collectives.gather(tensor, dim, context) if dim else collectives.copy(tensor, context)
-        whole.append(tensor)
-    sum_NM, vec_N3 = edge_reference.edge_message(
-        row_collectives.to_rows(p_NH, rows),
-        collectives.gather(q_NH, -1, context),
-        r_E3,
-        f_E,
-        EdgeWeights(*whole),  # type: ignore[arg-type]
-        graph,
-        spec,
-        backend,
-    )
-    sum_NM = row_collectives.to_channels(sum_NM, rows)
-    return sum_NM, None if vec_N3 is None else row_collectives.join_rows(vec_N3, rows)
+
+    def of_rows(p_NH: Tensor, q_NH: Tensor, *whole: Any) -> tuple[Tensor, Tensor | None]:
+        return edge_reference.edge_message(p_NH, q_NH, r_E3, f_E, EdgeWeights(*whole), graph, spec, backend)
+
+    divided = list(zip(weights, WEIGHT_DIMS, strict=True))
+    sum_NM, vec_N3 = by_rows(of_rows, rows, [p_NH], [q_NH], divided, replicated={1})
+    return sum_NM, vec_N3
