@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from megagnn.data import keys
 from megagnn.models.egnn.config import EGNNConfig
-from megagnn.models.egnn.layer import edge_distances, edge_vectors
+from megagnn.models.egnn.layer import edge_vectors
 from megagnn.models.egnn.model import EGNN
+from megagnn.models.parts import edge_distances
 from megagnn.models.potential import build_potential
 from megagnn.models.radial import envelope
 

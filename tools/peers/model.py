@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from megagnn.data import keys
 from megagnn.models.egnn.config import EGNNConfig
-from megagnn.models.egnn.layer import DISTANCE_EPSILON
 from megagnn.models.egnn.model import EGNN
+from megagnn.models.parts import DISTANCE_EPSILON
 from megagnn.models.radial import envelope
 
 # What the peers have been written for; everything else of the configuration is a size.

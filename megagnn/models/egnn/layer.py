@@ -20,16 +20,13 @@ from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge import EdgeSpec, EdgeWeights
 from megagnn.models.egnn.edge.operation import EdgeOperation, EdgePartition
 from megagnn.models.parametrisation import branch_rate, laws
+from megagnn.models.parts import DISTANCE_EPSILON
 from megagnn.models.radial import DistanceFeature
 from megagnn.ops import dual, node
 from megagnn.ops.backends import aggregation_backend
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
 from megagnn.tensor_parallel.layers import ColumnLinear, RMSNorm, RowLinear, gather_channels
-
-# Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms
-# coincide, and differs from |r| by 5e-7 Å at 1 Å.
-DISTANCE_EPSILON = 1e-3
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,6 @@ def edge_vectors(x_NC: T, edges: Edges) -> T:
     """r_ij = x_j + shift_ij - x_i at coordinates x, Å: (N, 3) to (E, 3)."""
     graph, own = edges.partition.graph, edges.partition.own_rows
     return dual.edge_difference(x_NC[own], x_NC, edges.shift_EC, graph.destination, graph.source)
-
-
-def edge_distances(r_EC: T) -> T:
-    """sqrt(|r|^2 + eps^2), Å: (E, 3) to (E,); every derivative is finite where two atoms coincide."""
-    return dual.distance(r_EC, DISTANCE_EPSILON)
 
 
 def edge_spec(config: EGNNConfig, feature: DistanceFeature, vector_branch: str) -> EdgeSpec:

@@ -11,9 +11,10 @@ from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.partition import partition_edges
 from megagnn.models.egnn.edge.plan_rows import WeightRing
 from megagnn.models.egnn.heads import EnergyHead
-from megagnn.models.egnn.layer import Edges, EGNNLayer, edge_distances, edge_vectors
+from megagnn.models.egnn.layer import Edges, EGNNLayer, edge_vectors
 from megagnn.models.egnn.traffic_model import Widths, choose_plan, has_vector
 from megagnn.models.family import Field, Model, Part, PlanChoice, State, Work
+from megagnn.models.parts import edge_distances
 from megagnn.models.precision import Precision
 from megagnn.models.radial import DistanceFeature, envelope
 from megagnn.models.statistics import Statistics

@@ -113,19 +113,23 @@ class _Event(torch.autograd.Function):
 
 
 def _watch(values: tuple[Any, ...], tell: Callable[[], None]) -> tuple[Any, ...]:
-    """The values with an event behind those tensors, plain or of Dual numbers, that want a gradient."""
+    """The values with an event behind those tensors, plain, of Dual numbers or fields of a state, that want a gradient."""
     flat = [t for value in values for t in _tensors(value) if t.requires_grad]
     watched = dict(zip(map(id, flat), _Event.apply(tell, *flat), strict=True))
     return tuple(_rebuilt(value, watched) for value in values)
 
 
 def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        return [t for field in value.values() for t in _tensors(field)]
     if isinstance(value, Dual):
         return [value._planes] if value._planes is not None else [value.value, value.tangent]
     return [value] if isinstance(value, Tensor) else []
 
 
 def _rebuilt(value: Any, watched: dict[int, Tensor]) -> Any:
+    if isinstance(value, dict):
+        return {name: _rebuilt(field, watched) for name, field in value.items()}
     if isinstance(value, Dual):
         if value._planes is not None:
             return Dual.of_planes(watched.get(id(value._planes), value._planes))
