@@ -95,7 +95,7 @@ def make_layer(name: str, batch: Batch, config: EGNNConfig) -> LayerWork | None:
 
 
 def _ours(model: EGNN, batch: Batch) -> Evaluate:
-    edges = model.edges(batch)
+    edges = model.graph(batch)
     layer = next(iter(model.layers))
 
     def evaluate(h: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ class _Event(torch.autograd.Function):
 
 
 def _watch(values: tuple[Any, ...], tell: Callable[[], None]) -> tuple[Any, ...]:
-    """The values with an event behind those tensors, plain, of Dual numbers or fields of a state, that want a gradient."""
+    """The values with an event behind the tensors in them that require a gradient."""
     flat = [t for value in values for t in _tensors(value) if t.requires_grad]
     watched = dict(zip(map(id, flat), _Event.apply(tell, *flat), strict=True))
     return tuple(_rebuilt(value, watched) for value in values)
