@@ -23,8 +23,7 @@ from pydantic.dataclasses import dataclass
 
 from megagnn.data.config import DataConfig
 from megagnn.models.config import ModelConfig
-from megagnn.models.egnn.config import EGNNConfig
-from megagnn.models.registry import presets_of
+from megagnn.models.registry import FAMILIES, presets_of
 from megagnn.objective.config import LOSS_PRESETS, LossConfig
 from megagnn.optim.config import OptimConfig
 from megagnn.overrides import STRICT, Pairs, UserPath, check_keys, explain, parse_overrides, set_dotted
@@ -112,7 +111,7 @@ class RunConfig:
     init_from: UserPath | None = None
     """A checkpoint with whose weights a new run begins; the keys of [model] that are not given are its."""
     init: InitConfig = InitConfig()
-    model: SerializeAsAny[ModelConfig] = EGNNConfig()
+    model: SerializeAsAny[ModelConfig] = FAMILIES["egnn"].config()
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
@@ -306,7 +305,8 @@ def config_from_dict(values: dict[str, Any]) -> RunConfig:
     try:
         config = TypeAdapter(RunConfig).validate_python(values)
     except ValidationError as error:
-        errors += [{**e} for e in error.errors()]
+        # rules between sections say nothing where one of them is not known
+        errors += [{**e} for e in error.errors() if e["loc"] or not errors]
     if errors:
         raise ValueError("\n".join(explain(e) for e in errors))
     return config

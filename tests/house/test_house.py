@@ -84,6 +84,32 @@ def test_checkpoints_may_use_the_checkpoint_module_only() -> None:
     assert not may_use("megagnn/checkpoint/dcp.py", "torch.distributed.all_reduce")
 
 
+def families_named(path: str, source: str) -> list[str]:
+    """Modules of a model family that a module outside of its folder imports; the registry alone may."""
+    families = [f"megagnn.models.{f.name}" for f in (ROOT / "megagnn/models").iterdir() if f.is_dir()]
+    if path == "megagnn/models/registry.py":
+        return []
+    own = path.replace("/", ".")
+    nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ImportFrom) and node.module)
+    return [
+        str(node.module)
+        for node in nodes
+        for family in families
+        if f"{node.module}.".startswith(f"{family}.") and not own.startswith(f"{family}.")
+    ]
+
+
+def test_nothing_outside_of_a_family_names_it() -> None:
+    found = {name_of(path): families_named(name_of(path), path.read_text()) for path in PACKAGE}
+    assert not {path: names for path, names in found.items() if names}, "read models/family.py instead"
+
+
+def test_a_family_named_outside_is_seen() -> None:
+    planted = "from megagnn.models.egnn.layer import EGNNLayer"
+    assert families_named("megagnn/pipeline_parallel/stage.py", planted) == ["megagnn.models.egnn.layer"]
+    assert not families_named("megagnn/models/egnn/model.py", planted)
+
+
 def test_files_stay_short() -> None:
     lengths = {name_of(path): len(path.read_text().splitlines()) for path in SOURCES}
     assert not {name: n for name, n in lengths.items() if n > MAX_LINES}, (

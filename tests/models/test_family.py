@@ -1,0 +1,143 @@
+"""What every model family must keep of the interface, and how configurations choose a family."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from megagnn.config import RunConfig, config_from_dict, config_to_dict
+from megagnn.data import keys
+from megagnn.data.batch import batch_from_atoms
+from megagnn.models.config import ModelConfig
+from megagnn.models.family import Part, layer_works
+from megagnn.models.potential import Potential, build_potential
+from megagnn.models.registry import FAMILIES, model_class, presets_of
+from megagnn.pipeline_parallel.stage import layer_costs
+from megagnn.scaling.flops import step_flops
+from tests.models.physics import STATISTICS, crystal, ethanol
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def config_of(family: str, **values: Any) -> ModelConfig:
+    small = {"width": 16, "num_layers": 3, "num_radial": 8, "cutoff": 4.0, "forces": "direct"}
+    model = {"family": family, **small, **values}
+    return config_from_dict({"model": model, "loss": {"force_weight": 0}}).model
+
+
+def potential_of(family: str, part: Part | None = None, **values: Any) -> Potential:
+    return build_potential(config_of(family, **values), STATISTICS, 0, torch.float64, part=part)
+
+
+@families
+def test_states_are_as_the_fields_say(family: str) -> None:
+    """What a pipeline stage expects is what the stage before it makes."""
+    model, batch = potential_of(family).model, batch_from_atoms([ethanol(), crystal()], 4.0)
+    state = model.embed(batch)
+    for done in range(4):
+        if done:
+            state = model.run_layers([done - 1], batch, state)
+        fields = model.fields(done, batch)
+        assert next(iter(fields)) == "h"
+        for name, field in fields.items():
+            assert (tuple(state[name].shape), state[name].dtype) == field, name
+        state = {name: state[name] for name in fields} | {
+            name: value for name, value in state.items() if done == 3 and name not in fields
+        }
+    outputs, whole = model.outputs(batch, state), model(batch)
+    for key in (keys.ENERGY, keys.FORCES):
+        torch.testing.assert_close(outputs[key], whole[key], rtol=1e-12, atol=1e-12)
+
+
+@families
+def test_blocks_hold_every_parameter_once(family: str) -> None:
+    model = potential_of(family).model
+    names = [f"{block}.{name}" for block, module in model.blocks() for name, _ in module.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert [name for name, _ in model.blocks()][-4:] == ["layers.0", "layers.1", "layers.2", "energy_head"]
+
+
+@families
+def test_a_part_holds_what_the_whole_does(family: str) -> None:
+    """Initial weights do not depend on the part: pipeline ranks need not talk about them."""
+    whole = dict(potential_of(family).model.named_parameters())
+    first = potential_of(family, Part((0, 1), head=False)).model
+    last = potential_of(family, Part((2,), embedding=False)).model
+    parts = [dict(model.named_parameters()) for model in (first, last)]
+    assert not parts[0].keys() & parts[1].keys()
+    assert parts[0].keys() | parts[1].keys() == whole.keys()
+    for part in parts:
+        for name, parameter in part.items():
+            assert torch.equal(parameter, whole[name]), name
+
+
+@families
+@pytest.mark.parametrize("forces", ["none", "direct"])
+def test_the_work_is_what_is_multiplied(family: str, forces: str) -> None:
+    """Matrix products counted by PyTorch in a forward pass of plain operations.
+
+    Products with a vector of one output, and such of a few components, are of lower order in the width.
+    """
+    plain = {"edge_operation": "unfused"} if family == "egnn" else {}
+    potential = potential_of(family, width=64, forces=forces, **plain)
+    batch = batch_from_atoms([crystal()], 4.0)
+    num_atoms, num_edges = len(batch[keys.ATOMIC_NUMBERS]), batch[keys.EDGE_INDEX].shape[1]
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        potential(batch)
+    works = layer_works(potential.model.config)
+    stated = sum(w.per_edge * num_edges + w.per_atom * num_atoms for w in works)
+    assert counter.get_total_flops() / 2 == pytest.approx(stated, rel=0.03)
+
+
+@families
+def test_stages_and_sweeps_count_alike(family: str) -> None:
+    config = config_of(family)
+    atoms, neighbours = 100.0, 30.0
+    per_atom = sum(layer_costs(config, neighbours))
+    assert step_flops(config, atoms, atoms * neighbours) == pytest.approx(2 * 3 * per_atom * atoms)
+
+
+@families
+def test_configurations_come_back(family: str) -> None:
+    config = config_from_dict({"model": {"family": family, "width": 24}})
+    assert type(config.model) is FAMILIES[family].config
+    assert config_from_dict(config_to_dict(config)) == config
+    assert model_class(config.model).__name__ in FAMILIES[family].model
+    assert "default" in presets_of({"family": family})
+
+
+def test_without_a_family_it_is_the_egnn() -> None:
+    assert config_from_dict({"model": {"width": 24}}).model.family == "egnn" == RunConfig().model.family
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"family": "egn"}, "model.family must be one of .*egnn.*, got 'egn'; nearest: 'egnn'"),
+        ({"family": 3}, "model.family must be one of .*egnn.*, got 3"),
+        ({"edge_memori": "save"}, "'model.edge_memori'; nearest valid key: 'model.edge_memory'"),
+        ({"width": 0}, "'model.width': input should be greater than 0, got 0"),
+        ({"preset": "satoras"}, "'model.preset': .* got 'satoras'; nearest: 'satorras'"),
+    ],
+)
+def test_errors_name_the_nearest(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_dict({"model": values})
+
+
+def test_errors_of_all_sections_come_together() -> None:
+    with pytest.raises(ValueError, match=r"model\.width.*\n.*optim\.learning_rate"):
+        config_from_dict({"model": {"width": 0}, "optim": {"learning_rate": -1}})
+
+
+def test_a_wrong_model_hides_rules_between_sections() -> None:
+    with pytest.raises(ValueError, match=r"^[^\n]*model\.width[^\n]*$"):
+        config_from_dict({"model": {"width": 0, "stress": True}, "loss": {"stress_weight": 1}})
+
+
+def test_every_family_has_the_keys_of_all() -> None:
+    common = {field.name for field in dataclasses.fields(ModelConfig)}  # type: ignore[arg-type]
+    for family in FAMILIES.values():
+        assert common <= {field.name for field in dataclasses.fields(family.config)}  # type: ignore[arg-type]
