@@ -27,8 +27,8 @@ from megagnn.models.registry import FAMILIES, presets_of
 from megagnn.objective.config import LOSS_PRESETS, LossConfig
 from megagnn.optim.config import OptimConfig
 from megagnn.overrides import STRICT, Pairs, UserPath, check_keys, explain, parse_overrides, set_dotted
-from megagnn.parallel.config import CONSERVATIVE_SCHEDULES as CONSERVATIVE_SCHEDULES
 from megagnn.parallel.config import ParallelConfig as ParallelConfig
+from megagnn.pipeline_parallel import registry
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -161,6 +161,8 @@ class RunConfig:
 
     def _check_pipeline(self) -> None:
         ranks, schedule, batches = self.parallel.pipeline, self.schedule, self.optim.accumulate_steps
+        if self.parallel.schedule != "auto":
+            registry.find(schedule)
         if ranks == 1 and self.parallel.schedule != "auto":
             raise ValueError(
                 f"parallel.schedule = '{schedule}' needs parallel.pipeline above 1; set it, or leave the "
@@ -174,18 +176,13 @@ class RunConfig:
         if ranks == 1:
             return
         conservative = self.model.forces == "conservative"
-        if conservative != (schedule in CONSERVATIVE_SCHEDULES):
-            use = CONSERVATIVE_SCHEDULES if conservative else ("gpipe", "1f1b", "interleaved", "zb-h1")
-            raise ValueError(
-                f"parallel.schedule = '{schedule}' is not for model.forces = '{self.model.forces}'; use one "
-                f"of {', '.join(use)}"
-            )
+        entry = registry.find(schedule, self.model.forces)
         if conservative and self.train.gradient_method != "one_backward":
             raise ValueError(
                 "parallel.pipeline above 1 needs train.gradient_method = 'one_backward', got "
                 f"'{self.train.gradient_method}': a graph through the gradient cannot cross stages"
             )
-        stages = ranks * (2 if schedule == "interleaved" else 1)
+        stages = ranks * entry.stages_per_rank
         if stages > self.model.num_layers:
             raise ValueError(
                 f"model.num_layers {self.model.num_layers} are fewer than the {stages} stages of "
@@ -197,11 +194,7 @@ class RunConfig:
                 f"parallel.stages = {list(sizes)} must be {stages} numbers that add up to model.num_layers "
                 f"{self.model.num_layers}; got {len(sizes)} that add up to {sum(sizes)}"
             )
-        if schedule == "interleaved" and batches % ranks:
-            raise ValueError(
-                "parallel.schedule = 'interleaved' takes optim.accumulate_steps in multiples of "
-                f"parallel.pipeline, got {batches} for {ranks}; use {batches + -batches % ranks}"
-            )
+        entry.check(ranks, batches)
 
     def _check_sharding(self) -> None:
         stage, optim = self.parallel.zero_stage, self.optim

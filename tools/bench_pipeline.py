@@ -33,14 +33,12 @@ from megagnn.parallel.spawn import spawn
 from megagnn.pipeline_parallel.actions import KINDS, Action, Kind, Message, Schedule, sends
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import ModelWork
-from megagnn.pipeline_parallel.pipeline import CONSERVATIVE as CONSERVATIVE_SCHEDULES
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
+from megagnn.pipeline_parallel.registry import find, registered
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, bubble_of, simulate
 from megagnn.pipeline_parallel.stage import layer_costs, stages_of
 from megagnn.pipeline_parallel.stage_costs import measured_costs
 from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
-
-ORDINARY_SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1")
 
 
 class SleepWork:
@@ -86,7 +84,7 @@ def asleep(
 
 def schedule_of(name: str, num_ranks: int, num_micro_batches: int) -> Schedule:
     """By name alone."""
-    forces = "conservative" if name in CONSERVATIVE_SCHEDULES else "direct"
+    forces = "conservative" if find(name).conservative else "direct"
     return schedule_for(name, forces, num_ranks, num_micro_batches)
 
 
@@ -98,7 +96,7 @@ def at_work(
     found = {}
     for name in names:
         schedule = schedule_of(name, context.pp_size, per_stage * context.pp_size)
-        forces = "conservative" if name in CONSERVATIVE_SCHEDULES else "direct"
+        forces = "conservative" if find(name).conservative else "direct"
         config = edge_workload.model_config(arguments.width, forces, cutoff, num_layers=arguments.layers)
         pipeline = Pipeline(config, edge_workload.statistics(), schedule, context)
         loss, batches = Loss(LossConfig(energy="mse", forces="mse")), [batch] * schedule.num_micro_batches
@@ -175,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("mode", choices=("sleep", "work", "layers"))
     parser.add_argument("--ranks", type=int, nargs="+", default=None)
-    parser.add_argument("--schedules", nargs="+", default=[*ORDINARY_SCHEDULES, *CONSERVATIVE_SCHEDULES])
+    parser.add_argument("--schedules", nargs="+", default=list(registered()))
     parser.add_argument("--per-stage", type=int, default=2, help="micro-batches for each rank")
     parser.add_argument("--batches", type=int, default=3)
     parser.add_argument("--unit", type=float, default=0.02, help="seconds that a cost of 1 sleeps")

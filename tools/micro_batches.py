@@ -21,11 +21,10 @@ from pipeline_table import percent, table
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.pipeline_parallel.actions import Schedule
-from megagnn.pipeline_parallel.pipeline import CONSERVATIVE as CONSERVATIVE_SCHEDULES
 from megagnn.pipeline_parallel.pipeline import schedule_for
+from megagnn.pipeline_parallel.registry import registered
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, simulate
 
-SCHEDULES = ("gpipe", "1f1b", "zb-h1", "two-pass", "conservative", "conservative-zb")
 WAYS = ("drawn", "dealt", "hill")
 
 
@@ -75,8 +74,10 @@ def rows_of(
     for p, m, dp in layouts:
         costs = {way: steps_of(way, atoms, edges, m, dp, budget) for way in WAYS}
         spread = [f"{np.mean(c.max((1, 2)) / c.mean((1, 2))):.3f}" for c in costs.values()]
-        for name in SCHEDULES:
-            forces = "conservative" if name in CONSERVATIVE_SCHEDULES else "direct"
+        for name, entry in registered().items():
+            if entry.stages_per_rank > 1:
+                continue  # P is the number of stages, and of ranks
+            forces = "conservative" if entry.conservative else "direct"
             schedule = schedule_for(name, forces, p, m)
             even = simulate(schedule).bubble
             found = [percent(bubble(schedule, c)) for c in costs.values()]

@@ -19,8 +19,8 @@ import numpy as np
 
 from megagnn.data.micro_batches import hill
 from megagnn.pipeline_parallel.actions import Schedule
-from megagnn.pipeline_parallel.conservative import conservative, open_graphs, two_pass
-from megagnn.pipeline_parallel.schedules import gpipe, interleaved, one_f_one_b, zb_h1
+from megagnn.pipeline_parallel.schedules.conservative import conservative, open_graphs, two_pass
+from megagnn.pipeline_parallel.schedules.ordinary import gpipe, interleaved, one_f_one_b, zb_h1
 from megagnn.pipeline_parallel.simulate import (
     CONSERVATIVE,
     ORDINARY,

@@ -7,9 +7,6 @@ from pydantic.dataclasses import dataclass
 
 from megagnn.overrides import STRICT
 
-CONSERVATIVE_SCHEDULES = ("two-pass", "conservative", "conservative-zb")
-"""Of `parallel.schedule`, those for losses on conservative forces."""
-
 
 @dataclass(frozen=True, config=STRICT)
 class ParallelConfig:
@@ -20,11 +17,9 @@ class ParallelConfig:
     """
     pipeline: PositiveInt = 1
     """Ranks that hold different layers; a step's `optim.accumulate_steps` batches go through them."""
-    schedule: Literal[
-        "auto", "gpipe", "1f1b", "interleaved", "zb-h1", "two-pass", "conservative", "conservative-zb"
-    ] = "auto"
-    """In which order pipeline ranks do what (docs/pipeline.md); the last three are for conservative forces.
-    `auto` is `conservative` for these, and else `1f1b`."""
+    schedule: str = "auto"
+    """In which order pipeline ranks do what: a name of docs/pipeline.md, for the model's kind of forces.
+    `auto` is `conservative` for conservative forces, and else `1f1b`."""
     stage_costs: Literal["modelled", "measured"] = "modelled"
     """Layers are cut into stages of even cost: multiply-adds counted, or times on the first step's batch."""
     stages: tuple[PositiveInt, ...] | None = None

@@ -3,7 +3,7 @@
 [Note: executor] What interprets a schedule must honour this; `validate` proves schedules under these rules.
 
 1. Rank r runs `schedule.rows[r]` in order. Action (stage, kind, micro-batch) acts on the layers of that
-   stage, of which a rank has several under interleaving; `program.lower` puts its receives before and its
+   stage, of which a rank has several under interleaving; `lower` puts its receives before and its
    sends after it.
 2. A receive blocks. A send is started and never waited for by what follows; its buffer lives until the
    message has left. `validate` also says which schedules hold when sends block (docs/pipeline.md).
@@ -160,3 +160,54 @@ def sends(action: Action, num_stages: int) -> list[Message]:
     if not step or not 0 <= target < num_stages:
         return []
     return [Message(kind, action.micro_batch, action.stage, target)]
+
+
+class Receive(NamedTuple):
+    """Wait for a message from another rank."""
+
+    message: Message
+    step: int
+
+
+class Run(NamedTuple):
+    """Run an action."""
+
+    action: Action
+    step: int
+
+
+class Send(NamedTuple):
+    """Start to send a message to another rank."""
+
+    message: Message
+    step: int
+
+
+Op = Receive | Run | Send
+Program = list[list[Op]]
+Channel = tuple[int, int, str]
+
+
+def lower(schedule: Schedule) -> Program:
+    """Ops of each rank: before an action the receive of what it needs, after it the send of what it made.
+
+    `step` is the action's place in the rank's row. Messages between stages of one rank are left out.
+    """
+    program: Program = []
+    for rank, row in enumerate(schedule.rows):
+        ops: list[Op] = []
+        for step, action in enumerate(row):
+            for message in receives(action, schedule.num_stages):
+                if schedule.placement[message.source] != rank:
+                    ops.append(Receive(message, step))
+            ops.append(Run(action, step))
+            for message in sends(action, schedule.num_stages):
+                if schedule.placement[message.target] != rank:
+                    ops.append(Send(message, step))
+        program.append(ops)
+    return program
+
+
+def channel(message: Message, schedule: Schedule) -> Channel:
+    """(source rank, target rank, kind): messages of one channel keep their order."""
+    return schedule.placement[message.source], schedule.placement[message.target], message.kind

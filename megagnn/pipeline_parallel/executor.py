@@ -16,8 +16,18 @@ from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Channels, Expected, Incoming, Sent
 from megagnn.parallel.world import gather_along
-from megagnn.pipeline_parallel.actions import Action, Message, Schedule, receives, sends
-from megagnn.pipeline_parallel.program import Op, Receive, Run, Send, lower
+from megagnn.pipeline_parallel.actions import (
+    Action,
+    Message,
+    Op,
+    Receive,
+    Run,
+    Schedule,
+    Send,
+    lower,
+    receives,
+    sends,
+)
 from megagnn.pipeline_parallel.simulate import Event
 
 KINDS = ("f", "b", "F", "B")

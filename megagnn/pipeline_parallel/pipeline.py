@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -22,37 +21,26 @@ from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
-from megagnn.pipeline_parallel.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import Batch, ModelWork, Sharding
 from megagnn.pipeline_parallel.record import Record, record
-from megagnn.pipeline_parallel.schedules import ScheduleName, make_schedule
+from megagnn.pipeline_parallel.registry import find
+from megagnn.pipeline_parallel.schedules.conservative import two_pass
 from megagnn.pipeline_parallel.stage import Stage, check_owners, layer_costs, part_of, stages_of
 from megagnn.pipeline_parallel.validate import validate
 
 WINDOW = 4  # batches for each stage that are predicted together: at most a fifth of the time is idle
-CONSERVATIVE: dict[str, Callable[[int, int], Schedule]] = {
-    "two-pass": two_pass,
-    "conservative": conservative,
-    "conservative-zb": lambda p, m: conservative(p, m, split=True),
-}
 
 
 def schedule_for(name: str, forces: str, num_ranks: int, num_micro_batches: int) -> Schedule:
     """The schedule of this name for a model, proved.
 
     Raises:
-        ValueError: a schedule of the other kind of step, or sizes that it does not take.
+        ValueError: no such schedule, one of the other kind of step, or sizes that it does not take.
     """
-    if (name in CONSERVATIVE) != (forces == "conservative"):
-        others = CONSERVATIVE if forces == "conservative" else get_args(ScheduleName)
-        raise ValueError(
-            f"parallel.schedule = '{name}' is not for model.forces = '{forces}'; use {', '.join(others)}"
-        )
-    if name in CONSERVATIVE:
-        schedule = CONSERVATIVE[name](num_ranks, num_micro_batches)
-    else:
-        schedule = make_schedule(name, num_ranks, num_micro_batches)  # type: ignore[arg-type]
+    entry = find(name, forces)
+    entry.check(num_ranks, num_micro_batches)
+    schedule = entry.build(num_ranks, num_micro_batches)
     validate(schedule)
     return schedule
 

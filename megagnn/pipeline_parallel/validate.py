@@ -1,4 +1,4 @@
-"""Proof of a schedule without processes: complete, ordered, free of deadlock, within memory.
+"""Proof of a schedule without processes: complete, ordered, free of deadlock, within memory; and its grid.
 
 How a program's sends and receives meet (`Semantics`):
 
@@ -13,11 +13,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from megagnn.pipeline_parallel.actions import Action, Kind, Message, Schedule, needs
-from megagnn.pipeline_parallel.grid import by_step, to_text
-from megagnn.pipeline_parallel.program import Channel, Program, Receive, Run, Send, channel, lower
-from megagnn.pipeline_parallel.simulate import kept
+from megagnn.pipeline_parallel.actions import (
+    KINDS,
+    Action,
+    Channel,
+    Kind,
+    Message,
+    Program,
+    Receive,
+    Run,
+    Schedule,
+    Send,
+    channel,
+    lower,
+    needs,
+)
+from megagnn.pipeline_parallel.simulate import Costs, kept, simulate
 
+IDLE = "."
+Cells = list[list[Action | None]]
 Semantics = Literal["buffered", "batched", "rendezvous"]
 
 
@@ -45,7 +59,7 @@ def validate(
         schedule: to be proved.
         semantics: how sends and receives meet.
         memory: most activations that a rank may keep, see `simulate.kept`.
-        program: the messages to prove, by default those of `program.lower`.
+        program: the messages to prove, by default those of `actions.lower`.
 
     Raises:
         ScheduleError: the first broken rule, one of placement, once, missing, order, message, channel,
@@ -206,3 +220,50 @@ def find_deadlock(
         circle[rank] = (rank, stuck.step, f"{verb} {stuck.message}")
         rank = peer(stuck)
     return list(circle.values())[list(circle).index(rank) :] if rank >= 0 else []
+
+
+def aligned(schedule: Schedule) -> Cells:
+    """Steps x ranks, every action one step long and as early as its dependencies allow.
+
+    Where the ranks wait for ever, what can run comes first and the rest follows in the order of the rows.
+    """
+    found = simulate(schedule, Costs(dict.fromkeys(KINDS, 1)))
+    cells: Cells = [[None] * schedule.num_ranks for _ in range(int(found.makespan))]
+    done = [0] * schedule.num_ranks
+    for event in found.events:
+        cells[int(event.start)][event.rank] = event.action
+        done[event.rank] += 1
+    left = [row[count:] for row, count in zip(schedule.rows, done, strict=True)]
+    for step in range(max(map(len, left))):
+        cells.append([row[step] if step < len(row) else None for row in left])
+    return cells
+
+
+def by_step(schedule: Schedule) -> Cells:
+    """Steps x ranks, the n-th actions of all ranks in line n."""
+    longest = max(map(len, schedule.rows))
+    return [[row[step] if step < len(row) else None for row in schedule.rows] for step in range(longest)]
+
+
+def to_text(
+    schedule: Schedule, cells: Cells | None = None, mark: int | None = None, around: int | None = None
+) -> str:
+    """The grid, one line a step and one column a rank; idle is a dot.
+
+    cells: `aligned` (the default) or `by_step`. mark: line to mark with `>`. around: shows only so many
+    lines on either side of it.
+    """
+    cells = aligned(schedule) if cells is None else cells
+    texts = [[IDLE if action is None else str(action) for action in line] for line in cells]
+    width = max(4, *(len(text) for line in texts for text in line)) if texts else 4
+    placement = " ".join(map(str, schedule.placement))
+    lines = [
+        f"schedule {schedule.name}: {schedule.num_ranks} ranks, {schedule.num_micro_batches} micro-batches, "
+        f"stages on ranks {placement}",
+        "  step  " + "  ".join(f"{rank:>{width}}" for rank in range(schedule.num_ranks)),
+    ]
+    for step, line in enumerate(texts):
+        if mark is None or around is None or abs(step - mark) <= around:
+            sign = ">" if step == mark else " "
+            lines.append(f"{sign} {step:>4}  " + "  ".join(f"{text:>{width}}" for text in line))
+    return "\n".join(lines) + "\n"

@@ -11,11 +11,20 @@ from torch import Tensor
 
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Expected, Incoming
-from megagnn.pipeline_parallel.actions import KINDS, Action, Message, Schedule, needs
-from megagnn.pipeline_parallel.conservative import conservative, two_pass
+from megagnn.pipeline_parallel.actions import (
+    KINDS,
+    Action,
+    Message,
+    Receive,
+    Run,
+    Schedule,
+    Send,
+    lower,
+    needs,
+)
 from megagnn.pipeline_parallel.executor import Executor, proofs
-from megagnn.pipeline_parallel.program import Receive, Run, Send, lower
-from megagnn.pipeline_parallel.schedules import gpipe, interleaved, one_f_one_b, zb_h1
+from megagnn.pipeline_parallel.schedules.conservative import conservative, two_pass
+from megagnn.pipeline_parallel.schedules.ordinary import gpipe, interleaved, one_f_one_b, zb_h1
 from tests.distributed.spawn import spawn
 
 SIZES = (3, 0, 5, 2, 1, 4, 0, 2)

@@ -196,9 +196,9 @@ def test_initial_weights_are_those_of_the_whole() -> None:
 
 def test_refusals() -> None:
     config = CONFIGURATIONS["stress"].model_config("fused", "none")
-    with pytest.raises(ValueError, match=r"'1f1b' is not for model.forces = 'conservative'; use two-pass"):
+    with pytest.raises(ValueError, match=r"'1f1b' is not for .* = 'conservative'; use one of two-pass"):
         schedule_for("1f1b", "conservative", 2, 4)
-    with pytest.raises(ValueError, match=r"'two-pass' is not for model.forces = 'direct'; use gpipe, 1f1b"):
+    with pytest.raises(ValueError, match=r"'two-pass' is not for .* = 'direct'; use one of gpipe, 1f1b"):
         schedule_for("two-pass", "direct", 2, 4)
     one = ParallelContext()
     with pytest.raises(ValueError, match="two-pass is for 2 pipeline ranks, but there are 1"):

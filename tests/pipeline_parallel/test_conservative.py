@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from megagnn.pipeline_parallel.conservative import conservative, open_graphs, two_pass
+from megagnn.pipeline_parallel.schedules.conservative import conservative, open_graphs, two_pass
 from megagnn.pipeline_parallel.simulate import (
     CONSERVATIVE,
     CREATE_GRAPH,

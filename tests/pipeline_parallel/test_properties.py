@@ -7,11 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagnn.pipeline_parallel.actions import Action, Schedule, needs
-from megagnn.pipeline_parallel.conservative import conservative
-from megagnn.pipeline_parallel.grid import from_text, to_text
+from megagnn.pipeline_parallel.schedules.conservative import conservative
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, Costs, kept, simulate
-from megagnn.pipeline_parallel.validate import ScheduleError, validate
-from tests.pipeline_parallel.schedules import random_costs, schedules
+from megagnn.pipeline_parallel.validate import ScheduleError, to_text, validate
+from tests.pipeline_parallel.schedules import from_text, random_costs, schedules
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -10,8 +10,8 @@ import pytest
 
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel import record as module
-from megagnn.pipeline_parallel.conservative import conservative
 from megagnn.pipeline_parallel.record import plan, record
+from megagnn.pipeline_parallel.schedules.conservative import conservative
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, Costs, Event, simulate
 from tests.distributed.parity import batch_of
 

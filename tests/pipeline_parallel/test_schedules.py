@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from megagnn.pipeline_parallel.actions import Action, Schedule
-from megagnn.pipeline_parallel.conservative import conservative, two_pass
-from megagnn.pipeline_parallel.grid import by_step, from_text, to_text
-from megagnn.pipeline_parallel.program import Receive, Send, lower
-from megagnn.pipeline_parallel.schedules import gpipe, interleaved, make_schedule, one_f_one_b, zb_h1
+from megagnn.pipeline_parallel.actions import Action, Receive, Schedule, Send, lower
+from megagnn.pipeline_parallel.registry import registered
+from megagnn.pipeline_parallel.schedules.conservative import conservative, two_pass
+from megagnn.pipeline_parallel.schedules.ordinary import gpipe, interleaved, one_f_one_b, zb_h1
 from megagnn.pipeline_parallel.simulate import ORDINARY, Costs, peaks, simulate
-from megagnn.pipeline_parallel.validate import holds, validate
-from tests.pipeline_parallel.schedules import MAKERS
+from megagnn.pipeline_parallel.validate import by_step, holds, to_text, validate
+from tests.pipeline_parallel.schedules import from_text, make
 
 SIZES = [(1, 1), (1, 5), (2, 1), (2, 2), (3, 7), (4, 4), (4, 8), (8, 8), (8, 20)]
 
@@ -31,10 +30,10 @@ def test_rows_at_small_sizes() -> None:
 @pytest.mark.parametrize(("p", "m"), SIZES)
 def test_bubble_of_flushed_schedules(p: int, m: int) -> None:
     """(p-1)/(m+p-1), whatever forward and backward cost."""
-    for make in (gpipe, one_f_one_b):
+    for build in (gpipe, one_f_one_b):
         for backward in (1, 2, 3.5):
             costs = Costs({**ORDINARY, "B": backward})
-            assert simulate(make(p, m), costs).bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
+            assert simulate(build(p, m), costs).bubble == pytest.approx((p - 1) / (m + p - 1), abs=1e-12)
 
 
 @pytest.mark.parametrize(("p", "rounds", "chunks"), [(1, 3, 2), (2, 1, 2), (2, 4, 3), (4, 2, 2), (8, 3, 4)])
@@ -68,9 +67,9 @@ def test_memory_of_interleaving() -> None:
     assert peaks(interleaved(4, 16, 3)) == [15, 13, 11, 9]
 
 
-@pytest.mark.parametrize("name", sorted(MAKERS))
+@pytest.mark.parametrize("name", sorted(registered()))
 def test_grid_and_back(name: str) -> None:
-    schedule = MAKERS[name](3, 7)
+    schedule = make(name, 3, 7)
     for cells in (None, by_step(schedule)):
         assert from_text(to_text(schedule, cells)) == schedule
 
@@ -117,9 +116,9 @@ def test_messages_around_an_action() -> None:
 def test_which_schedules_need_buffers(p: int, m: int) -> None:
     """GPipe runs with sends that block; 1F1B with those posted together; interleaving with neither."""
     assert holds(gpipe(p, m), "rendezvous")
-    for make in (one_f_one_b, zb_h1, two_pass):
-        assert holds(make(p, m), "batched")
-        assert not holds(make(p, m), "rendezvous")
+    for build in (one_f_one_b, zb_h1, two_pass):
+        assert holds(build(p, m), "batched")
+        assert not holds(build(p, m), "rendezvous")
     assert not holds(interleaved(p, 2 * p), "rendezvous")
     assert not holds(conservative(p, m), "rendezvous")
 
@@ -142,11 +141,5 @@ def test_actions_print_and_parse() -> None:
 def test_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1 of its micro-batches, got 0"):
         one_f_one_b(2, 0)
-    with pytest.raises(ValueError, match="in rounds of 4 ranks, got 6; use 8"):
+    with pytest.raises(ValueError, match=r"over 4 pipeline ranks does not take 6 micro-batches .*; use 8"):
         interleaved(4, 6)
-    with pytest.raises(ValueError, match="no schedule is called 'dualpipe'; there are gpipe"):
-        make_schedule("dualpipe", 2, 2)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="gpipe has one stage a rank, got 2 chunks; use interleaved"):
-        make_schedule("gpipe", 2, 2, 2)
-    assert make_schedule("interleaved", 2, 4, 3) == interleaved(2, 4, 3)
-    assert make_schedule("zb-h1", 2, 4) == zb_h1(2, 4)

@@ -1,16 +1,70 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from megagnn.data.micro_batches import hill
-from megagnn.pipeline_parallel.schedules import one_f_one_b
+from megagnn.data.sampler import Batch, BudgetSampler
+from megagnn.pipeline_parallel.schedules.ordinary import one_f_one_b
 from megagnn.pipeline_parallel.simulate import Costs, simulate
-from megagnn.pipeline_parallel.split import balanced_micro_batches, micro_batch_sizes, split_layers
+from megagnn.pipeline_parallel.split import split_layers
+
+
+def balanced_micro_batches(
+    num_atoms: NDArray[np.int64],
+    num_edges: NDArray[np.int64],
+    num_micro_batches: int,
+    *,
+    max_atoms: int | None = None,
+    max_edges: int | None = None,
+) -> list[Batch]:
+    """One step's structures in micro-batches of even cost (edges + atoms), each within a budget.
+
+    By the data sampler, the costliest structure first to the cheapest micro-batch, in the order of
+    `data.micro_batches.hill`.
+
+    Args:
+        num_atoms, num_edges: (S,) of the step's structures.
+        num_micro_batches: m; some are empty where there are fewer structures.
+        max_atoms, max_edges: budget of a micro-batch, or None.
+
+    Returns:
+        (m,) index arrays into the structures.
+
+    Raises:
+        ValueError: no micro-batches, or structures that do not fit in the budget.
+    """
+    sampler = BudgetSampler(
+        num_atoms,
+        num_edges,
+        max_atoms=int(num_atoms.sum()) if max_atoms is None else max_atoms,
+        max_edges=int(num_edges.sum()) if max_edges is None else max_edges,
+        per_step=num_micro_batches,
+        shuffle=False,
+    )
+    batches = sampler.batches(0)
+    if len(batches) > num_micro_batches:
+        raise ValueError(
+            f"{num_atoms.sum()} atoms and {num_edges.sum()} edges do not fit in {num_micro_batches} "
+            f"micro-batches of {sampler.max_atoms} atoms and {sampler.max_edges} edges; use "
+            f"{len(batches)}, or a larger budget"
+        )
+    return batches or [np.zeros(0, dtype=np.int64)] * num_micro_batches
+
+
+def micro_batch_sizes(
+    batches: Sequence[Batch], num_atoms: NDArray[np.int64], num_edges: NDArray[np.int64]
+) -> list[float]:
+    """(m,) cost of each micro-batch over their mean, for `simulate.Costs`."""
+    cost = np.array([(num_atoms[batch] + num_edges[batch]).sum() for batch in batches], dtype=np.float64)
+    mean = cost.mean()
+    return [float(size / mean) if mean else 1.0 for size in cost]
 
 
 def brute_force(costs: list[int], num_stages: int) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from megagnn.pipeline_parallel.actions import Action
-from megagnn.pipeline_parallel.conservative import conservative
-from megagnn.pipeline_parallel.schedules import one_f_one_b
+from megagnn.pipeline_parallel.schedules.conservative import conservative
+from megagnn.pipeline_parallel.schedules.ordinary import one_f_one_b
 from megagnn.pipeline_parallel.simulate import Event, simulate
 from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline, timeline_figure
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from megagnn.pipeline_parallel.actions import Action, Schedule
-from megagnn.pipeline_parallel.conservative import conservative
-from megagnn.pipeline_parallel.program import Receive, Send, lower
-from megagnn.pipeline_parallel.schedules import gpipe, interleaved, one_f_one_b, zb_h1
+from megagnn.pipeline_parallel.actions import Action, Receive, Schedule, Send, lower
+from megagnn.pipeline_parallel.registry import registered
+from megagnn.pipeline_parallel.schedules.conservative import conservative
+from megagnn.pipeline_parallel.schedules.ordinary import gpipe, interleaved, one_f_one_b, zb_h1
 from megagnn.pipeline_parallel.validate import ScheduleError, validate
-from tests.pipeline_parallel.schedules import MAKERS
+from tests.pipeline_parallel.schedules import make
 
 
 def with_row(schedule: Schedule, rank: int, text: str) -> Schedule:
@@ -31,9 +31,9 @@ def broken(schedule: Schedule, **options: object) -> ScheduleError:
     return caught.value
 
 
-@pytest.mark.parametrize("name", sorted(MAKERS))
+@pytest.mark.parametrize("name", sorted(registered()))
 def test_good_schedules_pass(name: str) -> None:
-    validate(MAKERS[name](4, 9))
+    validate(make(name, 4, 9))
 
 
 def test_backward_before_forward() -> None:

@@ -10,9 +10,9 @@ Bubble share of p ranks and m micro-batches of equal cost (tests hold the simula
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
+from megagnn.pipeline_parallel.registry import find, register
 
 Rows = list[list[Action]]
 
@@ -29,10 +29,11 @@ def check_sizes(num_ranks: int, num_micro_batches: int, chunks: int = 1) -> None
 
 
 def as_schedule(name: str, rows: Rows, num_micro_batches: int, placement: Sequence[int]) -> Schedule:
-    """Freeze rows."""
+    """The schedule of these rows, one a rank."""
     return Schedule(name, tuple(placement), num_micro_batches, tuple(map(tuple, rows)))
 
 
+@register("gpipe")
 def gpipe(num_ranks: int, num_micro_batches: int) -> Schedule:
     """All forwards, then all backwards, last micro-batch first; keeps every micro-batch."""
     check_sizes(num_ranks, num_micro_batches)
@@ -57,6 +58,7 @@ def alternate(
     return row
 
 
+@register("1f1b")
 def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
     """One forward, one backward (PipeDream-flush); rank r keeps at most p-r micro-batches."""
     check_sizes(num_ranks, num_micro_batches)
@@ -64,6 +66,12 @@ def one_f_one_b(num_ranks: int, num_micro_batches: int) -> Schedule:
     return as_schedule("1f1b", rows, num_micro_batches, range(num_ranks))
 
 
+def whole_rounds(num_ranks: int, num_micro_batches: int) -> int:
+    """The next multiple of the ranks."""
+    return num_micro_batches + -num_micro_batches % num_ranks
+
+
+@register("interleaved", stages_per_rank=2, fewest=whole_rounds)
 def interleaved(num_ranks: int, num_micro_batches: int, chunks: int = 2) -> Schedule:
     """1F1B with `chunks` stages a rank, stage k on rank k mod p (Megatron-LM).
 
@@ -74,12 +82,7 @@ def interleaved(num_ranks: int, num_micro_batches: int, chunks: int = 2) -> Sche
         ValueError: micro-batches that are no multiple of the ranks.
     """
     check_sizes(num_ranks, num_micro_batches, chunks)
-    if num_micro_batches % num_ranks:
-        more = num_micro_batches + -num_micro_batches % num_ranks
-        raise ValueError(
-            f"interleaved 1F1B takes micro-batches in rounds of {num_ranks} ranks, got {num_micro_batches}; "
-            f"use {more}, or 1f1b"
-        )
+    find("interleaved").check(num_ranks, num_micro_batches)
     order = [
         (chunk, start + i)
         for start in range(0, num_micro_batches, num_ranks)
@@ -102,6 +105,7 @@ def interleaved(num_ranks: int, num_micro_batches: int, chunks: int = 2) -> Sche
     )
 
 
+@register("zb-h1")
 def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
     """Zero-bubble H1: 1F1B whose backward is split, weight parts r micro-batches late on rank r.
 
@@ -121,24 +125,3 @@ def zb_h1(num_ranks: int, num_micro_batches: int) -> Schedule:
         row += [Action(rank, "W", i) for i in range(weights, num_micro_batches)]
         rows.append(row)
     return as_schedule("zb-h1", rows, num_micro_batches, range(num_ranks))
-
-
-ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zb-h1"]
-
-
-def make_schedule(
-    name: ScheduleName, num_ranks: int, num_micro_batches: int, chunks: int | None = None
-) -> Schedule:
-    """A schedule of an ordinary step by its name.
-
-    Raises:
-        ValueError: an unknown name, or chunks for a schedule that has none.
-    """
-    plain = {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h1": zb_h1}
-    if name == "interleaved":
-        return interleaved(num_ranks, num_micro_batches, 2 if chunks is None else chunks)
-    if name not in plain:
-        raise ValueError(f"no schedule is called {name!r}; there are {', '.join([*plain, 'interleaved'])}")
-    if chunks not in (None, 1):
-        raise ValueError(f"{name} has one stage a rank, got {chunks} chunks; use interleaved")
-    return plain[name](num_ranks, num_micro_batches)

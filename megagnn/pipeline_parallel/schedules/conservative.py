@@ -28,13 +28,15 @@ from typing import NamedTuple
 
 from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
 from megagnn.pipeline_parallel.list_schedule import Job, Limits, ListScheduler, Priority
-from megagnn.pipeline_parallel.schedules import alternate, as_schedule, check_sizes
+from megagnn.pipeline_parallel.registry import register
+from megagnn.pipeline_parallel.schedules.ordinary import alternate, as_schedule, check_sizes
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, Costs, peaks, simulate
 
 WHOLE: tuple[Kind, ...] = ("f", "b", "R", "F", "B")
 SPLIT: tuple[Kind, ...] = ("f", "b", "R", "F", "I", "W")
 
 
+@register("two-pass", conservative=True)
 def two_pass(num_ranks: int, num_micro_batches: int) -> Schedule:
     """The baseline: 1F1B of f and b over all micro-batches, then 1F1B of F and B."""
     check_sizes(num_ranks, num_micro_batches)
@@ -56,6 +58,7 @@ class Rule(NamedTuple):
     open: int
 
 
+@register("conservative", conservative=True)
 def conservative(
     num_ranks: int,
     num_micro_batches: int,
@@ -102,6 +105,12 @@ def conservative(
         rows = ListScheduler(job, costs, rule.priority, limits).run()
         found.append(Schedule(name, job.placement, num_micro_batches, rows))
     return min(found, key=lambda s: (simulate(s, costs).makespan, open_graphs(s), max(peaks(s))))
+
+
+@register("conservative-zb", conservative=True)
+def conservative_zb(num_ranks: int, num_micro_batches: int) -> Schedule:
+    """`conservative` with B split."""
+    return conservative(num_ranks, num_micro_batches, split=True)
 
 
 def open_graphs(schedule: Schedule) -> int:
