@@ -146,7 +146,7 @@ def per_volume(cell_B33: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Within the context no parameter wants a gradient, so that nothing is kept for one."""
+    """Within the context no parameter requires grad, so that nothing is kept for one."""
     wanting = [p for p in module.parameters() if p.requires_grad]
     for p in wanting:
         p.requires_grad_(False)

@@ -41,9 +41,9 @@ class Precision:
     """
 
     parameters: torch.dtype = torch.float32
-    """Of weights and activations."""
+    """Type of weights and activations."""
     geometry: torch.dtype = torch.float32
-    """Of positions and all that is made of them without weights: float32 or float64."""
+    """Type of positions and all that is computed from them without weights: float32 or float64."""
 
     def __post_init__(self) -> None:
         for name, known in (("parameters", PARAMETER_TYPES), ("geometry", GEOMETRY_TYPES)):
@@ -63,7 +63,7 @@ class Precision:
 
     @property
     def edge(self) -> torch.dtype:
-        """Of the arithmetic of the fused edge operation: float64 beside float64 parameters, else float32."""
+        """Type of the arithmetic of the fused edge operation: float64 beside float64 parameters, else float32."""
         return self.sums
 
     @property
@@ -73,16 +73,16 @@ class Precision:
 
     @property
     def gradients(self) -> torch.dtype:
-        """Of gradients as they are added up, and of Adam's moments."""
+        """Type of gradients as they are added up, and of Adam's moments."""
         return self.sums
 
     @property
     def master(self) -> torch.dtype | None:
-        """Of the weights that steps add up in, where it is not that of the parameters."""
+        """Type of the weights that steps add up in, where it is not that of the parameters."""
         return self.sums if self.sums != self.parameters else None
 
     def bytes_per_parameter(self, zero_stage: int, dp_size: int) -> float:
-        """Of weight, gradient, two moments and master weight on each of `dp_size` ranks; see the class.
+        """Bytes of weight, gradient, two moments and master weight on each of `dp_size` ranks; see the class.
 
         A moving average of the weights (`optim.ema_decay`) takes another `gradients.itemsize` in every stage,
         and what one layer gathers in stage 3 comes on top. Raises ValueError for a stage but 0 to 3.

@@ -53,7 +53,7 @@ class Executor:
     """See the module.
 
     A message is expected one receive ahead of its turn, so that it travels while the rank works. The buffer
-    of a send is let go when a later message from its target proves that it has arrived: which one does is
+    of a send is freed when a later message from its target proves that it has arrived: which one does is
     known from the programs of both. What nothing proves lives to the end of the batch.
 
     Raises:

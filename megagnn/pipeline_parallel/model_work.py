@@ -24,7 +24,7 @@ Batch = dict[str, Tensor]
 
 
 class Kept(NamedTuple):
-    """Of a forward, for its backward."""
+    """What a forward keeps for its backward."""
 
     inputs: list[Tensor]
     """Leaves: the fields of the state that came, none at the first stage."""
@@ -35,7 +35,7 @@ class Kept(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Between I and W."""
+    """What a backward to the inputs (I) keeps for that to the weights (W)."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -43,7 +43,7 @@ class Split(NamedTuple):
 
 
 class Sharding(NamedTuple):
-    """What an optimizer that lets parameters go (ZeRO stage 3) wants of split backwards."""
+    """What an optimizer that frees parameters (ZeRO stage 3) needs of split backwards."""
 
     inputs_only: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around I: gradients of no parameter are complete after it."""

@@ -49,7 +49,7 @@ class StagedPotential(Potential):
     """A part of a potential, which predicts together with the other parts: all ranks along pp must call it.
 
     `create_graph` is not offered: a graph cannot cross stages. `predictions` takes `window` batches at a time
-    through the stages, which are so all busy but for the beginning and the end of a window.
+    through the stages, which are so all busy except at the beginning and the end of a window.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ class Stage(NamedTuple):
 
     layers: range
     num_layers: int
-    """Of the whole model."""
+    """Layers of the whole model."""
 
     @property
     def is_first(self) -> bool:

@@ -59,7 +59,7 @@ class EGNNConfig(ModelConfig):
     edge_operation: Literal["fused", "unfused"] = "fused"
     """Edges in blocks that stay in the cache, or every intermediate as a tensor (the reference)."""
     edge_memory: Literal["save", "recompute"] = "save"
-    """Fused: keep two numbers per edge and channel for the backward, or make the blocks again."""
+    """Fused: keep two numbers per edge and channel for the backward, or recompute the blocks."""
     edge_block: PositiveInt | None = None
     """Edges of a block; what fits the cache if not given."""
 

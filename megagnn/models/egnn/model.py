@@ -70,7 +70,7 @@ class EGNN(Model):
 
     @staticmethod
     def work(config: EGNNConfig, layer: int) -> Work:
-        """Of a layer, the products of phi_e, phi_x and phi_h; of the head, its two."""
+        """Multiply-adds of phi_e, phi_x and phi_h in a layer, or of the head's two products."""
         w = Widths.of(config)
         if layer == config.num_layers:
             return Work(0, w.F * (w.F + 1))

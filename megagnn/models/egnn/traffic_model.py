@@ -8,12 +8,12 @@ rank's rows under `edge`, E edges, widths F (node), H (hidden of phi_e), M (mess
     atoms, forward    u P N (F + D + F) + 2u P N                gather h; scatter D and F; sum of squares
     atoms, backward   the same, and 2u 3P N for the coordinates that the layer moved
     channel, forward  u P E M      with phi_x also  u P E K + 2u P E
-    channel, backward the same, and u P E (M + K) where the products are made again
+    channel, backward the same, and u P E (M + K) where the products are recomputed
     edge, forward     P (N-n) H/t + u P N H + u P n M + u W     with phi_x also  3 (t-1) P n
-    edge, backward    P (N-n) M/t + u P n H + u P N H + 2 u W   and P (N-n) H/t + u P N H made again
+    edge, backward    P (N-n) M/t + u P n H + u P N H + 2 u W   and P (N-n) H/t + u P N H recomputed
 
 W are the weights of the edge products, M H + K M + H R and biases. A layer that is run again sends its
-forward once more, but for the last scatter of F; together with `recompute` blocks only its atoms' part.
+forward once more, except the last scatter of F; together with `recompute` blocks only its atoms' part.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Setting:
 
 
 def edge_elements(plan: Plan, s: Setting, w: Widths, vector: bool) -> Pass:
-    """Of a layer's edge operation."""
+    """Elements that a layer's edge operation sends."""
     u, t, P, N, n, E = s.u, s.ranks, s.planes, s.num_atoms, s.own_atoms, s.num_edges
     K = w.K if vector else 0
     if plan == "channel":
@@ -115,7 +115,7 @@ def edge_elements(plan: Plan, s: Setting, w: Widths, vector: bool) -> Pass:
 
 
 def atom_elements(s: Setting, w: Widths, first: bool = False) -> Pass:
-    """Of a layer's atoms; `first`: no gradient reaches the features before the layer."""
+    """Elements that the products of a layer's atoms send; `first`: no gradient reaches the features before the layer."""
     u, P, N = s.u, s.planes, s.num_atoms
     norm, entry = 2 * u * P * N if w.normed else Fraction(0), u * P * N * w.F
     forward = norm + entry + u * P * N * (w.D + w.F)
@@ -126,7 +126,7 @@ def atom_elements(s: Setting, w: Widths, first: bool = False) -> Pass:
 
 
 def head_elements(s: Setting, w: Widths) -> Pass:
-    """Of the energy head."""
+    """Elements that the energy head sends."""
     u, P, N = s.u, s.planes, s.num_atoms
     norm = 2 * u * P * N if w.normed else Fraction(0)
     return Pass(norm + u * P * N * w.F + 2 * u * P * N, norm + u * P * N * w.F)
@@ -140,9 +140,9 @@ def has_vector(config: EGNNConfig, layer: int) -> bool:
 
 
 def pass_elements(config: EGNNConfig, plan: Plan, s: Setting, positions: int = 0) -> Pass:
-    """Of the whole model, once forward and once backward.
+    """Elements that the whole model sends, once forward and once backward.
 
-    positions: elements of positions, and of cells under stress, that want a gradient: 3N (+ 9B), or 0.
+    positions: elements of positions, and of cells under stress, that require grad: 3N (+ 9B), or 0.
     """
     w, moved = Widths.of(config), 2 * s.u * s.planes * 3 * s.num_atoms
     forward = backward = Fraction(0)

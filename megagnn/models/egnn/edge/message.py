@@ -4,7 +4,7 @@
     w_e = w4 . act(W3 m_e + b3) + b4      vec_i = sum_e f_e w_e t(d_e) r_e
 
 for edges e from j to i, sorted by i; with `bounded`, tanh(w_e) in place of w_e. Blocks of edges go through
-the stages one after another and stay in the cache; the backward makes them again (`memory = "recompute"`) or
+the stages one after another and stay in the cache; the backward recomputes them (`memory = "recompute"`) or
 reads c = W2 act(a) and g = W3 m kept by the forward (`"save"`). The derivation is in docs/kernels.md.
 Runners of megagnn/tensor_parallel divide it over ranks.
 """

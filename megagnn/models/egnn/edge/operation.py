@@ -29,7 +29,7 @@ class EdgePartition:
     """The edges that this rank works on, and how the operation is divided."""
 
     graph: EdgeGraph
-    """Of this rank's edges; its destinations are this rank's rows."""
+    """Graph of this rank's edges; its destinations are this rank's rows."""
     rows: Rows
     """Rows of every rank: under `channel`, and on one rank, all rows are everyone's."""
     edges: slice

@@ -229,7 +229,7 @@ class BlockStages:
         return self._scratch(block, "g")
 
     def back_product(self, block: StageBlock, name: str, y_bar: Tensor, x: Tensor) -> None:
-        """Of y = x W^T, W w2 or w3: x_bar for the next stage, and W_bar; y_bar has all channels of y."""
+        """Gradients of y = x W^T, W being w2 or w3: x_bar for the next stage, and W_bar; y_bar has all channels."""
         w, x_bar = (self.w2_MH, "z_bar") if name == "w2" else (self.w3_KM, "m_bar")
         if (w_bar := self._results.get(name + "_bar")) is not None:
             w_bar.addmm_(y_bar.t(), x)
@@ -295,7 +295,7 @@ def forward_block(stages: BlockStages, block: StageBlock, links: Links) -> Steps
 
 
 def backward_block(stages: BlockStages, block: StageBlock, links: Links, first: bool) -> Steps:
-    """The backward of one block. Kept pre-activations are read, others made again."""
+    """The backward of one block. Kept pre-activations are read, others recomputed."""
     saved = stages.save
     z = stages.before(block, backward=True)
     c = stages.buffer(block, "c")
