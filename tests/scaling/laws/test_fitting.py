@@ -3,9 +3,9 @@ import math
 import numpy as np
 import pytest
 
-from megagnn.scaling.laws.fitting import compare, fit_law
+from megagnn.scaling.laws.fitting import compare, fit_law, group_variance
 from megagnn.scaling.laws.forms import BROKEN, JOINT, JOINT_POWER, POWER, SATURATING, Law
-from megagnn.scaling.laws.robust import Design, Tie, huber, minimise, objective
+from megagnn.scaling.laws.robust import Design, Tie, _step, huber, minimise, objective
 
 SIZES = np.geomspace(1e4, 1e7, 10)
 LAWS = (POWER, SATURATING, BROKEN, JOINT, JOINT_POWER)
@@ -150,3 +150,71 @@ def test_huber() -> None:
 def test_what_cannot_be_fitted(law: Law, variables: object, losses: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit_law(law, variables, losses)
+
+
+def test_variance_of_runs_in_numbers() -> None:
+    """Points of two runs and of one, three points and one parameter: (2 x 0.2^2 + 0.1^2 + 2 x 0) / 2."""
+    residual = np.array([[[0.1, 0.3], [-0.1, np.nan], [0.4, -0.4]], [[0.0, 0.0], [0.0, np.nan], [0.0, 0.0]]])
+    np.testing.assert_allclose(group_variance(residual, 1.0, 1), [0.045, 1e-12])
+    # beyond the threshold a mean counts less: 2 x 0.1 (0.2 - 0.05) = 0.03 in place of 0.2^2
+    np.testing.assert_allclose(group_variance(residual, 0.1, 1), [(2 * 0.03 + 0.01) / 2, 1e-12])
+
+
+def test_scale_of_residuals_in_numbers() -> None:
+    """The threshold is 1.345 x 1.4826 x the median of the residuals' sizes, the smallest two left out."""
+    sizes = np.array([1e3, 1e4, 1e5, 1e6, 1e7, 1e8])
+    fit = fit_law(POWER, sizes, 3 * sizes**-0.5 * np.exp([0.01, -0.01, -0.01, -0.01, -0.01, 0.01]))
+    # -1/300 is the mean: four residuals of 2/300, two of 4/300
+    assert fit.delta == pytest.approx(1.345 * 1.4826 * 3 / 300, rel=0.01)
+    squares = 2 * (4 / 300) ** 2 + 4 * (2 / 300) ** 2
+    assert fit.spread() == pytest.approx((squares / 4) ** 0.5, rel=1e-3)
+    three = fit_law(POWER, sizes[:3], 3 * sizes[:3] ** -0.5 * np.exp([0.01, -0.02, 0.01]))
+    assert three.spread() == pytest.approx(6e-4**0.5, rel=1e-3), "one spare point"
+
+
+def test_exact_curves_have_the_smallest_scale() -> None:
+    (choice,) = compare((POWER,), SIZES, 3 * SIZES**-0.26)
+    assert choice.bic == pytest.approx(10 * math.log(1e-12) + 3 * math.log(10))
+
+
+def test_a_parameter_at_its_bound_stays() -> None:
+    """Of [[2, 1], [1, 2]] and a pull of (-1, 1): at its lowest value the first stays, the second moves 1/2."""
+    matrix, right = np.array([[[2.0, 1.0], [1.0, 2.0]]] * 3), np.array([[-1.0, 1.0]] * 3)
+    low = np.array([[True, False], [False, False], [False, False]])
+    high = np.array([[False, False], [False, True], [False, False]])
+    step = _step(matrix, right, np.zeros(3), low, high)
+    np.testing.assert_allclose(step, [[0.0, 0.5], [-0.5, 0.0], [-1.0, 1.0]], atol=1e-9)
+
+
+def test_bounds() -> None:
+    bounds = {law.name: [end.tolist() for end in law.bounds()] for law in LAWS}
+    assert bounds == {
+        "power": [[-12, -4], [12, 4]],
+        "saturating power": [[0, -12, 0.02], [2, 12, 4]],
+        "broken power": [[-12, -4, -4, -12], [12, 4, 4, 12]],
+        "joint": [[0, -12, 0.02, -12, 0.02], [2, 12, 4, 12, 4]],
+        "joint without constant": [[-12, 0.02, -12, 0.02], [12, 4, 12, 4]],
+    }
+
+
+@pytest.mark.parametrize("exponent", [0.05, 0.15, 0.3, 0.5, 0.9, 1.5])
+def test_the_best_start_comes_first(exponent: float) -> None:
+    """Curves with an exponent of the grid are found at once."""
+    x = np.log(SIZES)[:, None] - np.log(SIZES).mean()
+    y = np.log(0.4 + 2 * np.exp(-exponent * x[:, 0]))
+    start = SATURATING.starts(x, y, np.ones(10))[0]
+    np.testing.assert_allclose(start, [0.4, np.log(2), exponent], rtol=1e-6)
+
+
+def test_the_best_break_comes_first() -> None:
+    x = np.linspace(-4, 4, 9)[:, None]
+    y = BROKEN.log_loss(np.array([[0.5, 0.2, 0.6, 2.0]]), x)[0]  # a break at the sixth of seven places
+    np.testing.assert_allclose(BROKEN.starts(x, y, np.ones(9))[0], [0.5, 0.2, 0.6, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", [[0, 8, 3], [2, -5, 0.02], [0, -8, 4], [1.5, 10, 0.02], [0, 0, 4]])
+def test_far_starts(start: list[float]) -> None:
+    x = np.linspace(-3.5, 3.5, 10)[:, None]
+    y = np.log(0.3 + np.exp(-0.5 * x))[None]
+    theta, _ = minimise(SATURATING, np.array([start], dtype=float), Design(x, y, 0.05))
+    np.testing.assert_allclose(theta[0], [0.3, 0, 0.5], atol=1e-6)

@@ -96,3 +96,41 @@ def test_frontier_and_means() -> None:
     assert frontier(flops, losses) == [0, 3]
     means = mean_of_seeds([("a",), ("b",), ("a",)], np.array([1.0, 2.0, 4.0]))
     np.testing.assert_allclose(means[0], [2.0, 2.0])
+
+
+def test_exponents_for_compute_as_the_product_of_both() -> None:
+    """Hoffmann et al. 2022, eq. 4: b/(a + b), a/(a + b), a b/(a + b)."""
+    theta = np.array([[0.01, 0.7, 0.4, 1.6, 0.1]])
+    found = {name: float(f(theta)[0]) for name, f in optimal_exponents(JOINT).items()}
+    assert found == pytest.approx({"N_opt": 0.2, "D_opt": 0.8, "L - L_inf": 0.08})
+
+
+def test_groups_are_as_wide_as_from_their_first_run() -> None:
+    n = np.geomspace(1e4, 1e6, 5)
+    (group,) = iso_flops(n, 1e15 * np.array([1.0, 1.1, 1.2, 1.3, 1.4]), np.ones(5))
+    assert len(group.sizes) == 3, "1.3 and 1.4 lie further than 0.2 (in log) from 1"
+    assert iso_flops(np.array([1e4, 1.3e4, 1.5e4]), np.full(3, 1e15), np.ones(3)) == [], "1.5 is as 1.3"
+
+
+def test_where_a_parabola_has_its_minimum() -> None:
+    """Six sizes 0.3 apart (in log), the lowest the second: at 0.25, found from the lowest run alone."""
+    x = 0.3 * np.arange(6)
+    (group,) = iso_flops(np.exp(x), np.full(6, 1e15), np.exp((x - 0.25) ** 2))
+    assert group.optimum == pytest.approx(np.exp(0.25))
+    np.testing.assert_allclose(group.coefficients, [1.0, 1.0, 0.25], atol=1e-9)
+    wide = np.arange(8.0)
+    (hill,) = iso_flops(np.exp(wide), np.full(8, 1e15), np.exp(-((wide - 3.5) ** 2)))
+    assert hill.optimum is None, "a maximum"
+
+
+def test_an_interval_of_level_zero_is_the_median() -> None:
+    x = np.tile(np.arange(8.0), 2)
+    noise = 0.05 * np.random.default_rng(3).normal(size=16)
+    losses = np.exp(0.1 * (x - np.repeat([3.0, 4.0], 8)) ** 2 + noise)
+    groups = iso_flops(np.exp(x), np.repeat([1e14, 1e15], 8), losses)
+    none, most = (iso_flop_law(groups, level, 300, 0) for level in (0.0, 0.9))
+    assert none is not None
+    assert most is not None
+    width = most.exponent.high - most.exponent.low
+    assert none.exponent.high - none.exponent.low < 0.05 * width
+    assert most.exponent.value - most.exponent.low == pytest.approx(width / 2, rel=0.15)
