@@ -146,3 +146,37 @@ def test_refuses(change, message):
     }
     with pytest.raises(ValueError, match=message):
         fit_references(**arguments, num_sources=2)
+
+
+def test_sources_with_little_or_nothing():
+    """One structure of one element fixes it; a source without energies leaves its elements open."""
+    one = fit_references(np.array([1, 1]), np.array([0, 2]), np.array([-4.0]), np.array([0]), 1)
+    assert one.energies[0, 1] == pytest.approx(-2.0)
+    assert one.unspanned[0].shape == (0, 119)
+    numbers, offsets, energies, sources = data()
+    elements = [np.array([1, 6, 8]), np.array([1, 8]), np.array([1, 6, 8])]
+    fit = fit_references(numbers, offsets, energies, sources, 3, elements=elements)
+    assert not fit.energies[1].any()
+    assert np.argwhere(fit.unspanned[1]).tolist() == [[0, 1], [1, 8]]
+
+
+def test_one_structure_of_two_elements_leaves_one_direction():
+    fit = fit_references(*water(-14.2, num_structures=1), 1)
+    (direction,) = fit.unspanned[0]
+    assert direction[[1, 8]] @ [2, 1] == pytest.approx(0, abs=1e-12)
+
+
+def test_sums_over_structures_begin_at_zero():
+    equations = references._Equations(2)
+    equations.add(np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([-3.0, -1.0]))
+    equations.add(np.array([[0.0, 1.0]]), np.array([-2.0]))
+    assert equations.num_rows == 3
+    assert equations.sum_energies == -6.0
+    assert equations.sum_shares.tolist() == [1.5, 1.5]
+
+
+def test_atoms_beyond_the_last_structure_are_refused():
+    numbers, offsets, energies, sources = data()
+    for wrong in (numbers[:-1], np.append(numbers, 1)):
+        with pytest.raises(ValueError, match="offsets are of 60 structures"):
+            fit_references(wrong, offsets, energies, sources, 3)

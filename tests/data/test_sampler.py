@@ -216,3 +216,10 @@ def test_refuses_a_position_beyond_the_epoch():
             sampler.check_position(0, step)
     with pytest.raises(ValueError, match="epochs count from 0"):
         sampler.check_position(-1, 0)
+
+
+@pytest.mark.parametrize(("atoms", "edges"), [(1, 0), (0, 12)])
+def test_a_step_takes_what_fits_and_no_less(atoms, edges):
+    """300 atoms for batches of 100, or 300 x 12 edges for batches of 1200."""
+    (plan,) = ranks(np.full(300, atoms), np.full(300, edges), 1)
+    assert [len(batch) for batch in plan] == [100, 100, 100]

@@ -1,9 +1,20 @@
 """Forces and stress around a model: the seeds of the one backward, strain and volume, in numbers."""
 
+import pytest
 import torch
 
 from megagnn.data import keys
-from megagnn.models.potential import along, apply_strain, derivatives, differentiable, per_volume, seeds
+from megagnn.data.batch import batch_from_atoms
+from megagnn.models.potential import (
+    along,
+    apply_strain,
+    derivatives,
+    differentiable,
+    frozen,
+    per_volume,
+    seeds,
+)
+from tests.models.physics import ethanol, model_config, randomised
 
 POSITIONS = [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]]
 CELLS = [[[2.0, 1.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, -2.0]], [[0.0] * 3] * 3]  # volumes of 8 and of none
@@ -77,3 +88,25 @@ def test_what_wants_gradients() -> None:
     assert [i.shape for i in inputs] == [(3, 3), (2, 3, 3)]
     assert moved[keys.POSITIONS].tolist() == POSITIONS
     assert moved[keys.CELL].requires_grad
+
+
+def test_within_frozen_no_parameter_wants_a_gradient() -> None:
+    """Afterwards those do that did before, and no others; also where something goes wrong."""
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with pytest.raises(KeyError), frozen(model):
+        assert not any(p.requires_grad for p in model.parameters())
+        raise KeyError
+    assert model.weight.requires_grad
+    assert not model.bias.requires_grad
+
+
+@pytest.mark.parametrize("forces", ["direct", "none"])
+def test_without_derivatives_outputs_are_the_models_own(forces: str) -> None:
+    potential = randomised(model_config(forces=forces))
+    batch = batch_from_atoms([ethanol()], 4.0, torch.float64)
+    outputs, own = potential(batch), potential.model(batch)
+    assert outputs.keys() == own.keys()
+    assert (keys.FORCES in outputs) == (forces == "direct")
+    for key, value in own.items():
+        assert torch.equal(outputs[key], value), key

@@ -12,7 +12,15 @@ from torch import nn
 
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.config import OptimConfig
-from megagnn.optim.optimizer import WeightAverage, clipped_step, gradient_norm, make_optimizer
+from megagnn.optim.optimizer import (
+    WeightAverage,
+    clipped_step,
+    gradient_norm,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from megagnn.optim.parts import FROZEN, check_parts
 from megagnn.parallel.context import ParallelContext
 from tests.tolerances import assert_close
 
@@ -195,3 +203,40 @@ def test_without_decay_the_average_is_the_weights() -> None:
         model.weight.add_(1.0)
     average.update()
     assert torch.equal(average.average["weight"], model.weight)
+
+
+def test_groups_in_numbers() -> None:
+    """Rates of parts, of the parametrisation and their product; decay times rate is the part's own."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2, bias=name == "c") for name in "abc"})
+    model["b"].weight.rate = 0.5
+    config = OptimConfig(weight_decay=0.2, rates={"a": 3.0, "b": 4.0}, freeze=("c.weight",))
+    optimizer = torch.optim.AdamW(parameter_groups(model, config))
+    a, b, c = model["a"].weight, model["b"].weight, model["c"]
+    found = [
+        (group["params"], group["weight_decay"], group["rate"], group.get(FROZEN, False))
+        for group in optimizer.param_groups
+    ]
+    assert [entry for entry in found if entry[0]] == [
+        ([b], 0.4, 2.0, False),
+        ([c.weight], 0.2, 0.0, True),
+        ([a], 0.2, 3.0, False),
+        ([c.bias], 0.0, 1.0, False),
+    ]
+    set_learning_rate(optimizer, 0.1)
+    rates = [group["lr"] for group in optimizer.param_groups if group["params"]]
+    assert rates == pytest.approx([0.2, 0.0, 0.3, 0.1])
+
+
+def test_a_model_without_vectors_has_both_usual_groups() -> None:
+    """So that states of all models look alike: matrices, which decay, and vectors."""
+    groups = parameter_groups(nn.Linear(2, 2, bias=False), OptimConfig(weight_decay=0.2))
+    assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(1, 0.2), (0, 0.0)]
+
+
+def test_parts_that_a_model_does_not_have() -> None:
+    names = ["element_embedding.weight", "layers.0.phi_e.weight", "layers.1.phi_e.weight", "energy_head.bias"]
+    parts = "the parts are element_embedding, layers.0, layers.1, energy_head$"
+    with pytest.raises(ValueError, match=f"nearest is 'energy_head.bias', {parts}"):
+        check_parts(OptimConfig(freeze=("energy_head.bais",)), names)
+    with pytest.raises(ValueError, match=f"does not have; {parts}"):
+        check_parts(OptimConfig(rates={"xyzzy": 2.0}), names)

@@ -289,3 +289,7 @@ def test_resume_with_another_number_of_batches_is_refused(
 ) -> None:
     assert runs.train(store, run_dir, "--resume", "--optim.accumulate_steps", "2") == 2
     assert "optim.accumulate_steps was 1 and is now 2" in capsys.readouterr().err
+
+
+def test_medians_are_of_20_to_100_norms() -> None:
+    assert (ENOUGH, WINDOW) == (20, 100)

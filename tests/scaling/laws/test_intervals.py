@@ -103,7 +103,9 @@ def unequal() -> Bootstrap:
     """Points of one, two and three seeds."""
     sizes = np.repeat(np.geomspace(1e4, 1e7, 8), [1, 2, 3, 1, 2, 3, 1, 2])
     rng = np.random.default_rng(8)
-    return Bootstrap(fit_law(POWER, sizes, 2 * sizes**-0.35 * np.exp(0.03 * rng.normal(size=len(sizes)))), 199)
+    return Bootstrap(
+        fit_law(POWER, sizes, 2 * sizes**-0.35 * np.exp(0.03 * rng.normal(size=len(sizes)))), 199
+    )
 
 
 def test_errors_that_are_drawn() -> None:
