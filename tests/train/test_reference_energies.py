@@ -242,3 +242,17 @@ def test_training_repeats_what_prepare_warned_of(tmp_path: Path, capsys: pytest.
     assert "energies are far off the others" in capsys.readouterr().out
     trained(tmp_path, store, steps=3)
     assert capsys.readouterr().err.count("energies are far off the others") == 1
+
+
+def test_scales_in_numbers(tmp_path: Path) -> None:
+    """Without forces the unit is the root mean square energy per atom that the references leave over."""
+    frames = [Atoms("H2", [[0, 0, 0], [0, 0, 0.7 + 0.01 * k]]) for k in range(12)]
+    energies = [-4.0 + 2 * (k % 2) for k in range(12)]
+    store = prepared(tmp_path, [labelled(f, energy=e) for f, e in zip(frames, energies, strict=True)])
+    dataset = StructureDataset([store], "train", 4.0)
+    statistics = compute_statistics(dataset)
+    kept = np.array([dataset.record(k)["energy"] / 2 for k in range(len(dataset))])
+    assert statistics.references[0][0] == pytest.approx(kept.mean(), rel=1e-6)
+    assert statistics.output_scale == pytest.approx(kept.std(), rel=1e-6)
+    assert statistics.mean_energy[0] == pytest.approx(kept.mean(), rel=1e-6)
+    assert statistics.mean_neighbours == 1.0

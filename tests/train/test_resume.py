@@ -17,7 +17,8 @@ from megagnn.checkpoint.progress import Progress
 from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint, save_checkpoint
 from megagnn.data import keys
 from megagnn.data.sampler import BudgetSampler
-from megagnn.train.resume import position_of
+from megagnn.models.statistics import Statistics
+from megagnn.train.resume import _same_data, _same_new_data, position_of
 from tests import runs
 
 
@@ -138,3 +139,42 @@ def test_on_the_same_ranks_nothing_changes() -> None:
     )
     with pytest.raises(ValueError, match="cannot start at structure 41 of an epoch: there are 40"):
         sampler.check_position(1, 0, 41)
+
+
+STATISTICS = Statistics(
+    elements=(1, 8),
+    sources=("a",),
+    levels=("x",),
+    source_elements=((1, 8),),
+    source_levels=((0,),),
+    references=((-13.0, -2000.0),),
+    mean_energy=(-700.0,),
+    mean_neighbours=5.0,
+    output_scale=1.5,
+)
+
+
+def test_the_same_data_are_known_by_what_was_fitted_on_them() -> None:
+    """Roundings and references may differ; without forces the scale may, too."""
+    assert _same_data(STATISTICS, replace(STATISTICS, references=((0.0, 0.0),), shifts=(1.0,)), True)
+    assert _same_data(STATISTICS, replace(STATISTICS, mean_neighbours=5.0 + 1e-7), True)
+    for change in ({"mean_neighbours": 5.1}, {"mean_energy": (-701.0,)}, {"levels": ("y",)}):
+        assert not _same_data(STATISTICS, replace(STATISTICS, **change), True)
+        assert not _same_data(STATISTICS, replace(STATISTICS, **change), False)
+    other_scale = replace(STATISTICS, output_scale=1.6)
+    assert not _same_data(STATISTICS, other_scale, True)
+    assert _same_data(STATISTICS, other_scale, False)
+
+
+def test_new_data_of_a_fine_tuned_run() -> None:
+    """The checkpoint may hold more elements than they do; all else must be equal."""
+    fewer = replace(STATISTICS, source_elements=((8,),), output_scale=9.0)
+    assert _same_new_data(STATISTICS, fewer)
+    assert not _same_new_data(fewer, STATISTICS)
+    for change in (
+        {"mean_energy": (-701.0,)},
+        {"sources": ("b",)},
+        {"levels": ("y",)},
+        {"source_levels": ((0, 1),)},
+    ):
+        assert not _same_new_data(STATISTICS, replace(STATISTICS, **change))

@@ -233,3 +233,22 @@ def test_inspect_a_run(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     for expected in ("step 60", "Cu Ag", "clusters: Cu", '"width": 16', "parameters   "):
         assert expected in text
+
+
+def test_a_validation_is_due_only_where_it_was_left_out(store: Path, tmp_path: Path) -> None:
+    """At checkpoints between validations none is; `evaluate` that is stopped has no numbers."""
+    often = ("--train.num_steps", "3", "--train.validate_every", "2", "--train.checkpoint_every", "1")
+    often += ("--optim.warmup_steps", "0")
+    trainer = runs.make_trainer(store, tmp_path / "run", *often)
+    due, original = [], trainer._save
+
+    def save() -> None:
+        due.append(trainer.progress.validation_due)
+        original()
+
+    trainer._save = save  # type: ignore[method-assign]
+    trainer.run()
+    assert due == [False, False, False]
+    stopped = evaluate(trainer.potential, trainer.valid, trainer.context, trainer.loss, stop=lambda: True)
+    assert not stopped.complete
+    assert stopped.per_source == {}

@@ -178,7 +178,7 @@ def test_exact_curves_have_the_smallest_scale() -> None:
 
 
 def test_a_parameter_at_its_bound_stays() -> None:
-    """Of [[2, 1], [1, 2]] and a pull of (-1, 1): at its lowest value the first stays, the second moves 1/2."""
+    """Of [[2, 1], [1, 2]] and a pull of (-1, 1): at its lowest the first stays, the second moves by 1/2."""
     matrix, right = np.array([[[2.0, 1.0], [1.0, 2.0]]] * 3), np.array([[-1.0, 1.0]] * 3)
     low = np.array([[True, False], [False, False], [False, False]])
     high = np.array([[False, False], [False, True], [False, False]])
