@@ -15,7 +15,7 @@ from megagnn.data.plausibility import LabelCheck
 from megagnn.data.record import Structure
 
 FEW = 0.1
-"""Of a source: single atoms that are more are its crystals."""
+"""Share of a source: single atoms that are more are its crystals."""
 
 
 class Audit:

@@ -179,7 +179,7 @@ class Slope:
 
 
 def slopes(pairs: list[Pair], per: str = "") -> tuple[Slope | None, Slope | None]:
-    """Of forces and of stress, by least absolute deviations, which single bad frames do not disturb.
+    """Slopes of forces and of stress, by least absolute deviations, which single bad frames do not disturb.
 
     Pairs whose cells differ without a stress take part where others are few: their energies may change with
     the volume, linearly and quadratically, in whatever way fits.

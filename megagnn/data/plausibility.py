@@ -61,7 +61,7 @@ BOHR_LENGTHS = (0.4, 0.7)
 sure where the distances say the same."""
 
 UNEXPLAINED_ROOM = 0.4
-"""Of the logarithm of the factor of energies per atom, where no other unit explains it."""
+"""Tolerance of the logarithm of the factor of energies per atom, where no other unit explains it."""
 
 SURE_MISFIT, SHARP_MISFIT = 0.3, 0.12
 """Share of the energy differences that a factor leaves unexplained. Right data leave 0.04 to 0.14."""

@@ -20,7 +20,7 @@ SPLITS = ("train", "valid", "test")
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 
 FRAME_PREFIX = "frame "
-"""Of groups of one frame and its copies (--group-by frame)."""
+"""Name of groups of one frame and its copies (--group-by frame)."""
 
 TEST_PREFIX, VALID_PREFIX = "test file: ", "validation file: "
 FIXED_PREFIXES = {SPLITS.index("valid"): VALID_PREFIX, SPLITS.index("test"): TEST_PREFIX}

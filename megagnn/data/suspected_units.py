@@ -35,7 +35,7 @@ STRESS = {
 """Names -> value in eV and Å; the likelier ones first."""
 
 TOLERANCE = 0.15
-"""Of the logarithm of a factor: slopes of right data lie within 0.89 and 1.08."""
+"""Tolerance of the logarithm of a factor: slopes of right data lie within 0.89 and 1.08."""
 
 SHOWN = 3
 

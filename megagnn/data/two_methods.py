@@ -20,7 +20,7 @@ GAP_SPREADS = 3.0
 """The gap over the width of the wider heap."""
 
 MIN_SHARE, MIN_STRUCTURES, MIN_HEAP = 0.1, 10, 2
-"""Of a composition in the smaller heap; structures of all compositions that show the gap; and in a heap."""
+"""Fewest structures: of a composition in the smaller heap; in all that show the gap; in a heap."""
 
 ALIKE = 0.15
 """By how much shortest distances and volumes of the two heaps may differ: crystals and dimers are no heaps of

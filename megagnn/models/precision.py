@@ -63,7 +63,7 @@ class Precision:
 
     @property
     def edge(self) -> torch.dtype:
-        """Type of the arithmetic of the fused edge operation: float64 beside float64 parameters, else float32."""
+        """Type of the fused edge operation's arithmetic: float64 beside float64 parameters, else float32."""
         return self.sums
 
     @property

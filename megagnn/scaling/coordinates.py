@@ -48,7 +48,7 @@ class Size:
     """`layer 2` for its node features, `energy` of atoms in units of the output scale, `forces` in eV/Å."""
     value: float
     change: float
-    """Of the difference from step 0."""
+    """Size of the difference from step 0."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

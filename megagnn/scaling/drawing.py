@@ -18,7 +18,7 @@ class Drawn:
     """A figure, or the sentence that says why there is none."""
 
     name: str
-    """Of its files."""
+    """Name of its files."""
     title: str
     figure: Figure | None
     text: str

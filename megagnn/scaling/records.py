@@ -45,7 +45,7 @@ class RunRecord:
     losses: Mapping[str, tuple[float, str]]
     """Errors on the test split: {name: (value, unit)}."""
     seconds: float | None = None
-    """Of the training; None where a killed run left its time behind."""
+    """Seconds of the training; None where a killed run left its time behind."""
     memory_gib: float | None = None
     """Peak memory of a rank."""
     technique: str | None = None
@@ -61,7 +61,7 @@ class RunRecord:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of losses over seeds: laws are fitted to logarithms."""
+    """Geometric mean of losses over seeds: laws are fitted to logarithms."""
     return math.exp(sum(map(math.log, values)) / len(values))
 
 

@@ -103,7 +103,7 @@ class PlannedRun:
     name: str
     config: RunConfig
     digest: str
-    """Of the configuration, but for where it runs."""
+    """Digest of the configuration, except where it runs."""
     recipe: str
 
     @property
@@ -316,8 +316,8 @@ def run_name(settings: Mapping[str, Any]) -> str:
 
 
 def _digest(config: RunConfig) -> str:
-    """Of what differs from the first defaults: neither a key that a later version brings nor a default that
-    it changes makes another run of one that was made before, or the same of one that was not."""
+    """Digest of what differs from the first defaults: neither a key that a later version brings nor a
+    default that it changes makes another run of an earlier one, or the same of two that differ."""
     usual = {**flat_config(RunConfig()), **FIRST_DEFAULTS}
     flat = {k: v for k, v in flat_config(config).items() if k not in _NO_MATTER and v != usual.get(k)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]

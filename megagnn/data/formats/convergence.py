@@ -33,7 +33,7 @@ def converged_frames(path: Path, ase_format: str) -> list[bool]:
 
 
 def outcar(lines: Iterable[str]) -> list[bool]:
-    """Of a VASP OUTCAR: NELM was reached, or VASP says so (since version 6)."""
+    """Steps of a VASP OUTCAR, false where NELM was reached or VASP says so (since version 6)."""
     result: list[bool] = []
     num_allowed, last_step, reached, failed = 0, 0, False, False
     for line in lines:
@@ -53,7 +53,7 @@ def outcar(lines: Iterable[str]) -> list[bool]:
 
 
 def vasprun(file: IO[str]) -> list[bool]:
-    """Of a vasprun.xml: as many steps as NELM allows, and the last changed the energy by more than EDIFF."""
+    """Steps of a vasprun.xml, false where NELM was reached and the last change was above EDIFF."""
     result: list[bool] = []
     num_allowed, tolerance = 0, 0.0
     try:
@@ -81,7 +81,7 @@ def _finished(calculation: ElementTree.Element, num_allowed: int, tolerance: flo
 
 
 def espresso(lines: Iterable[str]) -> list[bool]:
-    """Of Quantum ESPRESSO's pw.x: a frame is a configuration with results, as ASE has it."""
+    """Frames of Quantum ESPRESSO's pw.x: configurations with results, as ASE has them."""
     result: list[bool] = []
     failed, has_results = False, False
     for line in lines:
@@ -106,6 +106,6 @@ AIMS_FAILED = ("self-consistency cycle did not converge", "scf cycle not converg
 
 
 def aims(lines: Iterable[str]) -> bool:
-    """Of one frame of FHI-aims, by its lines."""
+    """Whether one frame of FHI-aims converged, by its lines."""
     text = [line.lower() for line in lines]
     return not any(word in line for line in text for word in AIMS_FAILED)

@@ -115,7 +115,7 @@ def edge_elements(plan: Plan, s: Setting, w: Widths, vector: bool) -> Pass:
 
 
 def atom_elements(s: Setting, w: Widths, first: bool = False) -> Pass:
-    """Elements that the products of a layer's atoms send; `first`: no gradient reaches the features before the layer."""
+    """Elements that a layer's atoms send; `first`: no gradient reaches the features before the layer."""
     u, P, N = s.u, s.planes, s.num_atoms
     norm, entry = 2 * u * P * N if w.normed else Fraction(0), u * P * N * w.F
     forward = norm + entry + u * P * N * (w.D + w.F)

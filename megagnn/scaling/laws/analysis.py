@@ -49,11 +49,11 @@ class Options:
     data_unit: str = "structures"
     """What D counts."""
     level: float = 0.9
-    """Of intervals."""
+    """Probability that an interval holds the true value."""
     replicates: int = 399
-    """Of bootstraps."""
+    """Number of bootstraps."""
     seed: int = 0
-    """Of bootstraps."""
+    """Seed of the bootstraps."""
 
 
 @dataclass(frozen=True)

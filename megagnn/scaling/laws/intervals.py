@@ -107,13 +107,13 @@ class Bootstrap:
         return result
 
     def interval(self, functional: Functional, level: float = 0.9, lowest: float = -np.inf) -> Interval:
-        """Of a quantity that follows from the parameters; `lowest` is its smallest possible value."""
+        """Interval of a quantity of the parameters; `lowest` is its smallest possible value."""
         value = float(functional(self.fit.theta[None])[0])
         target_B = np.full(self.replicates, value)
         return self._invert(functional, value, target_B, HARD, level, lowest)
 
     def parameter(self, name: str, level: float = 0.9) -> Interval:
-        """Of an exponent or of L_inf, by name. (Amounts such as A belong to the units of x and say little.)
+        """Interval of an exponent or of L_inf, by name; amounts such as A belong to the units of x.
 
         Raises:
             ValueError: the law has no such exponent or constant.
@@ -130,7 +130,7 @@ class Bootstrap:
         return self.interval(lambda t: t[:, index], level)
 
     def prediction(self, variables: tuple[float, ...], level: float = 0.9) -> Interval:
-        """Of the loss of one run at other variables, with the scatter of a run."""
+        """Interval of the loss of one run at other variables, with the scatter of a run."""
         x_1V, low = self.fit.coordinates(variables), self.fit.low
 
         def log_loss(theta_BP: Array) -> Array:

@@ -89,7 +89,7 @@ class IsoFlop:
     sizes: Array
     losses: Array
     coefficients: Array
-    """Of the parabola, highest power first."""
+    """Coefficients of the parabola, highest power first."""
     optimum: float | None
     """N at the minimum; None where the runs do not enclose one."""
 

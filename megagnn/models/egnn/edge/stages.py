@@ -229,7 +229,7 @@ class BlockStages:
         return self._scratch(block, "g")
 
     def back_product(self, block: StageBlock, name: str, y_bar: Tensor, x: Tensor) -> None:
-        """Gradients of y = x W^T, W being w2 or w3: x_bar for the next stage, and W_bar; y_bar has all channels."""
+        """Gradients of y = x W^T, W being w2 or w3: x_bar for the next stage, and W_bar."""
         w, x_bar = (self.w2_MH, "z_bar") if name == "w2" else (self.w3_KM, "m_bar")
         if (w_bar := self._results.get(name + "_bar")) is not None:
             w_bar.addmm_(y_bar.t(), x)
