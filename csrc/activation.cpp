@@ -1,4 +1,4 @@
-// SiLU as the edge operation evaluates it, alone and as often as asked: for tools/bench_edge_message.py,
+// SiLU as the edge operation evaluates it, alone and as often as asked: for tools/bench/edge_message.py,
 // which needs the rate of these evaluations on data that stay in the cache, and for tests of their accuracy.
 #include "cpu/activation.h"
 

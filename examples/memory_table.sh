@@ -10,5 +10,5 @@ out=runs/memory-table
 
 # one thread per rank: there are as many ranks as cores on a small machine
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -W ignore tools/memory_table.py --out "$out" "$@"
+python -W ignore -m tools.bench.memory.table --out "$out" "$@"
 echo "memory_table: $out/table.md and $out/memory-table-*.png"

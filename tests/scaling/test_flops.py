@@ -1,10 +1,10 @@
 import dataclasses
 
-import edge_workload
 import pytest
 
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.scaling.flops import UNITS, step_flops
+from tools.bench.work import edge as edge_workload
 
 
 @pytest.mark.parametrize("forces", ["direct", "conservative"])
