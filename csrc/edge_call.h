@@ -11,7 +11,8 @@ namespace megagnn {
 
 constexpr const char* kAny = "compiled";
 
-// Positions in the lists of the operation, as in megagnn/models/egnn/edge/message.py.
+// Positions in the lists of the operation, as compiled_arguments of megagnn/models/egnn/edge/runner.py fills
+// them.
 enum Input { kP, kQ, kR, kF, kNumInputs };  // then the same again for the tangents
 enum Weight { kCentres, kW1c, kW2, kB2, kW3, kB3, kW4, kB4, kNumWeights };
 enum Graph { kDestination, kSource, kPtr, kBlocks, kWorkers, kOrder, kRuns, kRunBegin, kNumGraph };
@@ -37,7 +38,7 @@ struct EdgeCall {
   }
 };
 
-// Of the type of p.
+// Fails unless the tensor has these sizes and the type of p.
 inline void check_shape(const EdgeCall& call, const char* name, const Tensor& tensor,
                         std::vector<int64_t> sizes) {
   const Tensor& like = call.inputs[kP];
@@ -52,7 +53,7 @@ inline void check_shape(const EdgeCall& call, const char* name, const Tensor& te
        torch::headeronly::toString(tensor.scalar_type()));
 }
 
-// The lists, and those widths that p and w1c tell; message and vector are the caller's to set.
+// Checks the lists and reads hidden and radial from p and w1c; the caller sets message and vector.
 inline EdgeCall take_lists(const char* name, Tensors inputs, Tensors weights, Tensors graph,
                            std::vector<int64_t> spec, std::vector<double> reals) {
   check(inputs.size() == 2 * kNumInputs && weights.size() == kNumWeights && graph.size() == kNumGraph &&

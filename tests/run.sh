@@ -18,7 +18,7 @@ check() { # name command...
 }
 
 clang_format() {
-  find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run -Werror
+  find csrc tests/cuda/emulation -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run -Werror
 }
 
 back_ends() {

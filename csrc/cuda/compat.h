@@ -1,4 +1,5 @@
-// What every kernel header includes: CUDA, or where the compiler is not nvcc, its emulation on the processor.
+// What every kernel header includes: CUDA, or where the compiler is not nvcc, its emulation on the processor,
+// which the tests bring (tests/cuda/emulation in the include path).
 // Two macros stand for what C++ has no words for: MEGAGNN_LAUNCH, in place of <<<>>>, and
 // MEGAGNN_DYNAMIC_SHARED(T, name), which declares T* name, the block's dynamic shared memory, aligned to 16
 // bytes.
@@ -19,6 +20,6 @@
 
 #else
 
-#include "cuda/emulation.h"
+#include "emulation.h"
 
 #endif

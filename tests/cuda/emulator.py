@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the processor, through csrc/cuda/emulation.h, and calls their launchers."""
+"""Builds CUDA sources for the processor, through emulation/emulation.h, and calls their launchers."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ import torch
 ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 CONTROL = Path(__file__).parent / "control.cpp"
+EMULATION = Path(__file__).parent / "emulation"
 # -fno-gnu-unique: each library has an emulation of its own. Without contraction, as the CPU kernels.
 FLAGS = [
     *("-std=c++17", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-    *("-ffp-contract=off", "-fno-gnu-unique", f"-I{CUDA.parent}"),
+    *("-ffp-contract=off", "-fno-gnu-unique", f"-I{CUDA.parent}", f"-I{EMULATION}"),
 ]
 SANITIZE = ["-fsanitize=address,bounds,alignment", "-fno-sanitize-recover=bounds,alignment"]
 VARIANTS = {
@@ -69,7 +70,8 @@ def digest(command: list[str], source: Path) -> str:
     """Changes whenever the object would."""
     done = hashlib.sha256(repr(command).encode())
     done.update(subprocess.run([command[0], "--version"], capture_output=True).stdout)
-    for path in [source, *sorted(path for path in CUDA.rglob("*") if path.suffix in (".h", ".cuh"))]:
+    headers = (path for folder in (CUDA, EMULATION) for path in folder.rglob("*"))
+    for path in [source, *sorted(path for path in headers if path.suffix in (".h", ".cuh"))]:
         done.update(path.read_bytes())
     return done.hexdigest()[:16]
 

@@ -16,12 +16,12 @@
 #pragma once
 
 // Before the macros below, some of which are names that the standard library also uses.
-#include "cuda/emulation/device.h"
-#include "cuda/emulation/fiber.h"
-#include "cuda/emulation/launch.h"
-#include "cuda/emulation/race.h"
-#include "cuda/emulation/scheduler.h"
-#include "cuda/emulation/types.h"
+#include "device.h"
+#include "fiber.h"
+#include "launch.h"
+#include "race.h"
+#include "scheduler.h"
+#include "types.h"
 
 #define __global__
 #define __device__

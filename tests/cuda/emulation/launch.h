@@ -5,7 +5,7 @@
 
 #include <utility>
 
-#include "cuda/emulation/scheduler.h"
+#include "scheduler.h"
 
 namespace megagnn::emulation {
 

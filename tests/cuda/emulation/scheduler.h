@@ -17,8 +17,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "cuda/emulation/fiber.h"
-#include "cuda/emulation/types.h"
+#include "fiber.h"
+#include "types.h"
 
 using cudaStream_t = struct MegagnnEmulatedStream*;
 enum cudaError_t : int {

@@ -12,7 +12,7 @@
 #include <cstdint>
 #include <new>
 
-#include "cuda/emulation/race.h"
+#include "race.h"
 
 #if !defined(__x86_64__) && !defined(MEGAGNN_EMULATION_UCONTEXT)
 #define MEGAGNN_EMULATION_UCONTEXT

@@ -1,7 +1,7 @@
 // What a kernel calls: barriers, exchanges between the lanes of a warp, atomics.
 #pragma once
 
-#include "cuda/emulation/scheduler.h"
+#include "scheduler.h"
 
 namespace megagnn::emulation {
 
