@@ -9,7 +9,7 @@ exist, or a value that cannot be, is a `ValueError` that names the nearest valid
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -26,7 +26,20 @@ from megagnn.models.config import ModelConfig
 from megagnn.models.registry import FAMILIES, presets_of
 from megagnn.objective.config import LOSS_PRESETS, LossConfig
 from megagnn.optim.config import OptimConfig
-from megagnn.overrides import STRICT, Pairs, UserPath, check_keys, explain, parse_overrides, set_dotted
+from megagnn.overrides import (
+    STRICT,
+    Change,
+    Local,
+    Pairs,
+    Place,
+    Refused,
+    Told,
+    UserPath,
+    check_keys,
+    explain,
+    parse_overrides,
+    set_dotted,
+)
 from megagnn.parallel.config import ParallelConfig as ParallelConfig
 from megagnn.pipeline_parallel import registry
 
@@ -40,39 +53,39 @@ else:
 class TrainConfig:
     """Length of the run, and what is written when."""
 
-    num_steps: PositiveInt = 10_000
+    num_steps: Told[PositiveInt] = 10_000
     """Optimizer steps."""
-    num_epochs: PositiveInt | None = None
+    num_epochs: Told[PositiveInt | None] = None
     """Passes over the training structures, which make the number of steps instead of `num_steps`."""
-    patience: PositiveInt | None = None
+    patience: Told[PositiveInt | None] = None
     """Validations in a row without a lower loss after which the run ends; none end it if not given."""
-    seed: NonNegativeInt = 0
+    seed: Refused[NonNegativeInt] = 0
     """Seed of the initial weights and of the order of the data."""
-    dtype: Literal["float32", "float64", "bfloat16"] = "float32"
+    dtype: Refused[Literal["float32", "float64", "bfloat16"]] = "float32"
     """Type of parameters and activations (total energies are always float64); see docs/precision.md."""
-    geometry: Literal["float32", "float64"] | None = None
+    geometry: Refused[Literal["float32", "float64"] | None] = None
     """Type of positions and all that is made of them; float64 beside float64, else float32, if not given."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Local[Literal["auto", "cpu", "cuda"]] = "auto"
     """`auto` takes a GPU where there is one."""
-    threads: PositiveInt | None = None
+    threads: Local[PositiveInt | None] = None
     """CPU threads of a rank; by default the cores divided by the ranks of this machine."""
-    gradient_method: Literal["one_backward", "create_graph"] = "one_backward"
+    gradient_method: Told[Literal["one_backward", "create_graph"]] = "one_backward"
     """How the gradient of a loss on conservative forces is taken."""
-    on_bad_step: Literal["stop", "skip"] = "stop"
+    on_bad_step: Told[Literal["stop", "skip"]] = "stop"
     """Where loss or gradient is not finite or above optim.spike_factor: end, or leave the step out."""
-    max_bad_steps: PositiveInt = 10
+    max_bad_steps: Told[PositiveInt] = 10
     """`skip`: so many bad steps in a row are left out; one more ends the run."""
-    log_every: PositiveInt = 10
+    log_every: Annotated[PositiveInt, Change.SAME_RUN] = 10
     """Steps between two points in TensorBoard."""
-    validate_every: PositiveInt = 500
+    validate_every: Told[PositiveInt] = 500
     """Steps between two validations."""
-    checkpoint_every: PositiveInt = 500
+    checkpoint_every: Place[PositiveInt] = 500
     """Steps between two checkpoints; one is also written when the validation loss is the lowest so far."""
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: Place[PositiveInt] = 2
     """Newest checkpoints to keep, besides the best of each."""
-    async_checkpoints: bool = True
+    async_checkpoints: Place[bool] = True
     """Copy what a checkpoint holds to host memory and write it in the background, while training goes on."""
-    export_best: bool = True
+    export_best: Place[bool] = True
     """At the end, leave the best weights and their average as one file, too, best.safetensors; the main rank
     needs the memory for both."""
 
@@ -81,17 +94,17 @@ class TrainConfig:
 class InitConfig:
     """What of the checkpoint `init_from` a new run takes over; without `init_from` it has no effect."""
 
-    weights: Literal["average", "model"] = "average"
+    weights: Refused[Literal["average", "model"]] = "average"
     """The moving average of the checkpoint's weights, which its validation saw, or the weights themselves."""
-    references: Literal["fit", "keep"] = "fit"
+    references: Refused[Literal["fit", "keep"]] = "fit"
     """Reference energies: fitted anew on the training split, or those of the checkpoint's source of the same
     name, where elements that it lacks are fitted beside them."""
-    new_sources: Pairs = Field(default_factory=dict)
+    new_sources: Refused[Pairs] = Field(default_factory=dict)
     """`keep`: {new = old}, for a source of the data the checkpoint's source whose references it keeps."""
-    new_elements: Pairs = Field(default_factory=dict)
+    new_elements: Refused[Pairs] = Field(default_factory=dict)
     """{Si = "Ge"}: an element that the checkpoint lacks begins as another does; as the mean of all if not
     given."""
-    new_levels: Pairs = Field(default_factory=dict)
+    new_levels: Refused[Pairs] = Field(default_factory=dict)
     """{new = old}: the same of levels of theory."""
 
     def __post_init__(self) -> None:
@@ -106,9 +119,9 @@ class InitConfig:
 class RunConfig:
     """A whole run."""
 
-    out_dir: UserPath = "runs/default"
+    out_dir: Place[UserPath] = "runs/default"
     """Folder of checkpoints, TensorBoard events and metrics."""
-    init_from: UserPath | None = None
+    init_from: Refused[UserPath | None] = None
     """A checkpoint with whose weights a new run begins; the keys of [model] that are not given are its."""
     init: InitConfig = InitConfig()
     model: SerializeAsAny[ModelConfig] = FAMILIES["egnn"].config()

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import enum
+import functools
 import os
 import sys
 import typing
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
@@ -16,6 +18,64 @@ else:
 
 # Of every section: what stands below a field describes it, and defaults are checked as well.
 STRICT = ConfigDict(use_attribute_docstrings=True, validate_default=True)
+
+
+class Change(enum.Flag):
+    """What another value of a key means to a run that has begun; each key of a configuration has one."""
+
+    TOLD = 0
+    """A run that continues does so with other results or another method: a warning names the key."""
+    REFUSED = enum.auto()
+    """It would see other batches, or hold another model, and is refused."""
+    JUDGED = enum.auto()
+    """Told, and its validation losses cannot be compared with those before."""
+    UNTOLD = enum.auto()
+    """It needs no mention."""
+    SAME_RUN = enum.auto()
+    """To a sweep it is the same run, and is not trained again."""
+    LOCAL = enum.auto()
+    """The ranks of one run may have different values."""
+
+
+Kind = TypeVar("Kind")
+Told = Annotated[Kind, Change.TOLD]
+Refused = Annotated[Kind, Change.REFUSED]
+Judged = Annotated[Kind, Change.JUDGED]
+Place = Annotated[Kind, Change.UNTOLD | Change.SAME_RUN]
+"""Where a run lies and what it leaves there."""
+Local = Annotated[Kind, Change.UNTOLD | Change.SAME_RUN | Change.LOCAL]
+"""What it runs on."""
+
+
+@functools.cache
+def changes(root: type, prefix: str = "") -> dict[str, Change]:
+    """{"train.seed": Change.REFUSED, ...}: the class of each key below a section, of all variants.
+
+    Raises:
+        TypeError: a field without a class, or with two.
+    """
+    found: dict[str, Change] = {}
+    for kind in variants(root):
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            if typing.get_origin(hint) is typing.ClassVar:
+                continue
+            section = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+            if dataclasses.is_dataclass(section):
+                found |= changes(section, f"{prefix}{name}.")  # type: ignore[arg-type]
+                continue
+            classes = [extra for extra in typing.get_args(hint)[1:] if isinstance(extra, Change)]
+            if len(classes) != 1:
+                raise TypeError(f"field {name} of {kind.__name__} needs one class of Change, got {classes}")
+            found[prefix + name] = classes[0]
+    return found
+
+
+def change_of(root: type, key: str) -> Change:
+    """The class of a dotted key, or of the table or section that it is in; `TOLD` for what is no key."""
+    found = changes(root)
+    while key and key not in found:
+        key = key.rpartition(".")[0]
+    return found.get(key, Change.TOLD)
 
 
 def _names(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Configuration: what passes, and that errors name the key, what was got and the nearest valid one."""
 
+from dataclasses import fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 
@@ -14,7 +15,8 @@ from megagnn.config import (
     flat_config,
     load_config,
 )
-from megagnn.overrides import split_overrides
+from megagnn.objective.config import LossConfig
+from megagnn.overrides import Change, Told, change_of, changes, split_overrides
 
 
 @pytest.fixture
@@ -216,3 +218,32 @@ def test_schedules_of_pipelines() -> None:
     assert config_from_dict(direct).schedule == "1f1b"
     direct["parallel"] = {"pipeline": 2, "schedule": "interleaved"}
     assert config_from_dict({**direct, "optim": {"accumulate_steps": 4}}).schedule == "interleaved"
+
+
+def test_every_key_says_what_another_value_means() -> None:
+    """A new key without a class would be refused or passed over by resumed runs and sweeps as it happens."""
+    found = changes(RunConfig)
+    assert set(flat_config(RunConfig())) - set(found) == set(), "tables without entries have no flat key"
+    assert found["train.seed"] is Change.REFUSED
+    assert found["model.recompute_layers"] is found["optim.learning_rate"] is Change.TOLD
+    assert {key for key, change in found.items() if Change.LOCAL in change} == {
+        "train.device",
+        "train.threads",
+    }
+    assert {key for key, change in found.items() if Change.JUDGED in change} == {
+        "data.source_weights",
+        "data.config_type_weights",
+        *(f"loss.{field.name}" for field in fields(LossConfig)),
+    }
+    assert Change.REFUSED in change_of(RunConfig, "init.new_elements.Si"), (
+        "entries are classed as their table"
+    )
+    assert change_of(RunConfig, "init") is change_of(RunConfig, "no.such") is Change.TOLD
+
+
+@pytest.mark.parametrize("hint", [int, Annotated[int, Change.JUDGED, Change.TOLD]])
+def test_a_key_without_a_class_is_found(hint: Any) -> None:
+    section = make_dataclass("Section", [("named", Told[int]), ("new", hint)])
+    root = make_dataclass("Root", [("section", section)])
+    with pytest.raises(TypeError, match="field new of Section needs one class of Change, got"):
+        changes(root)

@@ -3,32 +3,32 @@
 from pydantic import Field, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from megagnn.overrides import STRICT, Factors, UserPath
+from megagnn.overrides import STRICT, Factors, Judged, Place, Refused, Told, UserPath
 
 
 @dataclass(frozen=True, config=STRICT)
 class DataConfig:
     """Which structures, and how many at once."""
 
-    paths: tuple[UserPath, ...] = ()
+    paths: Refused[tuple[UserPath, ...]] = ()
     """Packed stores, as made by `megagnn prepare` or `megagnn label`."""
-    num_structures: PositiveInt | None = None
+    num_structures: Refused[PositiveInt | None] = None
     """Train on this many structures of the training split; all of them if not given. Smaller subsets are part
     of larger ones of the same seed."""
-    subset_seed: NonNegativeInt = 0
+    subset_seed: Refused[NonNegativeInt] = 0
     """Which structures those are."""
-    source_weights: Factors = Field(default_factory=dict)
+    source_weights: Judged[Factors] = Field(default_factory=dict)
     """Weights of sources in the loss, 1 for those not named: {"old data" = 0.2}."""
-    config_type_weights: Factors = Field(default_factory=dict)
+    config_type_weights: Judged[Factors] = Field(default_factory=dict)
     """The same of kinds of structures, as their files name them (config_type)."""
-    reference_energies: UserPath | None = None
+    reference_energies: Told[UserPath | None] = None
     """File of reference energies, eV, by element or by source and element (docs/data.md); if not given, those
     that neither stores nor isolated atoms give are fitted."""
-    max_atoms: PositiveInt = 2048
+    max_atoms: Refused[PositiveInt] = 2048
     """Atoms of one batch on one rank, at most."""
-    max_edges: PositiveInt = 65536
+    max_edges: Refused[PositiveInt] = 65536
     """Directed edges of one batch on one rank, at most."""
-    max_structures: PositiveInt | None = None
+    max_structures: Refused[PositiveInt | None] = None
     """Structures of one batch on one rank, at most; no limit if not given."""
-    num_workers: NonNegativeInt = 0
+    num_workers: Place[NonNegativeInt] = 0
     """Processes per rank that read structures and find neighbours; 0 does it in the training process."""

@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 
 import megagnn
+from megagnn.config import RunConfig
 from megagnn.launch.rendezvous import Rendezvous
+from megagnn.overrides import Change, change_of
 
-MAY_DIFFER = ("train.threads", "train.device")  # between machines
 JOIN_SECONDS = 300.0
 _READ_SECONDS = 10.0  # that the store outlives the outcome, so that every rank reads it
 _NUM_SHOWN = 3
@@ -57,7 +58,8 @@ def open_store(meeting: Rendezvous, seconds: float = JOIN_SECONDS, first: bool =
 def fingerprint_of(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
     """What must be the same on every rank: a flat configuration, versions, the number of ranks."""
     versions = {"megagnn": megagnn.__version__, "torch": torch.__version__, "number of ranks": world_size}
-    return {**versions, **{key: value for key, value in config.items() if key not in MAY_DIFFER}}
+    shared = {key: v for key, v in config.items() if Change.LOCAL not in change_of(RunConfig, key)}
+    return {**versions, **shared}
 
 
 def agree(

@@ -7,43 +7,43 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from megagnn.overrides import STRICT
+from megagnn.overrides import STRICT, Refused, Told
 
 
 @dataclass(frozen=True, config=STRICT)
 class ModelConfig:
     """Size, outputs and parametrisation of a model; each family adds keys of its own."""
 
-    family: str = "egnn"
+    family: Refused[str] = "egnn"
     """Model family, one of those in models/registry.py."""
-    preset: str = "default"
+    preset: Refused[str] = "default"
     """Named set of defaults for the other keys, of the family."""
-    width: PositiveInt = 128
+    width: Refused[PositiveInt] = 128
     """Channels of a node, F."""
-    num_layers: PositiveInt = 4
+    num_layers: Refused[PositiveInt] = 4
     """Message-passing layers, L."""
-    cutoff: PositiveFloat = 5.0
+    cutoff: Refused[PositiveFloat] = 5.0
     """Neighbours are the atoms within this distance, Å."""
-    forces: Literal["conservative", "direct", "none"] = "conservative"
+    forces: Refused[Literal["conservative", "direct", "none"]] = "conservative"
     """-dE/dx, an equivariant head of its own, or energies only."""
-    stress: bool = False
+    stress: Refused[bool] = False
     """Predict the stress from the strain derivative of the energy (needs conservative forces)."""
-    num_radial: PositiveInt = 16
+    num_radial: Refused[PositiveInt] = 16
     """Radial basis functions, R."""
-    depth_scaling: bool = True
+    depth_scaling: Refused[bool] = True
     """Multiply each layer's node update by 1/sqrt(L) and its coordinate update by 1/L."""
-    initialisation: Literal["lecun", "torch"] = "lecun"
+    initialisation: Refused[Literal["lecun", "torch"]] = "lecun"
     """Initial Linear weights: normal with variance 1/inputs and no bias, or PyTorch's default."""
-    parametrisation: Literal["standard", "mup"] = "standard"
+    parametrisation: Refused[Literal["standard", "mup"]] = "standard"
     """One learning rate for all parameters, or rates and initial outputs that follow width and depth, so that
     the best learning rate stays where it is (maximal update)."""
-    base_width: PositiveInt = 64
+    base_width: Refused[PositiveInt] = 64
     """Width at which `mup` is the standard parametrisation."""
-    base_layers: PositiveInt = 4
+    base_layers: Refused[PositiveInt] = 4
     """Number of layers at which it is."""
-    level_embedding: bool = True
+    level_embedding: Refused[bool] = True
     """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
-    recompute_layers: bool = False
+    recompute_layers: Told[bool] = False
     """Keep the inputs of each layer only, and run it again in the backward."""
 
     free_keys: ClassVar[tuple[str, ...]] = (

@@ -6,7 +6,7 @@ from ase.data import atomic_numbers
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 from pydantic.dataclasses import dataclass
 
-from megagnn.overrides import STRICT, Factors
+from megagnn.overrides import STRICT, Factors, Judged
 
 _CONSTANT: dict[str, Any] = {"final_energy_factor": 1.0}
 _MACE: dict[str, Any] = {"energy_weight": 1.0, "force_weight": 100.0, **_CONSTANT}
@@ -36,41 +36,43 @@ ForceLossKind = Literal["mae", "mse", "huber", "norm", "stratified_huber"]
 class LossConfig:
     """Weights and kinds of the loss terms; errors in eV per atom, eV/Å, eV/Å^3, sums over global counts."""
 
-    energy: LossKind = "mse"
+    energy: Judged[LossKind] = "mse"
     """Kind of the energy-per-atom loss."""
-    forces: ForceLossKind = "mse"
+    forces: Judged[ForceLossKind] = "mse"
     """Kind of the force loss, of components; `norm` is the mean length of the error vectors, and
     `stratified_huber` has a delta that depends on the size of the label (`force_strata`)."""
-    stress: LossKind = "huber"
+    stress: Judged[LossKind] = "huber"
     """Kind of the stress loss."""
-    energy_weight: NonNegativeFloat = 10.0
+    energy_weight: Judged[NonNegativeFloat] = 10.0
     """Weight of the energy-per-atom loss."""
-    force_weight: NonNegativeFloat = 1.0
+    force_weight: Judged[NonNegativeFloat] = 1.0
     """Weight of the force loss."""
-    stress_weight: NonNegativeFloat = 0.0
+    stress_weight: Judged[NonNegativeFloat] = 0.0
     """Weight of the stress loss (needs model.stress)."""
-    huber_delta: PositiveFloat = 0.1
+    huber_delta: Judged[PositiveFloat] = 0.1
     """Error at which the Huber loss turns from square to linear, in the unit of each term."""
-    force_strata: tuple[tuple[NonNegativeFloat, PositiveFloat], ...] = (
+    force_strata: Judged[tuple[tuple[NonNegativeFloat, PositiveFloat], ...]] = (
         (0.0, 1.0),
         (100.0, 0.7),
         (200.0, 0.4),
         (300.0, 0.1),
     )
     """`stratified_huber`: pairs (size of the label in eV/Å, factor of `huber_delta` from there on)."""
-    element_weights: Factors = Field(default_factory=dict)
+    element_weights: Judged[Factors] = Field(default_factory=dict)
     """Weights of atoms in the force term by element, 1 for those not named: {H = 0.5}."""
-    final_energy_factor: NonNegativeFloat = 10.0
+    final_energy_factor: Judged[NonNegativeFloat] = 10.0
     """What `energy_weight` is multiplied with in the last part of the run, and where validations judge."""
-    final_force_factor: NonNegativeFloat = 1.0
+    final_force_factor: Judged[NonNegativeFloat] = 1.0
     """The same of `force_weight`."""
-    final_stress_factor: NonNegativeFloat = 1.0
+    final_stress_factor: Judged[NonNegativeFloat] = 1.0
     """The same of `stress_weight`."""
-    change: tuple[float, float] = (0.6, 0.9)
+    change: Judged[tuple[float, float]] = (0.6, 0.9)
     """Shares of the run between which these factors rise from 1 in a straight line; two equal numbers for a
     switch."""
-    preset: Literal[
-        "default", "mace-weighted", "mace-stress", "mace-huber", "mace-universal", "mace-l1l2", "nequip"
+    preset: Judged[
+        Literal[
+            "default", "mace-weighted", "mace-stress", "mace-huber", "mace-universal", "mace-l1l2", "nequip"
+        ]
     ] = "default"
     """Named set of kinds and weights, as those of MACE and NequIP; keys that are set come before it."""
 

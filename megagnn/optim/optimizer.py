@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagnn.config import RunConfig
 from megagnn.models.family import Model
 from megagnn.ops import square_sum
 from megagnn.ops.dispatch import accumulator_type
@@ -64,10 +63,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     ]
 
 
-def is_sharded(config: RunConfig) -> bool:
+def is_sharded(config: OptimConfig, parallel: ParallelConfig, dtype: str) -> bool:
     """Whether a run needs `make_sharded_optimizer`, which also adds gradients of bfloat16 up in float32."""
-    sharded = config.parallel.zero_stage > 0 or config.optim.offload != "none"
-    return sharded or config.train.dtype == "bfloat16"
+    return parallel.zero_stage > 0 or config.offload != "none" or dtype == "bfloat16"
 
 
 def make_sharded_optimizer(

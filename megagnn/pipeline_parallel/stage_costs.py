@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from megagnn.config import RunConfig
 from megagnn.data import keys
 from megagnn.models.config import ModelConfig
 from megagnn.models.family import PlanChoice
 from megagnn.models.potential import build_potential
-from megagnn.models.precision import Precision, precision_of
+from megagnn.models.precision import Precision
 from megagnn.models.statistics import Statistics
 from megagnn.objective.loss import Loss, step_counts
+from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
 from megagnn.pipeline_parallel.actions import Action, Schedule
@@ -27,14 +27,17 @@ REPEATS = 3  # of which the shortest counts; one more goes before them
 
 
 def run_stages(
-    config: RunConfig,
+    model: ModelConfig,
+    parallel: ParallelConfig,
     statistics: Statistics,
     num_stages: int,
     context: ParallelContext,
     step: Callable[[], Sequence[Batch]],
+    loss: Loss,
+    precision: Precision,
     earlier: Sequence[int] = (),
 ) -> list[Stage]:
-    """The stages that `config.parallel` asks for, the same on every rank; all ranks must call it.
+    """The stages that the section [parallel] asks for, the same on every rank; all ranks must call it.
 
     Measured are the ranks of the first tensor-parallel group, whose main rank's times count; the others wait.
 
@@ -46,7 +49,6 @@ def run_stages(
     Raises:
         ValueError: more stages than layers, or `parallel.stages` that do not fit.
     """
-    parallel, model = config.parallel, config.model
     if parallel.stages is not None:
         return stages_of_sizes(parallel.stages, model.num_layers, num_stages)
     if parallel.stage_costs == "modelled":
@@ -56,8 +58,7 @@ def run_stages(
     costs: list[float] = []
     if context.dp_rank == context.pp_rank == 0:
         batch = max(step(), key=_num_edges)
-        precision = precision_of(config.train.dtype, config.train.geometry)
-        costs = measured_costs(model, statistics, batch, Loss(config.loss), context, precision, parallel.plan)
+        costs = measured_costs(model, statistics, batch, loss, context, precision, parallel.plan)
     return stages_of(broadcast_object(costs, context), num_stages)
 
 

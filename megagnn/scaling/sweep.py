@@ -44,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 from megagnn.config import RunConfig, flat_config
+from megagnn.overrides import Change, change_of
 from megagnn.scaling.records import RunRecord, read_records, slug
 from megagnn.train.fine_tune import complete_config
 
@@ -72,20 +73,6 @@ _LETTERS = {
     "epochs": "e",
 }
 _KEYS = ("config", "out_dir", "recipe", "processes", "threads", "split", "results", "set", "grid", "runs")
-
-# A run made with other values of these is the same run.
-_NO_MATTER = (
-    "out_dir",
-    "data.num_workers",
-    "train.async_checkpoints",
-    "train.checkpoint_every",
-    "train.device",
-    "train.export_best",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.threads",
-)
-
 
 # Defaults that have changed since their keys were made, as they were: digests are of what differs from these.
 FIRST_DEFAULTS: dict[str, Any] = {
@@ -319,7 +306,11 @@ def _digest(config: RunConfig) -> str:
     """Digest of what differs from the first defaults: neither a key that a later version brings nor a
     default that it changes makes another run of an earlier one, or the same of two that differ."""
     usual = {**flat_config(RunConfig()), **FIRST_DEFAULTS}
-    flat = {k: v for k, v in flat_config(config).items() if k not in _NO_MATTER and v != usual.get(k)}
+    flat = {
+        key: value
+        for key, value in flat_config(config).items()
+        if Change.SAME_RUN not in change_of(RunConfig, key) and value != usual.get(key)
+    }
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -2,22 +2,21 @@
 
 import argparse
 import ctypes
-import fcntl
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
 from tqdm import tqdm
 
+from megagnn.parallel.context import ParallelContext
 from megagnn.scaling.sweep import PlannedRun, Sweep, describe, load_sweep
 from megagnn.scaling.sweep_run import run_one
+from megagnn.train.run_lock import locked
 
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -53,22 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.processes is not None and arguments.processes < 1:
         raise ValueError(f"--processes must be at least 1, got {arguments.processes}")
-    with _alone(sweep):
+    with locked(sweep.out_dir, ParallelContext(), "start single runs by --index"):
         return run_all(sweep, arguments.processes or sweep.processes)
-
-
-@contextmanager
-def _alone(sweep: Sweep) -> Iterator[None]:
-    sweep.out_dir.mkdir(parents=True, exist_ok=True)
-    with open(sweep.out_dir / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another `megagnn sweep` works on {sweep.out_dir}; wait for it, or start single runs "
-                "by --index"
-            ) from None
-        yield
 
 
 class _Stopped(KeyboardInterrupt):

@@ -1,12 +1,9 @@
 """One run of a sweep: train, or go on where it was killed; measure; append its line of results."""
 
-import fcntl
 import json
 import platform
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
@@ -25,6 +22,7 @@ from megagnn.scaling.records import RunRecord, append_line
 from megagnn.scaling.sweep import PlannedRun, Sweep
 from megagnn.train.evaluate import evaluate
 from megagnn.train.loader import BatchLoader, open_split
+from megagnn.train.run_lock import locked
 from megagnn.train.trainer import Trainer
 
 # Errors of a source, as metrics.py names them, to losses: name, unit, factor.
@@ -48,9 +46,10 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
     config = run.config
     fingerprint = {**flat_config(config), "sweep": str(sweep.path), "run": run.name}
     layout, train = config.parallel, config.train
-    with parallel_context(train.device, train.threads, layout, fingerprint) as context, ExitStack() as stack:
-        if context.is_main:
-            stack.enter_context(_locked(run.out_dir))
+    with (
+        parallel_context(train.device, train.threads, layout, fingerprint) as context,
+        locked(run.out_dir, context, "start another run by --index"),
+    ):
         done = broadcast_object(run.name in sweep.finished() if context.is_main else None, context)
         if done:
             return
@@ -59,18 +58,6 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
         if context.is_main:
             append_line(sweep.results, record.to_json())
         barrier(context)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with its process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another process works on {folder}; wait for it, or stop it") from None
-        yield
 
 
 def _trained(config: RunConfig, folder: Path, context: ParallelContext) -> tuple[Trainer, float | None]:
@@ -158,12 +145,16 @@ def losses_of(per_source: dict[str, dict[str, float]], objective: float) -> dict
 
 
 def technique(model: ModelConfig, config: RunConfig) -> str:
-    """How memory and time are saved, in words: `fused edges, save`."""
+    """How a run is divided and saves memory and time, in words: `fused edges, save, pipeline 2 (1f1b)`."""
     parts = model.technique()
+    if config.train.dtype != "float32":
+        parts.append(config.train.dtype)
     if config.parallel.zero_stage:
         parts.append(f"ZeRO {config.parallel.zero_stage}")
     if config.optim.offload != "none":
         parts.append(f"offload to {config.optim.offload}")
+    if config.parallel.pipeline > 1:
+        parts.append(f"pipeline {config.parallel.pipeline} ({config.schedule})")
     if config.parallel.tensor > 1:
         parts.append(f"tensor {config.parallel.tensor}")
     return ", ".join(parts)

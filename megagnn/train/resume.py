@@ -14,46 +14,8 @@ from megagnn.config import RunConfig, flat_config
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.models.statistics import Statistics
+from megagnn.overrides import Change, change_of
 from megagnn.parallel.context import ParallelContext
-
-# With another value of these the continued run would see other batches, or hold another model.
-MUST_BE_EQUAL = (
-    "init_from",
-    "init",
-    "model",
-    "data.paths",
-    "data.num_structures",
-    "data.subset_seed",
-    "data.max_atoms",
-    "data.max_edges",
-    "data.max_structures",
-    "optim.accumulate_steps",
-    "train.seed",
-    "train.dtype",
-    "train.geometry",
-)
-# What a validation loss is made of, beside the weights and the validation split.
-JUDGED_BY = ("loss.", "data.source_weights", "data.config_type_weights")
-# How the same function is computed: a continued run may do it in another way.
-MAY_CHANGE = (
-    "model.aggregation_backend",
-    "model.edge_operation",
-    "model.edge_memory",
-    "model.edge_block",
-    "model.recompute_layers",
-)
-# Of these, where a run lies and what it runs on, a change needs no mention.
-MAY_DIFFER = (
-    "out_dir",
-    "data.num_workers",
-    "train.device",
-    "train.threads",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.async_checkpoints",
-    "train.export_best",
-    "parallel.timeline_step",
-)
 
 
 def check_same_run(
@@ -68,7 +30,7 @@ def check_same_run(
     has_forces: whether training structures have them; else the output scale follows from references.
 
     Raises:
-        ValueError: a setting of MUST_BE_EQUAL that differs, or other training data.
+        ValueError: a key of class `Change.REFUSED` that differs, or other training data.
     """
     where = f"cannot resume from {checkpoint.path}"
     if checkpoint.progress.dp_size != context.dp_size and context.is_main:
@@ -82,9 +44,7 @@ def check_same_run(
     then, now = flat_config(checkpoint.config), flat_config(config)
     changed = _changed(then, now)
     for key in changed:
-        if key in MAY_CHANGE:
-            continue
-        if key.startswith(tuple(f"{name}." for name in MUST_BE_EQUAL)) or key in MUST_BE_EQUAL:
+        if Change.REFUSED in change_of(RunConfig, key):
             raise ValueError(
                 f"{where}: {key} was {then.get(key)!r} and is now {now.get(key)!r}; give it the old "
                 "value, or start another run in another out_dir"
@@ -96,7 +56,7 @@ def check_same_run(
         same = _same_data(then_fitted, statistics, has_forces)
     if not same:
         raise ValueError(f"{where}: the training data are not those of the run; give it the same data.paths")
-    told = [key for key in changed if key not in MAY_DIFFER]
+    told = [key for key in changed if Change.UNTOLD not in change_of(RunConfig, key)]
     if config.train.num_epochs is not None and "train.num_epochs" not in changed:
         told = [key for key in told if key != "train.num_steps"]  # follows from the epochs
     if told and context.is_main:
@@ -109,7 +69,7 @@ def judges_anew(checkpoint: FolderCheckpoint, config: RunConfig, judged_by: str)
     judged_by: fingerprint of the validation split.
     """
     progress, then, now = checkpoint.progress, flat_config(checkpoint.config), flat_config(config)
-    why = [key for key in _changed(then, now) if key.startswith(JUDGED_BY)]
+    why = [key for key in _changed(then, now) if Change.JUDGED in change_of(RunConfig, key)]
     if progress.validated_on and progress.validated_on != judged_by:
         why.append("the validation split")
     if not why or progress.best_step is None:

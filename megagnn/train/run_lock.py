@@ -14,20 +14,25 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
 
 NAME = "lock"
+OTHER_FOLDER = "choose another folder with --out_dir DIR"
 PATIENCE_SECONDS = 5.0
-"""That the processes of a run that was killed may take to be gone."""
+"""How long the processes of a run that was killed may take to be gone."""
 
 
 @contextlib.contextmanager
-def locked(folder: Path, context: ParallelContext) -> Iterator[None]:
+def locked(folder: Path, context: ParallelContext, or_else: str = OTHER_FOLDER) -> Iterator[None]:
     """The folder is this run's: the main rank holds the lock, which goes with its process, however that ends.
 
-    A POSIX lock and not flock's, for those go on in the processes that read data, which outlive a killed
-    rank by seconds. Where the file system knows no locks, a warning is all. A run that fails before it has
-    written anything leaves no folder.
+    It is the lock of training and of sweeps, so neither starts where the other is at work. A POSIX lock and
+    not flock's, for those go on in the processes that read data, which outlive a killed rank by seconds.
+    Where the file system knows no locks, a warning is all. A run that fails before it has written anything
+    leaves no folder.
+
+    Args:
+        or_else: what a user may do other than wait, for the error.
 
     Raises:
-        ValueError: another run holds it; on all ranks.
+        ValueError: another process holds it; on all ranks.
     """
     with contextlib.ExitStack() as stack:
         complaint = ""
@@ -36,7 +41,7 @@ def locked(folder: Path, context: ParallelContext) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(open(folder / NAME, "a+"))
             stack.push(_forget(folder, made))  # before the lock goes
-            complaint = _take(file.fileno(), folder)
+            complaint = _take(file.fileno(), folder, or_else)
         complaint = broadcast_object(complaint, context)
         if complaint:
             raise ValueError(complaint)
@@ -54,7 +59,7 @@ def _forget(folder: Path, made: bool) -> Callable[..., None]:
     return forget
 
 
-def _take(number: int, folder: Path) -> str:
+def _take(number: int, folder: Path, or_else: str) -> str:
     """What is in the way; empty if nothing is."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
@@ -65,10 +70,7 @@ def _take(number: int, folder: Path) -> str:
                 time.sleep(0.1)
                 continue
             holder = os.pread(number, 200, 0).decode(errors="replace").strip() or "another process"
-            return (
-                f"another run is at work in {folder} ({holder}); wait for it, stop it, or choose another "
-                "folder with --out_dir DIR"
-            )
+            return f"another run is at work in {folder} ({holder}); wait for it, stop it, or {or_else}"
         except OSError as error:
             print(f"warning: {folder} cannot be locked ({error}): start no second run in it", file=sys.stderr)
             return ""

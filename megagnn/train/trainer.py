@@ -79,6 +79,7 @@ class Trainer:
         self.config, self.context = config, context
         self.out_dir = Path(config.out_dir)
         self.precision = precision_of(config.train.dtype, config.train.geometry)
+        self._is_sharded = is_sharded(config.optim, config.parallel, config.train.dtype)
         train_set = open_split(config.data, config.model, "train", context)
         check_labels(train_set.num_labelled(), config.loss, train_set.has_free_forces())
         self.checkpoints = CheckpointStore(
@@ -145,7 +146,7 @@ class Trainer:
             "precision": self.precision,
             "context": context,
             "plan": config.parallel.plan,
-            "deferred": is_sharded(config),
+            "deferred": self._is_sharded,
         }
         self.pipeline: Pipeline | None = None
         self.potential: Potential
@@ -153,7 +154,15 @@ class Trainer:
             num_batches, forces = config.optim.accumulate_steps, config.model.forces
             schedule = schedule_for(config.schedule, forces, context.pp_size, num_batches)
             stages = run_stages(
-                config, self.statistics, schedule.num_stages, context, self._first_step, earlier
+                config.model,
+                config.parallel,
+                self.statistics,
+                schedule.num_stages,
+                context,
+                self._first_step,
+                Loss(config.loss),
+                self.precision,
+                earlier,
             )
             self.pipeline = Pipeline(config.model, self.statistics, schedule, stages=stages, **settings)
             self.potential = self.pipeline.potential
@@ -172,7 +181,7 @@ class Trainer:
         self.optimizer: torch.optim.Optimizer
         self.reducer: GradientReducer | ShardedReducer
         self.average: WeightAverage | ShardedAverage
-        if is_sharded(config):
+        if self._is_sharded:
             sharded = make_sharded_optimizer(
                 model, config.optim, config.parallel, self.context, config.train.seed
             )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megagnn.config import RunConfig, config_from_dict
+from megagnn.models.precision import precision_of
 from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel import stage_costs
@@ -68,7 +69,9 @@ def sizes(run: RunConfig, earlier: list[int] | None = None) -> list[int]:
     def step() -> list[dict[str, Tensor]]:
         return [batch_of(range(3)), batch_of(range(1))]
 
-    return [len(s.layers) for s in run_stages(run, STATISTICS, 2, ONE, step, earlier or [])]
+    loss, precision = Loss(run.loss), precision_of(run.train.dtype, run.train.geometry)
+    stages = run_stages(run.model, run.parallel, STATISTICS, 2, ONE, step, loss, precision, earlier or [])
+    return [len(s.layers) for s in stages]
 
 
 def test_stages_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Tables of runs, and two tiny sweeps that train."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -14,11 +15,14 @@ import pytest
 
 from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.cli import main
-from megagnn.config import RunConfig, flat_config
+from megagnn.config import RunConfig, flat_config, load_config
 from megagnn.scaling import sweep as sweep_module
 from megagnn.scaling.records import read_records
 from megagnn.scaling.sweep import load_sweep, run_name
+from megagnn.scaling.sweep_run import technique
+from megagnn.train import run_lock
 from tests import runs
+from tests.train.test_run_lock import HOLDER
 
 STUDY = Path(__file__).parents[2] / "examples/sweeps/study"
 
@@ -251,11 +255,9 @@ def test_killed_and_continued(tmp_path: Path) -> None:
 
 
 def _locked(path: Path) -> bool:
-    import fcntl
-
     with open(path, "a") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
@@ -274,19 +276,49 @@ def test_a_run_that_fails_does_not_stop_the_others(
     assert [r.run for r in read_records([tmp_path / "out" / "runs.jsonl"])] == ["n12-w8"]
 
 
-def test_two_sweeps_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fcntl
-
-    path = write_sweep(tmp_path)
-    (tmp_path / "out" / "w8-s0").mkdir(parents=True)
-    for name, arguments, message in (
-        ("lock", (), "another `megagnn sweep` works on"),
-        ("w8-s0/lock", ("--index", "0"), "another process works on"),
+def test_one_lock_for_sweeps_and_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither a sweep nor a run of it starts where training or a sweep is at work, whose note stays."""
+    monkeypatch.setattr(run_lock, "PATIENCE_SECONDS", 0.2)
+    path, run = write_sweep(tmp_path), tmp_path / "out" / "w8-s0"
+    for folder, arguments, way_out in (
+        (tmp_path / "out", (), "start single runs by --index"),
+        (run, ("--index", "0"), "start another run by --index"),
     ):
-        with open(tmp_path / "out" / name, "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            assert main(["sweep", str(path), *arguments]) == 2
-        assert message in capsys.readouterr().err
+        command = [sys.executable, "-c", HOLDER, str(folder), "alone"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            try:
+                assert main(["sweep", str(path), *arguments]) == 2
+            finally:
+                holder.kill()
+            who = f"process {holder.pid} on "
+            assert f"another run is at work in {folder} ({who}" in (told := capsys.readouterr().err)
+            assert way_out in told
+            assert (folder / "lock").read_text().startswith(who)
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((), "fused edges, save"),
+        (("--train.dtype", "bfloat16"), "fused edges, save, bfloat16"),
+        (("--parallel.pipeline", "2"), "fused edges, save, pipeline 2 (conservative)"),
+        (
+            ("--parallel.pipeline", "2", "--parallel.schedule", "two-pass", "--parallel.tensor", "2"),
+            "fused edges, save, pipeline 2 (two-pass), tensor 2",
+        ),
+    ],
+)
+def test_the_technique_tells_pipeline_and_type(
+    tmp_path: Path, overrides: tuple[str, ...], words: str
+) -> None:
+    (tmp_path / "base.toml").write_text("")
+    config = load_config(tmp_path / "base.toml", overrides)
+    assert technique(config.model, config) == words
 
 
 def test_wrong_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,11 @@ import torch
 from ase import Atoms
 
 from megagnn.calculator import MegaGNNCalculator
-from megagnn.checkpoint.inspect import describe_checkpoint
 from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint, load_potential
 from megagnn.data import keys
 from megagnn.models.precision import precision_of
 from megagnn.train.evaluate import evaluate
+from megagnn.train.inspect import describe_checkpoint
 from megagnn.train.trainer import Trainer
 from tests import runs
 

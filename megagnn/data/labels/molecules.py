@@ -7,14 +7,16 @@ Sci. Data 8, 43, 2021; CHNOSCl): many small molecules, few geometries of each, a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rdkit import Chem, rdBase
 from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 
-from megagnn.data.labels.recipes import MoleculeRecipe
 from megagnn.data.record import Structure
+
+if TYPE_CHECKING:
+    from megagnn.data.labels.recipes import MoleculeRecipe
 
 VALENCE = {6: 4, 7: 3, 8: 2, 16: 2, 17: 1}
 HETERO = (7, 8, 16, 17)

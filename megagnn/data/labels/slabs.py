@@ -9,14 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ase import Atoms
 from ase.build import fcc100, fcc110, fcc111, fcc211, molecule
 from ase.data import covalent_radii
 
-from megagnn.data.labels.recipes import SlabRecipe
 from megagnn.data.record import Structure
+
+if TYPE_CHECKING:
+    from megagnn.data.labels.recipes import SlabRecipe
 
 # Conventional cubic lattice constants, Å (room temperature). An alloy takes the mean over its atoms (Vegard's
 # rule).

@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.config import ModelConfig
-from megagnn.overrides import STRICT
+from megagnn.overrides import STRICT, Refused, Told
 
 Aggregation = Literal["constant", "sum", "mean"]
 
@@ -15,52 +15,52 @@ Aggregation = Literal["constant", "sum", "mean"]
 class EGNNConfig(ModelConfig):
     """The E(n)-equivariant graph network (docs/model.md): parts of the layer, and how its edges are run."""
 
-    family: Literal["egnn"] = "egnn"
+    family: Refused[Literal["egnn"]] = "egnn"
     """The model family."""
 
-    preset: Literal["default", "satorras", "study"] = "default"
+    preset: Refused[Literal["default", "satorras", "study"]] = "default"
     """Named set of parts: the default, Satorras et al. 2021 as published, or the scaling study's EGNN."""
-    distance_feature: Literal["bessel", "gaussian", "distance", "squared"] = "bessel"
+    distance_feature: Refused[Literal["bessel", "gaussian", "distance", "squared"]] = "bessel"
     """What the message network sees of the distance: a radial basis, the distance itself, or its square."""
-    envelope: bool = True
+    envelope: Refused[bool] = True
     """Multiply every edge branch's output by a smooth cutoff function of the input distance."""
-    update_coordinates: bool = True
+    update_coordinates: Refused[bool] = True
     """Move the atoms' latent coordinates in every layer but the last (eq. 4 of Satorras et al.)."""
-    direction: Literal["unit", "vector", "plus_one"] = "unit"
+    direction: Refused[Literal["unit", "vector", "plus_one"]] = "unit"
     """Vector of the coordinate branch: r/d, r, or r/(d+1)."""
-    direction_sign: Literal[1, -1] = 1
+    direction_sign: Refused[Literal[1, -1]] = 1
     """+1 for r_ij = x_j - x_i (towards the neighbour), -1 for x_i - x_j as published."""
-    message_aggregation: Aggregation = "constant"
+    message_aggregation: Refused[Aggregation] = "constant"
     """Divisor of the sum of messages: the training set's mean number of neighbours, 1, or the degree."""
-    coordinate_aggregation: Aggregation = "constant"
+    coordinate_aggregation: Refused[Aggregation] = "constant"
     """The same for the coordinate update."""
-    activation: Literal["silu", "relu"] = "silu"
+    activation: Refused[Literal["silu", "relu"]] = "silu"
     """Non-linearity of every network."""
-    normalisation: Literal["rms", "none"] = "rms"
+    normalisation: Refused[Literal["rms", "none"]] = "rms"
     """Normalisation of the node features before each layer and before the heads."""
-    residual: bool = True
+    residual: Refused[bool] = True
     """Add each layer's node update to its input (else it replaces it)."""
-    message_hidden: PositiveInt | None = None
+    message_hidden: Refused[PositiveInt | None] = None
     """Hidden width of phi_e; `width` if not given."""
-    message_width: PositiveInt | None = None
+    message_width: Refused[PositiveInt | None] = None
     """Width of a message m_ij; `width` if not given."""
-    coordinate_hidden: PositiveInt | None = None
+    coordinate_hidden: Refused[PositiveInt | None] = None
     """Hidden width of phi_x; `width` if not given."""
-    node_hidden: PositiveInt | None = None
+    node_hidden: Refused[PositiveInt | None] = None
     """Hidden width of phi_h; `width` if not given."""
-    coordinate_bias: bool = False
+    coordinate_bias: Refused[bool] = False
     """Bias in the last Linear of phi_x."""
-    coordinate_tanh: bool = False
+    coordinate_tanh: Refused[bool] = False
     """Bound phi_x by a tanh, where it moves coordinates."""
-    self_edges: bool = False
+    self_edges: Refused[bool] = False
     """Let every atom send a message to itself."""
-    aggregation_backend: Literal["own", "torch_scatter", "torch_sparse", "torch"] = "own"
+    aggregation_backend: Told[Literal["own", "torch_scatter", "torch_sparse", "torch"]] = "own"
     """What gathers atoms to edges and sums edges over atoms; a library other than ours runs unfused."""
-    edge_operation: Literal["fused", "unfused"] = "fused"
+    edge_operation: Told[Literal["fused", "unfused"]] = "fused"
     """Edges in blocks that stay in the cache, or every intermediate as a tensor (the reference)."""
-    edge_memory: Literal["save", "recompute"] = "save"
+    edge_memory: Told[Literal["save", "recompute"]] = "save"
     """Fused: keep two numbers per edge and channel for the backward, or recompute the blocks."""
-    edge_block: PositiveInt | None = None
+    edge_block: Told[PositiveInt | None] = None
     """Edges of a block; what fits the cache if not given."""
 
     free_keys: ClassVar[tuple[str, ...]] = (
