@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.ops.dual import Dual, T
+from megagnn.ops.lift import lift
 
 
 def envelope(distance_E: T, cutoff: float) -> T:
@@ -38,6 +39,14 @@ def envelope_curvature(distance_E: Tensor, cutoff: float) -> Tensor:
     return s2 * s2 * (1.0 - s) * (5.0 - 7.0 * s) * (-168.0 / cutoff**2) * (s < 1.0)
 
 
+def cosine_cutoff(distance_E: T, cutoff: float) -> T:
+    """(1 + cos(pi d/c)) / 2 within the cutoff c, else 0, (E,): Behler, J. Chem. Phys. 134, 074106 (2011),
+    eq. 4. Its second derivative jumps at the cutoff."""
+    cosine_E: T = lift(torch.cos)(distance_E * (math.pi / cutoff))
+    within_E = (distance_E.value if isinstance(distance_E, Dual) else distance_E) < cutoff
+    return (cosine_E + 1.0) * 0.5 * within_E
+
+
 class _PlanesEnvelope(torch.autograd.Function):
     """f, f' = f_c'(d) d'; with bars of both, d_bar = f_c' f_bar + f_c'' d' f'_bar, d'_bar = f_c' f'_bar."""
 
@@ -58,7 +67,7 @@ class _PlanesEnvelope(torch.autograd.Function):
 
 
 class DistanceFeature(nn.Module):
-    """Constants of what phi_e sees of the distance; formula: `models/egnn/edge/reference.py`.
+    """What messages see of the distance: `distance_features` of (E,) distances or Dual numbers, and its constants.
 
     `bessel`: frequencies n pi / cutoff, n = 1..R. Its values are those of the published basis times
     cutoff^(3/2)/sqrt(2); without that factor they are near 0.2, and at the start of training the network
@@ -70,7 +79,7 @@ class DistanceFeature(nn.Module):
 
     def __init__(self, kind: str, num_radial: int, cutoff: float, dtype: torch.dtype) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.cutoff = kind, cutoff
         self.num_features = num_radial if kind in ("bessel", "gaussian") else 1
         self.spread = cutoff / max(num_radial - 1, 1)
         centres = None
@@ -79,3 +88,29 @@ class DistanceFeature(nn.Module):
         elif kind == "gaussian":
             centres = torch.linspace(0, cutoff, num_radial, dtype=dtype)
         self.register_buffer("centres_R", centres, persistent=False)
+
+    def forward(self, d_E: T) -> T:
+        """See the class: (E, R), for a radial basis or the distance itself."""
+        features: T = lift(distance_features)(self.kind, d_E, None, self.centres_R, self.cutoff, self.spread)
+        return features
+
+
+def distance_features(
+    kind: str, d_E: Tensor, squared_E: Tensor | None, centres_R: Tensor | None, cutoff: float, spread: float
+) -> Tensor:
+    """What the messages see of the distance d = sqrt(|r|^2 + eps^2), Å: (E,) to (E, R).
+
+    bessel: sin(k_n d) c/d, Gasteiger et al., ICLR 2020, eq. 7, times c^(3/2)/sqrt(2); gaussian: exp(-(d -
+    mu_n)^2 / (2 w^2)), Schütt et al., NeurIPS 2017, section 4.1; distance: d; squared: |r|^2.
+    """
+    if kind == "distance":
+        return d_E.unsqueeze(-1)
+    if kind == "squared":
+        assert squared_E is not None
+        return squared_E.unsqueeze(-1)
+    assert centres_R is not None
+    d_E1 = d_E.unsqueeze(-1)
+    if kind == "bessel":
+        return torch.sin(d_E1 * centres_R) * (cutoff / d_E1)
+    offset_ER = (d_E1 - centres_R) / spread
+    return torch.exp(-0.5 * offset_ER * offset_ER)

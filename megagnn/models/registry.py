@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from megagnn.models.config import ModelConfig
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.presets import PRESETS as EGNN_PRESETS
+from megagnn.models.painn.config import PRESETS as PAINN_PRESETS
+from megagnn.models.painn.config import PaiNNConfig
 
 if TYPE_CHECKING:
     from megagnn.models.family import Model
@@ -24,6 +26,7 @@ class Family(NamedTuple):
 
 FAMILIES: dict[str, Family] = {
     "egnn": Family(EGNNConfig, EGNN_PRESETS, "megagnn.models.egnn.model:EGNN"),
+    "painn": Family(PaiNNConfig, PAINN_PRESETS, "megagnn.models.painn.model:PaiNN"),
 }
 
 

@@ -184,6 +184,13 @@ def lattice_shift(cell: T, shifts: Tensor, structure: Tensor) -> T:
     return geometry.lattice_shift(cell, shifts, structure)
 
 
+def gather(x: T, segments: Segments) -> T:
+    """`ops.segment.gather`."""
+    if isinstance(x, Dual):
+        return Dual(segment.gather(x.value, segments), segment.gather(x.tangent, segments))
+    return segment.gather(x, segments)
+
+
 def segment_sum(x: T, segments: Segments) -> T:
     """`ops.segment.segment_sum`."""
     if isinstance(x, Dual):

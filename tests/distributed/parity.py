@@ -74,8 +74,10 @@ class Configuration:
     def model_config(self, operation: str, recomputation: str) -> EGNNConfig:
         """The small model, run in this way."""
         memory, layers = RECOMPUTATION[recomputation]
-        how = {"edge_operation": operation, "edge_memory": memory, "recompute_layers": layers}
-        return model_config(**SMALL, **self.model, **how, edge_block=EDGE_BLOCK)
+        how: dict[str, object] = {"recompute_layers": layers}
+        if self.model.get("family", "egnn") == "egnn":
+            how |= {"edge_operation": operation, "edge_memory": memory, "edge_block": EDGE_BLOCK}
+        return model_config(**SMALL, **self.model, **how)
 
     def loss_config(self) -> LossConfig:
         """Terms for all that the model predicts."""

@@ -115,12 +115,12 @@ class PhysicsTests:
 
     def compute(self, potential: Potential, *atoms: Atoms) -> dict[str, Tensor]:
         config = potential.model.config
-        return potential(batch_from_atoms(atoms, config.cutoff, torch.float64, config.self_edges))
+        return potential(batch_from_atoms(atoms, config.cutoff, torch.float64, config.has_self_edges))
 
     def bonding(self, potential: Potential, *atoms: Atoms) -> Tensor:
         """Energies without the references, which would hide small errors behind large totals."""
         config = potential.model.config
-        batch = batch_from_atoms(atoms, config.cutoff, torch.float64, config.self_edges)
+        batch = batch_from_atoms(atoms, config.cutoff, torch.float64, config.has_self_edges)
         return potential(batch)[keys.ENERGY] - potential.model.reference_energy(batch)
 
     @pytest.mark.parametrize("improper", [False, True], ids=["rotation", "reflection"])
@@ -251,7 +251,7 @@ class PhysicsTests:
         """Energy, forces and every parameter gradient of a force loss."""
         config = potential.model.config
         atoms = Atoms("CCO", [[0, 0, 0], [0, 0, 0], [0, 0, 1.1]])
-        batch = batch_from_atoms([atoms], config.cutoff, torch.float64, config.self_edges)
+        batch = batch_from_atoms([atoms], config.cutoff, torch.float64, config.has_self_edges)
         outputs = potential(batch, create_graph=True)
         loss = sum(value.square().sum() for value in outputs.values())
         loss.backward()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megagnn.models.egnn.edge import EdgeSpec, EdgeWeights, edge_message
 from megagnn.models.egnn.edge import reference as edge_reference
+from megagnn.models.radial import distance_features
 from megagnn.ops import extension
 from tests.models.egnn.edge_cases import (
     Case,
@@ -112,7 +113,7 @@ def features(feature: str, d: Tensor, centres: Tensor) -> tuple[Tensor, Tensor, 
     value = results[0][0] - results[1][0]
     first = results[0][1] - results[1][1]
     d_E = d.double().requires_grad_()
-    exact = edge_reference.distance_features(spec, d_E, d_E * d_E, centres.double())
+    exact = distance_features(feature, d_E, d_E * d_E, centres.double(), spec.cutoff, spec.spread)
     (slope,) = torch.autograd.grad(exact.sum(), d_E)
     return value, exact.detach(), first, slope
 

@@ -9,30 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from megagnn.models.radial import distance_features
 from megagnn.ops.activation import silu
 from megagnn.ops.segment import Segments, gather, segment_sum
 
 if TYPE_CHECKING:
     from megagnn.models.egnn.edge.types import EdgeGraph, EdgeSpec, EdgeWeights
     from megagnn.ops.backends import AggregationBackend
-
-
-def distance_features(spec: EdgeSpec, d_E: Tensor, squared_E: Tensor, centres_R: Tensor | None) -> Tensor:
-    """What the messages see of the distance d = sqrt(|r|^2 + eps^2), Å: (E,) to (E, R).
-
-    bessel: sin(k_n d) c/d, Gasteiger et al., ICLR 2020, eq. 7, times c^(3/2)/sqrt(2); gaussian: exp(-(d -
-    mu_n)^2 / (2 w^2)), Schütt et al., NeurIPS 2017, section 4.1; distance: d; squared: |r|^2.
-    """
-    if spec.feature == "distance":
-        return d_E.unsqueeze(-1)
-    if spec.feature == "squared":
-        return squared_E.unsqueeze(-1)
-    assert centres_R is not None
-    d_E1 = d_E.unsqueeze(-1)
-    if spec.feature == "bessel":
-        return torch.sin(d_E1 * centres_R) * (spec.cutoff / d_E1)
-    offset_ER = (d_E1 - centres_R) / spec.spread
-    return torch.exp(-0.5 * offset_ER * offset_ER)
 
 
 Gather = Callable[[Tensor, Segments], Tensor]
@@ -60,7 +43,7 @@ def before(
     """The first pre-activation a (E, H), and the distances d (E,)."""
     squared_E = (r_E3 * r_E3).sum(-1)
     d_E = torch.sqrt(squared_E + spec.epsilon**2)
-    rho_ER = distance_features(spec, d_E, squared_E, weights.centres_R)
+    rho_ER = distance_features(spec.feature, d_E, squared_E, weights.centres_R, spec.cutoff, spec.spread)
     rho_ER = rho_ER.to(p_NH.dtype)
     return take(p_NH, graph.destination) + take(q_NH, graph.source) + rho_ER @ weights.w1c_HR.t(), d_E
 

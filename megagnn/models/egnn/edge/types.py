@@ -22,7 +22,7 @@ class EdgeSpec:
     """What the operation computes: the equations of megagnn/models/egnn/edge/message.py."""
 
     feature: Literal["bessel", "gaussian", "distance", "squared"] = "bessel"
-    """rho: see `edge_reference.distance_features`."""
+    """rho: see `radial.distance_features`."""
     direction: Literal["unit", "vector", "plus_one"] = "unit"
     """t(d): 1/d, 1 or 1/(d+1)."""
     activation: Literal["silu", "relu"] = "silu"

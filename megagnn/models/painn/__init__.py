@@ -1,0 +1,1 @@
+"""PaiNN: scalars and vectors on atoms, edges channel by channel (docs/model.md)."""
