@@ -67,7 +67,7 @@ class _PlanesEnvelope(torch.autograd.Function):
 
 
 class DistanceFeature(nn.Module):
-    """What messages see of the distance: `distance_features` of (E,) distances or Dual numbers, and its constants.
+    """What messages see of distances (E,), tensors or Dual numbers: `distance_features` with its constants.
 
     `bessel`: frequencies n pi / cutoff, n = 1..R. Its values are those of the published basis times
     cutoff^(3/2)/sqrt(2); without that factor they are near 0.2, and at the start of training the network

@@ -24,13 +24,14 @@ from megagnn.data import keys
 from megagnn.models.family import Field, Model, Part, PlanChoice, State, Work
 from megagnn.models.painn.config import PaiNNConfig
 from megagnn.models.parametrisation import branch_rate, laws
+from megagnn.models.parts import graph_of
 from megagnn.models.precision import Precision
 from megagnn.models.radial import DistanceFeature, cosine_cutoff, envelope
 from megagnn.models.statistics import Statistics
 from megagnn.ops import Segments, dual
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
-from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels, share
+from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,13 @@ class PaiNN(Model):
         self.energy_head = EnergyHead(config, context, dtype) if self.part.head else None
 
     def fields(self, num_layers: int, batch: dict[str, Any]) -> dict[str, Field]:
-        """Scalars `h` (N, F/tp) and vectors `v` (N, 3, F/tp)."""
+        """Scalars `h` (N, F/tp) and, between layers, vectors `v` (N, 3, F/tp)."""
         num_atoms, width = len(batch[keys.ATOMIC_NUMBERS]), self.config.width // self.context.tp_size
         dtype = self.precision.parameters
-        return {"h": Field((num_atoms, width), dtype), "v": Field((num_atoms, 3, width), dtype)}
+        fields = {"h": Field((num_atoms, width), dtype)}
+        if 0 < num_layers < self.config.num_layers:
+            fields["v"] = Field((num_atoms, 3, width), dtype)
+        return fields
 
     @staticmethod
     def work(config: PaiNNConfig, layer: int) -> Work:
@@ -229,19 +233,15 @@ class PaiNN(Model):
 
     def graph(self, batch: dict[str, Any]) -> Edges:
         """Distances and directions of all edges, of the input positions; every rank has them all."""
-        index, dtype = batch[keys.EDGE_INDEX], self.precision.parameters
-        destination = Segments(index[0], batch[keys.ROW_PTR])
-        source = Segments(index[1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM])
-        x_NC, cell_B33 = share(batch[keys.POSITIONS], self.context), share(batch[keys.CELL], self.context)
-        shift_EC = dual.lattice_shift(cell_B33, batch[keys.CELL_SHIFTS], batch[keys.BATCH][index[0]])
-        r_EC = dual.edge_difference(x_NC, x_NC, shift_EC, destination, source)
+        edges, dtype = graph_of(batch, self.context), self.precision.parameters
+        r_EC: Any = edges.r_EC
         square_E1 = dual.square_sum(r_EC) + self.config.distance_epsilon**2
         inverse_E1 = dual.rsqrt(square_E1)
         d_E = (square_E1 * inverse_E1).squeeze(-1)
         f_E = (cosine_cutoff if self.config.envelope == "cosine" else envelope)(d_E, self.config.cutoff)
         return Edges(
-            destination,
-            source,
+            edges.destination,
+            edges.source,
             self.radial(d_E).to(dtype),
             f_E.unsqueeze(-1).to(dtype),
             (r_EC * inverse_E1).unsqueeze(-1).to(dtype),

@@ -15,6 +15,7 @@ autograd takes nodes that are ready in the reverse order of their making. A modu
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -120,18 +121,32 @@ def _watch(values: tuple[Any, ...], tell: Callable[[], None]) -> tuple[Any, ...]
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, dict):
-        return [t for field in value.values() for t in _tensors(field)]
+    """Those of a tensor, of a Dual number, of a state or another dict, and of a dataclass' own fields."""
     if isinstance(value, Dual):
         return [value._planes] if value._planes is not None else [value.value, value.tangent]
-    return [value] if isinstance(value, Tensor) else []
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in _items(value).values() if not _items(item) for t in _tensors(item)]
 
 
 def _rebuilt(value: Any, watched: dict[int, Tensor]) -> Any:
-    if isinstance(value, dict):
-        return {name: _rebuilt(field, watched) for name, field in value.items()}
     if isinstance(value, Dual):
         if value._planes is not None:
             return Dual.of_planes(watched.get(id(value._planes), value._planes))
         return Dual(watched.get(id(value.value), value.value), watched.get(id(value.tangent), value.tangent))
-    return watched.get(id(value), value) if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return watched.get(id(value), value)
+    changed = {
+        name: _rebuilt(item, watched)
+        for name, item in _items(value).items()
+        if any(id(t) in watched for t in _tensors(item) if not _items(item))
+    }
+    if not changed:
+        return value
+    return {**value, **changed} if isinstance(value, dict) else dataclasses.replace(value, **changed)
+
+
+def _items(value: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return value if isinstance(value, dict) else {}
