@@ -1,4 +1,4 @@
-"""What a pipeline rank does, as data: actions, messages between them, schedules.
+"""Pipeline schedules as data: actions, messages between them, schedules.
 
 [Note: executor] What interprets a schedule must honour this; `validate` proves schedules under these rules.
 
@@ -79,7 +79,7 @@ class Action(NamedTuple):
 
     @property
     def result(self) -> Action:
-        """What it yields for others; I yields what B does."""
+        """The result under which others know the action; that of I is B's."""
         return self._replace(kind="B") if self.kind == "I" else self
 
 

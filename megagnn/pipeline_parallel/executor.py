@@ -34,7 +34,7 @@ KINDS = ("f", "b", "F", "B")
 
 
 class Work(Protocol):
-    """What a rank's actions do."""
+    """The work behind a rank's actions: what each computes and what its message holds."""
 
     def expects(self, message: Message) -> Sequence[Expected]:
         """The tensors of a message, from sizes that this rank knows."""
@@ -45,7 +45,7 @@ class Work(Protocol):
         ...
 
     def kept(self) -> Sequence[str]:
-        """What is still kept for an action to come, in words."""
+        """Names of what is still kept for a later action."""
         ...
 
 
@@ -74,7 +74,7 @@ class Executor:
         self.ops = program[context.pp_rank]
         self._proofs = proofs(program, schedule, context.pp_rank)
         self.events: list[Event] = []
-        """Of the last batch: this rank's actions with their times, s, on this machine's clock."""
+        """This rank's actions of the last batch with their times, s, on this machine's clock."""
         self.synchronised = False
         """Let an action end when a GPU has done its work, to time it; else when the work is queued."""
 

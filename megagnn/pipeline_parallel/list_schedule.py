@@ -19,7 +19,7 @@ Priority = Callable[[Action], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Limits:
-    """What ranks may keep."""
+    """Limits on what each rank keeps."""
 
     probes: Sequence[int]
     """(p,) micro-batches between f and b."""
@@ -33,7 +33,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be scheduled: kinds for every stage and micro-batch; one stage a rank."""
+    """The actions to be scheduled: kinds for every stage and micro-batch; one stage a rank."""
 
     placement: tuple[int, ...]
     num_micro_batches: int

@@ -21,14 +21,14 @@ class Record(NamedTuple):
     """Times in s from the first action on."""
 
     planned: list[Event]
-    """By the simulator, of the first pipeline, with as much work in all as was measured."""
+    """The simulator's timeline of the first pipeline, with as much work in all as was measured."""
     measured: dict[str, list[Event]]
-    """Of each rank by its name, in the order of ranks."""
+    """The timeline of each rank by its name, in the order of ranks."""
     schedule: Schedule
 
     @property
     def first_pipeline(self) -> list[Event]:
-        """What was measured on the ranks that the plan is for."""
+        """The measured timeline of the ranks that the plan is for."""
         return [e for name, events in self.measured.items() if _is_first(name) for e in events]
 
     @property
@@ -60,7 +60,7 @@ def record(
     micro_batches: Sequence[Batch],
     context: ParallelContext,
 ) -> Record | None:
-    """What all ranks did in a step, on the main rank; None on the others. All ranks must call it.
+    """The record of what all ranks did in a step, on the main rank; None on the others. All ranks must call it.
 
     Clocks of several machines are set by a barrier, so between machines times are as exact as that.
 

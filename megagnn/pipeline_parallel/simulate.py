@@ -37,12 +37,12 @@ class Costs:
         return self.micro_batch[micro_batch] if len(self.micro_batch) else 1
 
     def duration(self, action: Action) -> float:
-        """Of an action."""
+        """Time of an action."""
         stage = self.stage[action.stage] if len(self.stage) else 1
         return self.phase[action.kind] * stage * self.size(action.micro_batch)
 
     def flight(self, micro_batch: int) -> float:
-        """Of a message between ranks."""
+        """Time of a message between ranks."""
         return self.latency + self.per_size * self.size(micro_batch)
 
     def check(self, schedule: Schedule) -> None:
@@ -79,7 +79,7 @@ def bubble_of(events: Sequence[Event], num_ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Timeline:
-    """What a simulation found.
+    """The result of a simulation.
 
     makespan: end of the last action. bubble: share of ranks x makespan that is not work. finished: False
     where ranks wait for ever; then `events` end there.

@@ -34,7 +34,7 @@ def chrome_trace(events: Sequence[Event], unit: float = 1e6) -> dict[str, Any]:
 
 
 def _trace(rows: Sequence[tuple[int, str, Sequence[Event]]], unit: float) -> dict[str, Any]:
-    """Of processes with their numbers and names."""
+    """The trace of rows of (process number, name, events)."""
     records: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": number, "tid": 0, "args": {"name": name}}
         for number, name, _ in rows

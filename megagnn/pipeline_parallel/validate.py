@@ -125,7 +125,7 @@ def _check_actions(schedule: Schedule) -> dict[Action, tuple[int, int]]:
 
 
 def _check_order(schedule: Schedule, places: dict[Action, tuple[int, int]]) -> None:
-    """What a rank makes for itself comes before what needs it."""
+    """Checks that what a rank makes for itself comes before what needs it."""
     for rank, step, action in schedule.actions():
         for need in needs(action, schedule.num_stages, schedule.conservative):
             where, when = places[need]

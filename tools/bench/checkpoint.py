@@ -46,7 +46,7 @@ def pieces_of_size(megabytes: float) -> list[Piece]:
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start

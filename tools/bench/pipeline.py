@@ -83,7 +83,7 @@ def asleep(
 
 
 def schedule_of(name: str, num_ranks: int, num_micro_batches: int) -> Schedule:
-    """By name alone."""
+    """The schedule of a name, for the kind of forces that it is for."""
     forces = "conservative" if find(name).conservative else "direct"
     return schedule_for(name, forces, num_ranks, num_micro_batches)
 
@@ -118,13 +118,13 @@ class MeasuredCosts(Costs):
         object.__setattr__(self, "seconds", {e.action: e.end - e.start for e in events})
 
     def duration(self, action: Action) -> float:
-        """Of an action."""
+        """Measured time of an action."""
         seconds: dict[Action, float] = self.seconds  # type: ignore[attr-defined]
         return seconds[action]
 
 
 def kinds_of(events: Sequence[Event]) -> list[Kind]:
-    """That are there, in their order."""
+    """The kinds of action among the events, in their fixed order."""
     there = {e.action.kind for e in events}
     return [kind for kind in KINDS if kind in there]
 
