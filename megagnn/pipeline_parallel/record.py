@@ -60,7 +60,7 @@ def record(
     micro_batches: Sequence[Batch],
     context: ParallelContext,
 ) -> Record | None:
-    """The record of what all ranks did in a step, on the main rank; None on the others. All ranks must call it.
+    """The record of a step on all ranks, for the main rank; None on the others. All ranks must call it.
 
     Clocks of several machines are set by a barrier, so between machines times are as exact as that.
 
