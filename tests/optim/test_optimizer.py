@@ -237,6 +237,6 @@ def test_parts_that_a_model_does_not_have() -> None:
     names = ["element_embedding.weight", "layers.0.phi_e.weight", "layers.1.phi_e.weight", "energy_head.bias"]
     parts = "the parts are element_embedding, layers.0, layers.1, energy_head$"
     with pytest.raises(ValueError, match=f"nearest is 'energy_head.bias', {parts}"):
-        check_parts(OptimConfig(freeze=("energy_head.bais",)), names)
+        check_parts(OptimConfig(freeze=("energy_head.bia",)), names)
     with pytest.raises(ValueError, match=f"does not have; {parts}"):
         check_parts(OptimConfig(rates={"xyzzy": 2.0}), names)

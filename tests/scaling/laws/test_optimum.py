@@ -119,7 +119,7 @@ def test_where_a_parabola_has_its_minimum() -> None:
     assert group.optimum == pytest.approx(np.exp(0.25))
     np.testing.assert_allclose(group.coefficients, [1.0, 1.0, 0.25], atol=1e-9)
     wide = np.arange(8.0)
-    (hill,) = iso_flops(np.exp(wide), np.full(8, 1e15), np.exp(-((wide - 3.5) ** 2)))
+    (hill,) = iso_flops(np.exp(wide), np.full(8, 1e15), np.exp(-0.5 * (wide - 3.5) ** 2))
     assert hill.optimum is None, "a maximum"
 
 
