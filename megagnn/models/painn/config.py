@@ -6,29 +6,29 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.config import ModelConfig
-from megagnn.overrides import STRICT
+from megagnn.overrides import STRICT, Refused
 
 
 @dataclass(frozen=True, config=STRICT)
 class PaiNNConfig(ModelConfig):
     """PaiNN (docs/model.md): scalar and vector features on every atom, edges channel by channel."""
 
-    family: Literal["painn"] = "painn"
+    family: Refused[Literal["painn"]] = "painn"
     """The model family."""
-    preset: Literal["default", "published"] = "default"
+    preset: Refused[Literal["default", "published"]] = "default"
     """Named set of parts: the default, or Schütt et al. 2021 as in the package schnetpack."""
-    radial_basis: Literal["bessel", "gaussian"] = "bessel"
+    radial_basis: Refused[Literal["bessel", "gaussian"]] = "bessel"
     """Functions of the distance, of which the filters are linear combinations."""
-    envelope: Literal["polynomial", "cosine"] = "polynomial"
+    envelope: Refused[Literal["polynomial", "cosine"]] = "polynomial"
     """Cutoff function of the filters; the cosine's second derivative jumps at the cutoff."""
-    distance_epsilon: NonNegativeFloat = 1e-3
+    distance_epsilon: Refused[NonNegativeFloat] = 1e-3
     """Added in quadrature to distances, Å; with 0 coincident atoms give NaN."""
-    norm_epsilon: PositiveFloat = 1e-4
+    norm_epsilon: Refused[PositiveFloat] = 1e-4
     """Added to squared norms of vector features: a small one makes large second derivatives where symmetry
     makes a vector vanish."""
-    message_aggregation: Literal["constant", "sum"] = "constant"
+    message_aggregation: Refused[Literal["constant", "sum"]] = "constant"
     """Divisor of the sums of messages: the training set's mean number of neighbours, or 1."""
-    head_width: PositiveInt | None = None
+    head_width: Refused[PositiveInt | None] = None
     """Hidden width of the energy head; half of `width` if not given."""
 
 
