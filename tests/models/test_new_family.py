@@ -1,0 +1,73 @@
+"""The model family of docs/extending.md, added as it says, has forces, trains, and runs over ranks."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from megagnn.cli import main
+from megagnn.models.config import ModelConfig
+from megagnn.models.potential import Potential
+from megagnn.models.registry import FAMILIES, Family
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.parallel.context import ParallelContext
+from tests import runs
+from tests.distributed.parity import batch_of, whole_gradients
+from tests.distributed.spawn import spawn
+from tests.models.physics import PhysicsTests, model_config, randomised
+from tests.tolerances import PARITY
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
+MODULE = "megagnn.models.schnet.model"
+
+
+def add_family() -> None:
+    """The module's text, and the line of the registry."""
+    section = DOCUMENT.read_text().partition("## A model family")[2]
+    text = section.partition("```python\n")[2].partition("```")[0]
+    module = sys.modules[MODULE] = ModuleType(MODULE)
+    exec(text, module.__dict__)
+    FAMILIES["schnet"] = Family(module.SchNetConfig, {"default": {}}, f"{MODULE}:SchNet")
+    ModelConfig.variants["schnet"] = module.SchNetConfig
+
+
+@pytest.fixture(autouse=True)
+def family(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, MODULE, raising=False)
+    monkeypatch.setitem(FAMILIES, "schnet", None)
+    monkeypatch.setitem(ModelConfig.variants, "schnet", None)
+    add_family()
+
+
+class TestPhysics(PhysicsTests):
+    def make_potential(self) -> Potential:
+        return randomised(model_config(family="schnet", stress=True, spread=0.7))
+
+
+def gradients(context: ParallelContext, method: str) -> dict[str, Tensor]:
+    """Whole gradients of a loss on energies, forces and stress."""
+    add_family()
+    config = model_config(family="schnet", stress=True, width=8, cutoff=3.0, num_layers=2)
+    potential, batch = randomised(config, context=context), batch_of(range(6))
+    loss = Loss(LossConfig(energy="mse", forces="mse", stress="mse", stress_weight=0.1))
+    GRADIENT_METHODS[method](potential, batch, loss, label_counts(batch, context))
+    return whole_gradients(potential, context)
+
+
+def test_one_backward_on_two_ranks_equals_derivatives_of_derivatives_on_one() -> None:
+    expected = gradients(ParallelContext(), "create_graph")
+    for got in spawn(2, gradients, "one_backward", tp=2):
+        assert got.keys() == expected.keys()
+        for name, whole in expected.items():
+            assert (got[name] - whole).abs().max() <= PARITY * whole.abs().max(), name
+
+
+def test_it_trains_and_evaluates(tmp_path: Path, store: Path) -> None:
+    arguments: Any = ("--model.family", "schnet", "--train.num_steps", "6", "--parallel.zero_stage", "3")
+    assert runs.train(store, tmp_path / "run", *arguments) == 0
+    assert main(["evaluate", str(tmp_path / "run/checkpoints/best"), str(store)]) == 0
