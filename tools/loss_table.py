@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 
-from megagnn.scaling.records import RunRecord, read_records
+from megagnn.scaling.laws.record import RunRecord
+from megagnn.scaling.records import read_records
 
 SPLITS = ("valid/", "")  # the second is the test split
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks
 from megagnn.scaling.laws.analysis import Options, select
+from megagnn.scaling.laws.record import RunRecord
 from megagnn.scaling.rates import curves
-from megagnn.scaling.records import RunRecord
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks, short
 from megagnn.scaling.laws.analysis import Analysis
-from megagnn.scaling.records import RunRecord, geometric_mean
+from megagnn.scaling.laws.record import RunRecord
+from megagnn.scaling.records import geometric_mean
 
 Shape = tuple[int, int, int, int]
 

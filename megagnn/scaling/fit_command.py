@@ -19,7 +19,8 @@ from megagnn.scaling.laws.analysis import (
 )
 from megagnn.scaling.laws.intervals import Interval
 from megagnn.scaling.laws.optimum import optimal_sizes
-from megagnn.scaling.records import RunRecord, read_records, squared
+from megagnn.scaling.laws.record import RunRecord, squared
+from megagnn.scaling.records import read_records
 
 FEW = 3  # spare points, below which a bootstrap has little to draw from
 

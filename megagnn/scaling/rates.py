@@ -6,7 +6,8 @@ import numpy as np
 
 from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks
 from megagnn.scaling.laws.analysis import Options, select
-from megagnn.scaling.records import RunRecord, geometric_mean
+from megagnn.scaling.laws.record import RunRecord
+from megagnn.scaling.records import geometric_mean
 
 Curve = Mapping[float, float]
 """Loss by learning rate, the geometric mean over seeds."""

@@ -15,9 +15,10 @@ from megagnn.scaling.drawing import Drawn, save_figures, write_tensorboard
 from megagnn.scaling.figures import draw_all
 from megagnn.scaling.fit_command import add_selection, describe, options_of
 from megagnn.scaling.laws.analysis import Analysis, Options, analyse
+from megagnn.scaling.laws.record import RunRecord
 from megagnn.scaling.rates import describe as describe_rates
 from megagnn.scaling.rates import draw as draw_rates
-from megagnn.scaling.records import RunRecord, read_records, slug
+from megagnn.scaling.records import read_records, slug
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;

@@ -45,7 +45,8 @@ from typing import Any
 
 from megagnn.config import RunConfig, flat_config
 from megagnn.overrides import Change, change_of
-from megagnn.scaling.records import RunRecord, read_records, slug
+from megagnn.scaling.laws.record import RunRecord
+from megagnn.scaling.records import read_records, slug
 from megagnn.train.fine_tune import complete_config
 
 if sys.version_info >= (3, 11):

@@ -18,7 +18,8 @@ from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.scaling.flops import step_flops
-from megagnn.scaling.records import RunRecord, append_line
+from megagnn.scaling.laws.record import RunRecord
+from megagnn.scaling.records import append_line
 from megagnn.scaling.sweep import PlannedRun, Sweep
 from megagnn.train.evaluate import evaluate
 from megagnn.train.loader import BatchLoader, open_split

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagnn.scaling.records import RunRecord
+from megagnn.scaling.laws.record import RunRecord
 
 LAW = {"L_inf": 0.012, "A": 6.0, "a": 0.40, "B": 2.0, "b": 0.45}
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megagnn.scaling.records import append_line, describe_loss, parse_record, read_records, squared
+from megagnn.scaling.laws.record import describe_loss, squared
+from megagnn.scaling.records import append_line, parse_record, read_records
 from tests.scaling.synthetic import study, write
 
 RECORD = study(widths=(16,), data=(500,), seeds=1)[0]

@@ -13,7 +13,7 @@ from megagnn.scaling import ablation, compare, rates
 from megagnn.scaling.figures import draw_all
 from megagnn.scaling.laws.analysis import Options, analyse, hold_out_largest, select
 from megagnn.scaling.laws.intervals import Interval
-from megagnn.scaling.records import RunRecord
+from megagnn.scaling.laws.record import RunRecord
 from megagnn.scaling.report import chapters_of, page
 from tests.scaling.synthetic import LAW, law, study, write
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import loss_table
 import pytest
 
-from megagnn.scaling.records import RunRecord
+from megagnn.scaling.laws.record import RunRecord
 
 
 def record(recipe: str, seed: int, force: float, energy: float) -> RunRecord:

@@ -19,7 +19,7 @@ from megagnn.scaling.laws.optimum import (
     mean_of_seeds,
     optimal_exponents,
 )
-from megagnn.scaling.records import RunRecord, describe_loss
+from megagnn.scaling.laws.record import RunRecord, describe_loss
 
 SINGLE = (POWER, SATURATING, BROKEN)
 DATA_UNITS = ("structures", "atoms")
