@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,10 @@ def sources() -> dict[str, str]:
     return found
 
 
-def imports_of(source: str, modules: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+@functools.cache  # each test parses what it planted, and all others once
+def imports_of(source: str, modules: frozenset[str]) -> frozenset[tuple[str, bool]]:
     """Modules of the package that a source imports, at its top or inside functions."""
+    found = set()
     tree = ast.parse(source)
     typing_only = {
         id(inner)
@@ -68,11 +71,13 @@ def imports_of(source: str, modules: Mapping[str, str]) -> Iterator[tuple[str, b
             while name and name not in modules:  # a name in a module
                 name = name.rpartition(".")[0]
             if name:
-                yield name, id(node) in typing_only
+                found.add((name, id(node) in typing_only))
+    return frozenset(found)
 
 
 def graph(modules: Mapping[str, str]) -> Imports:
-    return {name: set(imports_of(source, modules)) - {(name, False)} for name, source in modules.items()}
+    names = frozenset(modules)
+    return {name: set(imports_of(source, names)) - {(name, False)} for name, source in modules.items()}
 
 
 def room(module: str) -> str:
