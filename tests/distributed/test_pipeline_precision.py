@@ -91,11 +91,11 @@ def on_stage(context: ParallelContext, forces: str, name: str) -> dict[str, Any]
 
 def on_rank(context: ParallelContext) -> list[dict[str, Any]]:
     found = [on_stage(context, *case) for case in SCHEDULES]
-    right = ModelWork._states
+    right = ModelWork._sent
     with pytest.MonkeyPatch.context() as patch:  # a mistake: what travels has lost bits
         patch.setattr(
             ModelWork,
-            "_states",
+            "_sent",
             lambda *given: [t + 2.0**-7 * t.detach().abs().to(t.dtype) for t in right(*given)],
         )
         return [*found, on_stage(context, *SCHEDULES[0])]
