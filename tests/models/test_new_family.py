@@ -1,6 +1,7 @@
 """The model family of docs/extending.md, added as it says, has forces, trains, and runs over ranks."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from megagnn import overrides
 from megagnn.cli import main
 from megagnn.models.config import ModelConfig
 from megagnn.models.potential import Potential
@@ -37,11 +39,14 @@ def add_family() -> None:
 
 
 @pytest.fixture(autouse=True)
-def family(monkeypatch: pytest.MonkeyPatch) -> None:
+def family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delitem(sys.modules, MODULE, raising=False)
     monkeypatch.setitem(FAMILIES, "schnet", None)
     monkeypatch.setitem(ModelConfig.variants, "schnet", None)
     add_family()
+    overrides.changes.cache_clear()
+    yield
+    overrides.changes.cache_clear()
 
 
 class TestPhysics(PhysicsTests):
@@ -67,7 +72,12 @@ def test_one_backward_on_two_ranks_equals_derivatives_of_derivatives_on_one() ->
             assert (got[name] - whole).abs().max() <= PARITY * whole.abs().max(), name
 
 
-def test_it_trains_and_evaluates(tmp_path: Path, store: Path) -> None:
+def test_it_trains_goes_on_and_evaluates(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments: Any = ("--model.family", "schnet", "--train.num_steps", "6", "--parallel.zero_stage", "3")
     assert runs.train(store, tmp_path / "run", *arguments) == 0
+    assert runs.train(store, tmp_path / "run", *arguments, "--train.num_steps", "8", "--resume") == 0
+    assert runs.train(store, tmp_path / "run", *arguments, "--model.spread", "0.7", "--resume") == 2
+    assert "model.spread was 0.5 and is now 0.7" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "run/checkpoints/best"), str(store)]) == 0
