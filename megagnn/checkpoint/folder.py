@@ -35,12 +35,12 @@ class FolderCheckpoint:
 
     @property
     def config(self) -> RunConfig:
-        """Of the run that wrote it."""
+        """Configuration of the run that wrote it."""
         return self.manifest.config
 
     @property
     def statistics(self) -> Statistics:
-        """Of its training split."""
+        """Statistics of the training split of that run."""
         return self.manifest.statistics
 
     @property

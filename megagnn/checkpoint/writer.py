@@ -87,7 +87,7 @@ class CheckpointStore:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._last_step: int | None = None
-        """Of the last save of this run."""
+        """Step of the last save of this run."""
 
     def clean(self) -> None:
         """Remove what killed saves left behind; at the beginning of a run."""
@@ -317,7 +317,7 @@ def _leave(marker: Path, content: dict[str, Any]) -> None:
 
 
 def _leave_word(marker: Path, text: str) -> None:
-    """Of a failure, so that no rank waits for this one; on a full disk, too.
+    """Tells of a failure, so that no rank waits for this one; on a full disk, too.
 
     What was written goes, which makes room. Where there is still none, a name says it: to change one takes no
     room.

@@ -178,5 +178,5 @@ class Sides:
 
 
 def _is_missed(got: int, wanted: float) -> bool:
-    """Off by a factor of two, and by more than two structures, which a small set cannot help."""
+    """Whether a split is off by a factor of two and by over two structures, which small sets cannot help."""
     return wanted > 0 and abs(got - wanted) > 2 and not wanted / MISSED <= got <= wanted * MISSED

@@ -35,7 +35,7 @@ class Rendezvous:
     serves: bool = False
     """Whether this process holds the store; torchrun may hold it itself."""
     prefix: str = "megagnn"
-    """Of the store's keys."""
+    """Prefix of the store's keys."""
     outlives: bool = False
     """Whether the store outlives the ranks: torchrun's does, which starts them again after a failure."""
     own_gpu: bool = False

@@ -68,8 +68,7 @@ class Model(nn.Module, ABC):
     tensor-parallel ranks. Conservative forces and stress are derivatives: see `models.potential`. With
     positions and cell as `ops.dual.Dual` numbers the results are Dual ones.
 
-    A family adds its layers to `layers` (under their numbers in the whole model), sets `energy_head`, and
-    says what is abstract here.
+    A family says what is abstract here.
 
     Attributes:
         wants_atomic_energies: also return `atomic_energies` (N,) float64, eV, which add up to `energy`: the
@@ -113,8 +112,14 @@ class Model(nn.Module, ABC):
         self.register_buffer("element_index", element_index, persistent=False)
         references = torch.tensor(statistics.baseline(), dtype=torch.float64)
         self.register_buffer("references", references, persistent=False)
+        self.build()
 
     # What a family says.
+
+    @abstractmethod
+    def build(self) -> None:
+        """Adds the modules of `part`: its layers to `layers`, under their numbers in the whole model, and
+        `energy_head`. All arguments of the model are attributes by now."""
 
     @abstractmethod
     def fields(self, num_layers: int, batch: dict[str, Any]) -> dict[str, Field]:
@@ -152,9 +157,14 @@ class Model(nn.Module, ABC):
         self.check_geometry(batch[keys.POSITIONS])
         graph = self.graph(batch)
         for number in numbers:
-            run = recomputed if self.config.recompute_layers and torch.is_grad_enabled() else _run
-            state = run(self.layer(number), state, graph)
+            state = self.run_layer(self.layer(number), state, graph)
         return state
+
+    def run_layer(self, layer: nn.Module, *arguments: Any) -> Any:
+        """A layer's results, recomputed in the backward where the configuration says so."""
+        if self.config.recompute_layers and torch.is_grad_enabled():
+            return recomputed(layer, *arguments)
+        return layer(*arguments)
 
     def reset_parameters(self, seed: int = 0) -> None:
         """Initial weights that pass on variances of order one, last Linears small (docs/model.md).
@@ -230,7 +240,3 @@ def layer_works(config: ModelConfig) -> list[Work]:
     """(L + 1,) work of each layer and of the energy head."""
     work = model_class(config).work
     return [work(config, layer) for layer in range(config.num_layers + 1)]
-
-
-def _run(layer: nn.Module, *arguments: Any) -> Any:
-    return layer(*arguments)

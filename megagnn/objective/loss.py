@@ -139,13 +139,13 @@ class Loss:
         return total, shares
 
     def _energy(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Of errors per atom, eV, one of each labelled structure."""
+        """Loss of errors per atom, eV, one of each labelled structure."""
         has_B = batch[keys.HAS_ENERGY]
         error = ((outputs[keys.ENERGY] - batch[keys.ENERGY]) / batch[keys.NUM_ATOMS])[has_B].double()
         return batch[keys.WEIGHTS][has_B, 0] * pointwise(self.config.energy, error, self.config.huber_delta)
 
     def _forces(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Of errors in eV/Å, three of each free atom; with `norm` their share in one number."""
+        """Loss of errors in eV/Å, three of each free atom; with `norm` their share in one number."""
         free_N, delta = free_atoms(batch), self.config.huber_delta
         label_NC = batch[keys.FORCES][free_N]
         error_NC = (outputs[keys.FORCES][free_N] - label_NC).double()
@@ -162,7 +162,7 @@ class Loss:
         return weight_N.unsqueeze(1) * loss
 
     def _stress(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """Of errors in eV/Å^3, nine of each labelled structure."""
+        """Loss of errors in eV/Å^3, nine of each labelled structure."""
         has_B = batch[keys.HAS_STRESS]
         error_B33 = (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].double()
         weight_B11 = batch[keys.WEIGHTS][has_B, 2].reshape(-1, 1, 1)

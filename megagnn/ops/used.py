@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def used_gradients(ctx: Any, tensors: Sequence[Tensor | None]) -> list[bool]:
-    """Of the tensors that a Function was applied to, in their order: whether this backward uses a gradient.
+    """Whether this backward uses a gradient of each tensor that a Function was applied to, in their order.
 
     needs_input_grad knows only what requires gradients: a force pass over a model in training, which asks for
     positions alone, would pay for those of the weights, as the input half of a split backward would.

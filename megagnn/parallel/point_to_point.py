@@ -24,7 +24,7 @@ class Expected(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Of its numbers."""
+        """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 

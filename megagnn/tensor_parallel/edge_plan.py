@@ -29,7 +29,7 @@ class EdgeRows:
 
     rows: Rows
     edges: slice
-    """Of the edges of the batch."""
+    """This rank's among the edges of the batch."""
     destination: Segments
     """Receivers, counted from the first of the rank's rows."""
     source: Segments

@@ -366,7 +366,7 @@ class Trainer:
         monitor.log_throughput(self.progress.step)
 
     def _keep_timeline(self, pipeline: Pipeline, batches: list[dict[str, Tensor]], monitor: Monitor) -> None:
-        """Of the step that was just taken."""
+        """Draws the timeline of the step that was just taken."""
         found, step = pipeline.record(batches), self.progress.step
         if found is not None:
             planned, measured = found.bubbles

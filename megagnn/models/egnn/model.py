@@ -4,8 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from megagnn.data import keys
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.partition import partition_edges
@@ -13,36 +11,25 @@ from megagnn.models.egnn.edge.plan_rows import WeightRing
 from megagnn.models.egnn.heads import EnergyHead
 from megagnn.models.egnn.layer import Edges, EGNNLayer, edge_vectors
 from megagnn.models.egnn.traffic_model import Widths, choose_plan, has_vector
-from megagnn.models.family import Field, Model, Part, PlanChoice, State, Work
+from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.parts import edge_distances
-from megagnn.models.precision import Precision
 from megagnn.models.radial import DistanceFeature, envelope
-from megagnn.models.statistics import Statistics
 from megagnn.ops import dual
-from megagnn.ops.recompute import recomputed
-from megagnn.parallel.context import ParallelContext
 from megagnn.tensor_parallel.layers import share
 
 
 class EGNN(Model):
     """See `Model`. The plan `auto` takes for each batch what sends less (traffic_model.py)."""
 
-    def __init__(
-        self,
-        config: EGNNConfig,
-        statistics: Statistics,
-        precision: Precision = Precision(),  # noqa: B008 (frozen)
-        context: ParallelContext | None = None,
-        plan: PlanChoice = "auto",
-        part: Part | None = None,
-    ) -> None:
-        super().__init__(config, statistics, precision, context, plan, part)
-        dtype, context, part = precision.parameters, self.context, self.part
+    def build(self) -> None:
+        """See `Model`."""
+        config, context, part = self.config, self.context, self.part
+        dtype, neighbours = self.precision.parameters, self.statistics.mean_neighbours
         self.distance_feature = DistanceFeature(
-            config.distance_feature, config.num_radial, config.cutoff, precision.edge
+            config.distance_feature, config.num_radial, config.cutoff, self.precision.edge
         )
         for k in part.layers:
-            branch, neighbours = self.vector_branch(k), statistics.mean_neighbours
+            branch = self.vector_branch(k)
             layer = EGNNLayer(config, self.distance_feature, neighbours, branch, context, dtype)
             self.layers.add_module(str(k), layer)
         self.energy_head = EnergyHead(config, context, dtype) if part.head else None
@@ -106,13 +93,8 @@ class EGNN(Model):
             r_EC = edge_vectors(share(x_NC, self.context), edges)
         forces_NC = None
         for layer in map(self.layer, numbers):
-            run = recomputed if self.config.recompute_layers and torch.is_grad_enabled() else _run
-            h_NF, x_new_NC, forces_NC = run(layer, h_NF, x_NC, r_EC, edges)
+            h_NF, x_new_NC, forces_NC = self.run_layer(layer, h_NF, x_NC, r_EC, edges)
             if layer.vector_branch == "coordinates":
                 x_NC = x_new_NC
                 r_EC = edge_vectors(share(x_NC, self.context), edges)
         return {"h": h_NF, "x": x_NC, "forces": forces_NC}
-
-
-def _run(layer: Any, *arguments: Any) -> Any:
-    return layer(*arguments)

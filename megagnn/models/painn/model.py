@@ -21,13 +21,11 @@ import torch
 from torch import nn
 
 from megagnn.data import keys
-from megagnn.models.family import Field, Model, Part, PlanChoice, State, Work
+from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.painn.config import PaiNNConfig
 from megagnn.models.parametrisation import branch_rate, laws
 from megagnn.models.parts import graph_of
-from megagnn.models.precision import Precision
 from megagnn.models.radial import DistanceFeature, cosine_cutoff, envelope
-from megagnn.models.statistics import Statistics
 from megagnn.ops import Segments, dual
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
@@ -81,7 +79,7 @@ class Branches(nn.Module):
 
 
 class PaiNNLayer(nn.Module):
-    """Messages and the update of each atom; state `h` (N, F/tp) and, but before the first, `v` (N, 3, F/tp).
+    """Messages and the update of each atom; state `h` (N, F/tp) and, behind the first, `v` (N, 3, F/tp).
 
     Without a branch that nothing would read: the first layer has no vectors to pass on, the last one's would
     reach no output but direct forces, which it returns as `forces` (N, 3).
@@ -150,12 +148,12 @@ class PaiNNLayer(nn.Module):
 
 
 def message_branches(number: int) -> tuple[str, ...]:
-    """Of a layer's messages."""
+    """Names of the branches of a layer's messages."""
     return ("h", "u", "v") if number else ("h", "u")
 
 
 def update_branches(config: PaiNNConfig, number: int) -> tuple[str, ...]:
-    """Of a layer's update of each atom."""
+    """Names of the branches of a layer's update of each atom."""
     reads_v = number < config.num_layers - 1 or config.forces == "direct"
     return ("h", "pq", "v") if reads_v else ("h", "pq")
 
@@ -191,25 +189,19 @@ class PaiNN(Model):
     Raises ValueError for the plan `edge`: edges are divided by channels.
     """
 
-    def __init__(
-        self,
-        config: PaiNNConfig,
-        statistics: Statistics,
-        precision: Precision = Precision(),  # noqa: B008 (frozen)
-        context: ParallelContext | None = None,
-        plan: PlanChoice = "auto",
-        part: Part | None = None,
-    ) -> None:
-        super().__init__(config, statistics, precision, context, plan, part)
-        if plan == "edge":
+    def build(self) -> None:
+        """See `Model`."""
+        if self.plan == "edge":
             raise ValueError(
                 "parallel.plan = 'edge' divides products of channels on edges, of which PaiNN has none; use "
                 "'auto' or 'channel'"
             )
-        dtype, context = precision.parameters, self.context
-        self.radial = DistanceFeature(config.radial_basis, config.num_radial, config.cutoff, precision.edge)
+        config, context, dtype = self.config, self.context, self.precision.parameters
+        self.radial = DistanceFeature(
+            config.radial_basis, config.num_radial, config.cutoff, self.precision.edge
+        )
         for k in self.part.layers:
-            layer = PaiNNLayer(config, k, statistics.mean_neighbours, context, dtype)
+            layer = PaiNNLayer(config, k, self.statistics.mean_neighbours, context, dtype)
             self.layers.add_module(str(k), layer)
         self.energy_head = EnergyHead(config, context, dtype) if self.part.head else None
 
@@ -224,7 +216,7 @@ class PaiNN(Model):
 
     @staticmethod
     def work(config: PaiNNConfig, layer: int) -> Work:
-        """Of a layer, the products of the filters, of phi, psi, P and Q; of the head, its two."""
+        """Multiply-adds of the filters, phi, psi, P and Q in a layer, or of the head's two products."""
         square = config.width**2
         if layer == config.num_layers:
             return Work(0, (config.width + 1) * head_width(config))

@@ -66,7 +66,7 @@ class ShardedAdamW(torch.optim.Optimizer):
         self.units = [
             Unit(name, members[name], context, stage, self.storage) for name, _ in modules if members[name]
         ]
-        """Of each module that has parameters."""
+        """One of each module that has parameters."""
         self.reducer = ShardedReducer(self.units, context, bucket_bytes, by_arrival=stage < 3)
         self.residency = None
         if stage == 3:

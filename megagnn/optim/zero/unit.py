@@ -41,7 +41,7 @@ class Member:
     group: int
     """Number of its parameter group."""
     seed: int
-    """Of the initial values, where the parameter has no memory yet."""
+    """Seed of the initial values, where the parameter has no memory yet."""
 
     def values(self) -> Tensor:
         """What it begins with."""
@@ -289,7 +289,7 @@ class Unit:
             self.storage.release([self.grad_shard])
 
     def square_sum(self) -> Tensor:
-        """Of this rank's gradients, counting what every tensor-parallel rank holds by its share."""
+        """Sum of squares of this rank's gradients; what all tensor-parallel ranks hold counts by its share."""
         total = square_sum(self.grad_shard)
         if self.context.tp_size == 1:
             return total

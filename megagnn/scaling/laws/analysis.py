@@ -65,7 +65,7 @@ class LawResult:
     choices: list[Choice]
     """The best first; of joint laws the one with a constant, so that intervals hold its doubt."""
     bootstrap: Bootstrap
-    """Of the best."""
+    """Intervals of the best choice."""
     intervals: dict[str, Interval]
     others: dict[str, dict[str, Interval]]
     """Intervals of laws, by name, that the runs cannot tell from the best: their exponents may differ."""
