@@ -289,7 +289,7 @@ class Unit:
             self.storage.release([self.grad_shard])
 
     def square_sum(self) -> Tensor:
-        """Sum of squares of this rank's gradients; what all tensor-parallel ranks hold counts by its share."""
+        """Sum of squares of this rank's gradients; what tensor-parallel ranks share counts by its share."""
         total = square_sum(self.grad_shard)
         if self.context.tp_size == 1:
             return total
