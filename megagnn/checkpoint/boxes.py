@@ -1,14 +1,14 @@
 """Which part of whole tensors a rank's pieces are: boxes, and who writes which of what several ranks hold.
 
 A checkpoint knows nothing of ranks: it is whole tensors, cut into boxes (offsets and sizes along every
-dimension) that lie in some file. That is what `torch.distributed.checkpoint` calls chunks.
+dimension) that lie in some file.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,6 +37,22 @@ class Box:
         ranges = zip(self.offsets, self.sizes, strict=True)
         return f"{name}[{','.join(f'{offset}:{offset + size}' for offset, size in ranges)}]"
 
+    def overlap(self, other: Box) -> Box | None:
+        """What two boxes of one tensor have in common; None where there is nothing."""
+        begins = tuple(map(max, self.offsets, other.offsets))
+        ends = (min(a, b) for a, b in zip(self._ends, other._ends, strict=True))
+        sizes = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
+        return Box(begins, sizes) if min(sizes, default=1) > 0 else None
+
+    def slices_in(self, outer: Box) -> tuple[slice, ...]:
+        """Where this box lies in a tensor that holds another one around it."""
+        places = zip(self.offsets, self.sizes, outer.offsets, strict=True)
+        return tuple(slice(a - first, a - first + size) for a, size, first in places)
+
+    @property
+    def _ends(self) -> tuple[int, ...]:
+        return tuple(a + size for a, size in zip(self.offsets, self.sizes, strict=True))
+
 
 def parse_key(key: str) -> tuple[str, Box]:
     """The inverse of `Box.key`; raises ValueError for anything else."""
@@ -56,6 +72,18 @@ class Part:
     values: Tensor
     """In the shape of the box."""
     full_shape: tuple[int, ...]
+
+
+Parts = dict[str, list[Part]]
+"""{"KIND/NAME": boxes}."""
+
+
+def whole_parts(tensors: Mapping[str, Tensor]) -> Parts:
+    """Whole tensors as parts."""
+    return {
+        name: [Part(Box((0,) * tensor.ndim, tuple(tensor.shape)), tensor, tuple(tensor.shape))]
+        for name, tensor in tensors.items()
+    }
 
 
 def boxes_of_run(shape: Sequence[int], begin: int, end: int) -> list[Box]:
@@ -104,16 +132,16 @@ def parts_of(piece: Piece, begin: int, end: int) -> list[Part]:
     return parts
 
 
-def parts_by_name(pieces: Iterable[Piece]) -> dict[str, list[Part]]:
-    """{"KIND/NAME": boxes} of all that a rank holds."""
-    parts: dict[str, list[Part]] = {}
+def parts_by_name(pieces: Iterable[Piece]) -> Parts:
+    """All that a rank holds."""
+    parts: Parts = {}
     for piece in pieces:
         parts.setdefault(f"{piece.kind}/{piece.name}", []).extend(parts_of(piece, piece.begin, piece.end))
     return parts
 
 
-def share_of(pieces: Iterable[Piece], context: ParallelContext) -> dict[str, list[Part]]:
-    """{"KIND/NAME": boxes} of what this rank writes: of what n ranks hold alike, an n-th of the bytes.
+def share_of(pieces: Iterable[Piece], context: ParallelContext) -> Parts:
+    """The part of its pieces that this rank writes: of what n ranks hold alike, an n-th of the bytes.
 
     All data-parallel ranks hold a replicated piece, all tensor-parallel ranks hold pieces of parameters that
     they do not divide. Pieces come in the same order on all ranks that hold them.
@@ -121,7 +149,7 @@ def share_of(pieces: Iterable[Piece], context: ParallelContext) -> dict[str, lis
     alike: dict[tuple[bool, bool], list[Piece]] = {}
     for piece in pieces:
         alike.setdefault((piece.replicated, not piece.layout.is_sharded), []).append(piece)
-    parts: dict[str, list[Part]] = {}
+    parts: Parts = {}
     for (over_dp, over_tp), group in alike.items():
         num, index = 1, 0
         for shared, size, rank in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import shutil
@@ -15,12 +16,15 @@ from megagnn.checkpoint.boxes import parts_by_name
 from megagnn.checkpoint.manifest import NAME, Manifest, complaints, parse_manifest
 from megagnn.checkpoint.progress import Progress
 from megagnn.checkpoint.random_state import set_random_state
+from megagnn.checkpoint.reader import load_parts, load_whole
 from megagnn.config import RunConfig
 from megagnn.models.statistics import Statistics
 from megagnn.optim.pieces import Piece
 from megagnn.parallel.context import ParallelContext
 
 LINKS = ("last", "best")
+_NAMES = ("best", "best.safetensors", "last")
+_MAX_NAMES = 2  # in a message
 _LONGEST_NAME = 64
 _STEP = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"\.(step-\d{8,}|last|best)\..*\.(tmp|old)")
@@ -54,29 +58,21 @@ class FolderCheckpoint:
         Raises:
             ValueError: the checkpoint is of another model.
         """
-        from megagnn.checkpoint.dcp import load_parts  # takes a second or two to import
-
         load_parts(self.path, self.manifest, parts_by_name(pieces))
 
     def whole(self, kinds: Sequence[str]) -> dict[str, Tensor]:
         """{"KIND/NAME": whole tensor}."""
-        from megagnn.checkpoint.dcp import load_whole
-
         names = [name for name in self.manifest.tensors if name.split("/")[0] in kinds]
         return load_whole(self.path, self.manifest, names)
 
     def whole_tensor(self, name: str) -> Tensor:
         """The whole of one tensor, "KIND/NAME"; raises ValueError if it is not there."""
-        from megagnn.checkpoint.dcp import load_whole
-
         if name not in self.manifest.tensors:
             raise ValueError(f"checkpoint {self.path} does not fit the model: missing {name}")
         return load_whole(self.path, self.manifest, [name])[name]
 
     def restore_random_state(self, context: ParallelContext) -> None:
         """The generators of this process, where it has the place of one that wrote."""
-        from megagnn.checkpoint.dcp import load_whole
-
         prefix = f"random/{context.rank}/"
         names = [name for name in self.manifest.tensors if name.startswith(prefix)]
         if self.manifest.grid != (context.dp_size, context.pp_size, context.tp_size) or not names:
@@ -176,3 +172,34 @@ def rotate(folder: Path, keep: int) -> None:
     for step in steps:
         if step not in kept:
             remove_folder(folder / folder_name(step))
+
+
+def way_out(path: Path) -> str:
+    """What to give instead of a path at which there is no checkpoint, as the end of a sentence."""
+    found = _near(path)
+    if found:
+        return f"did you mean {' or '.join(map(str, found[:_MAX_NAMES]))}?"
+    return "give a run's checkpoints/best, or a file made by `megagnn export`"
+
+
+def _near(path: Path) -> list[Path]:
+    """Checkpoints in the folder or run of this name, or of the name that is most like it."""
+    if path.is_dir():
+        return _of_run(path)
+    missing, folder = path, path.parent
+    while not folder.is_dir() and folder != folder.parent:
+        missing, folder = folder, folder.parent
+    if folder.name == "checkpoints" or any((folder / name).exists() for name in LINKS):
+        known = [name for name in _NAMES if (folder / name).exists()]
+        known += [folder_name(step) for step in checkpoint_steps(folder)]
+        like = difflib.get_close_matches(missing.name, known, n=_MAX_NAMES)
+        return [folder / name for name in like or known]
+    of_run = {entry.name: _of_run(entry) for entry in folder.iterdir() if entry.is_dir()}
+    like = difflib.get_close_matches(missing.name, [name for name, found in of_run.items() if found], n=1)
+    return of_run[like[0]] if like else _of_run(folder)
+
+
+def _of_run(folder: Path) -> list[Path]:
+    """Checkpoints of a run's folder, or of its folder of checkpoints."""
+    places = (folder, folder / "checkpoints")
+    return [place / name for place in places for name in _NAMES if (place / name).exists()]

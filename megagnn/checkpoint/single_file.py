@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import megagnn
-from megagnn.checkpoint.folder import FolderCheckpoint, follow, open_folder
+from megagnn.checkpoint.folder import FolderCheckpoint, follow, open_folder, way_out
 from megagnn.checkpoint.manifest import NAME as MANIFEST
 from megagnn.checkpoint.manifest import write_tensors
-from megagnn.checkpoint.names import way_out
 from megagnn.checkpoint.progress import FORMAT, VERSION, Progress
 from megagnn.config import RunConfig, config_from_dict, config_to_dict
 from megagnn.models.family import PlanChoice

@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from megagnn.checkpoint import manifest as checkpoint_manifest
-from megagnn.checkpoint.boxes import Part, share_of
-from megagnn.checkpoint.dcp import Parts, save_parts, whole_parts
+from megagnn.checkpoint.boxes import Part, Parts, share_of, whole_parts
 from megagnn.checkpoint.folder import (
     FolderCheckpoint,
     checkpoint_steps,
@@ -294,6 +293,12 @@ class CheckpointStore:
     @staticmethod
     def _rank_name(rank: int) -> str:
         return f"rank-{rank:05d}"
+
+
+def save_parts(path: Path, parts: Parts) -> None:
+    """Write a rank's parts to a file, each box under its name."""
+    named = {part.box.key(name): part.values for name, held in parts.items() for part in held}
+    checkpoint_manifest.write_tensors(path, {k: t.detach().cpu().contiguous() for k, t in named.items()})
 
 
 def _write_rank(job: _Job, name: str) -> dict[str, Any]:

@@ -97,3 +97,19 @@ def test_what_a_rank_holds_is_all_of_it() -> None:
     assert sum(p.box.numel for found in parts.values() for p in found) == sum(p.end for p in held)
     parts["model/bias"][0].values.fill_(3.0)
     assert bool((next(p for p in held if p.name == "bias").values == 3.0).all()), "views, to be loaded into"
+
+
+@given(st.lists(st.tuples(*[st.tuples(st.integers(0, 4), st.integers(1, 5))] * 2), max_size=3))
+def test_what_two_boxes_share(ranges: list[tuple[tuple[int, int], tuple[int, int]]]) -> None:
+    """The numbers of both, in one place in each, or nothing; and boxes that touch share nothing."""
+    first, second = (Box(tuple(r[k][0] for r in ranges), tuple(r[k][1] for r in ranges)) for k in (0, 1))
+    whole = torch.arange(9 ** len(ranges)).view((9,) * len(ranges))
+    a, b = (whole[box.slices_in(Box((0,) * len(ranges), whole.shape))] for box in (first, second))
+    common = first.overlap(second)
+    shared = set(a.reshape(-1).tolist()) & set(b.reshape(-1).tolist())
+    if common is None:
+        assert not shared
+    else:
+        assert common.numel == len(shared)
+        assert torch.equal(a[common.slices_in(first)], b[common.slices_in(second)])
+        assert set(a[common.slices_in(first)].reshape(-1).tolist()) == shared

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megagnn.checkpoint import dcp as checkpoint_storage
 from megagnn.checkpoint import folder as checkpoint_folder
 from megagnn.checkpoint import writer as checkpoint_store
+from megagnn.checkpoint.boxes import Parts
 from megagnn.checkpoint.folder import FolderCheckpoint, open_folder, remove_folder
 from megagnn.checkpoint.progress import Progress
 from megagnn.checkpoint.single_file import load_checkpoint, save_checkpoint
@@ -94,7 +94,7 @@ def test_what_is_saved_is_what_was_there(
     written, going = threading.Event(), threading.Event()
     original = checkpoint_store.save_parts
 
-    def slow(path: Path, parts: checkpoint_storage.Parts) -> None:
+    def slow(path: Path, parts: Parts) -> None:
         going.set()
         assert written.wait(60)
         original(path, parts)
