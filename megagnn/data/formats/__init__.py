@@ -7,9 +7,10 @@ raises only where the file itself cannot be understood.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megagnn.data.formats.ase_files import read_ase
 from megagnn.data.formats.mlearn import is_mlearn, read_mlearn
@@ -22,6 +23,7 @@ from megagnn.data.record import Structure
 
 __all__ = [
     "FORMATS",
+    "Format",
     "ReadOptions",
     "Units",
     "UnreadableError",
@@ -31,8 +33,23 @@ __all__ = [
     "read_structures",
 ]
 
-FORMATS = {"ase": read_ase, "mlearn": read_mlearn, "pymatgen": read_pymatgen_json, "store": read_store}
-"""Name -> reader(path, options)."""
+
+class Format(NamedTuple):
+    """A format of files."""
+
+    read: Callable[[Path, ReadOptions], Iterator[Structure]]
+    """The reader."""
+    recognises: Callable[[Path], bool]
+    """Whether a file, which exists, is of this format, by its name and content."""
+
+
+FORMATS = {
+    "store": Format(read_store, is_store),
+    "pymatgen": Format(read_pymatgen_json, is_pymatgen_json),
+    "mlearn": Format(read_mlearn, is_mlearn),
+    "ase": Format(read_ase, lambda _: True),
+}
+"""Formats by name; a file is of the first that recognises it, and "ase" is what is left."""
 
 
 def detect_format(path: Path) -> str:
@@ -43,13 +60,7 @@ def detect_format(path: Path) -> str:
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist; check the name")
-    if is_store(path):
-        return "store"
-    if is_pymatgen_json(path):
-        return "pymatgen"
-    if is_mlearn(path):
-        return "mlearn"
-    return "ase"
+    return next(name for name, format in FORMATS.items() if format.recognises(path))
 
 
 def read_structures(
@@ -72,7 +83,7 @@ def read_structures(
     if name is None:
         name = "ase" if options.ase_format and path.exists() and not is_store(path) else detect_format(path)
     if name not in FORMATS:
-        raise ValueError(f"unknown format {name!r}; known are {', '.join(FORMATS)}")
+        raise ValueError(f"unknown format {name!r}; known are {', '.join(sorted(FORMATS))}")
     return _read(path, options, name)
 
 
@@ -80,7 +91,7 @@ def _read(path: Path, options: ReadOptions, name: str) -> Iterator[Structure]:
     if options.group_by == "file":
         options = replace(options, file_content=_file_content(path, options, name))
     try:
-        yield from FORMATS[name](path, options)
+        yield from FORMATS[name].read(path, options)
     except UnreadableError as error:
         options.unreadable(error)
 
@@ -90,7 +101,7 @@ def _file_content(path: Path, options: ReadOptions, name: str) -> str:
     digest = hashlib.sha256()
     silent = replace(options, group_by="frame", on_unreadable=lambda _: None)
     try:
-        for structure in FORMATS[name](path, silent):
+        for structure in FORMATS[name].read(path, silent):
             digest.update(structure.group.encode())
     except ValueError:
         pass  # told when the file is read for good

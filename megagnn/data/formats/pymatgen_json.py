@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.json_stream import iterate_entries
 from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
-from megagnn.data.formats.species import number_of, unknown_species
+from megagnn.data.formats.species import numbers_of
 from megagnn.data.formats.units import Units
 from megagnn.data.record import Structure
 
@@ -90,10 +90,10 @@ def structure_fields(
     lattice = None if structure.get("@class") == "Molecule" else structure["lattice"]
     sites = structure["sites"]
     names = [_species_of(site, where) for site in sites]
-    numbers = [number_of(name, species) for name in names]
-    if None in numbers:
-        unknown = [name for name, number in zip(names, numbers, strict=True) if number is None]
-        raise UnreadableError(f"{where}: {unknown_species(unknown)}")
+    try:
+        numbers = numbers_of(names, species)
+    except ValueError as error:
+        raise UnreadableError(f"{where}: {error}") from error
     if lattice is None:
         cell, pbc = np.zeros((3, 3)), np.zeros(3, dtype=bool)
     else:
@@ -104,7 +104,7 @@ def structure_fields(
     positions = _numbers(values, (len(sites), 3), f"{name} of the sites", where)
     if name == "abc":  # xyz is taken as given, for it need not be wrapped
         positions = positions @ cell
-    return np.array(numbers, dtype=np.int64), positions, cell, pbc
+    return numbers, positions, cell, pbc
 
 
 def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str) -> NDArray[np.float64]:

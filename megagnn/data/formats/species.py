@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from ase.data import atomic_numbers
+from numpy.typing import NDArray
 
 ISOTOPES = {"D": "H", "T": "H"}
 
@@ -40,6 +42,19 @@ def number_of(name: str, species: Mapping[str, str]) -> int | None:
         return int(atomic_numbers[species[name]])
     number = atomic_numbers.get(name, atomic_numbers.get(name.capitalize()))
     return None if number is None else int(number)
+
+
+def numbers_of(names: Sequence[str], species: Mapping[str, str]) -> NDArray[np.int64]:
+    """(N,) atomic numbers of species by their names in the file.
+
+    Raises:
+        ValueError: names that are no elements, with the way out.
+    """
+    numbers = [number_of(name, species) for name in names]
+    unknown = [name for name, number in zip(names, numbers, strict=True) if number is None]
+    if unknown:
+        raise ValueError(unknown_species(unknown))
+    return np.array(numbers, dtype=np.int64)
 
 
 def unknown_species(names: Iterable[str], what: str = "--species") -> str:
