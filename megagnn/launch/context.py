@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import os
+import socket
 import warnings
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
@@ -12,16 +13,59 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megagnn.launch.agreement import agree, fingerprint_of, open_store
-from megagnn.launch.elastic import join_generation
-from megagnn.launch.heartbeat import Roll, WatchTimes
-from megagnn.launch.mpi import join_mpi
-from megagnn.launch.peer import this_peer
+from megagnn.launch.agreement import agree, fingerprint_of, join_generation, open_store
+from megagnn.launch.heartbeat import Roll, WatchTimes, this_peer
 from megagnn.launch.rendezvous import Rendezvous, discover
 from megagnn.launch.watch import Watcher
 from megagnn.parallel.config import ParallelConfig
-from megagnn.parallel.context import ParallelContext, grid_coordinates, grid_sizes, rank_name
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context, grid_coordinates, grid_sizes, rank_name
+
+
+def join_mpi(world_size: int) -> Rendezvous:
+    """Every rank's place, and a free port of the main rank's machine, through mpi4py.
+
+    Args:
+        world_size: ranks as the launcher's environment has it.
+
+    Raises:
+        ValueError: mpi4py is missing, finds no MPI library, or belongs to another MPI than the launcher.
+    """
+    way_out = "install it with pip install 'megagnn[mpi]' and an MPI library, or start with torchrun"
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise ValueError(f"mpirun started {world_size} ranks, but mpi4py is missing: {way_out}") from error
+    except RuntimeError as error:  # what mpi4py raises where it finds no library
+        line = str(error).splitlines()[0]
+        raise ValueError(
+            f"mpirun started {world_size} ranks, but mpi4py does not load ({line}): {way_out}"
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.size != world_size:
+        raise ValueError(
+            f"mpirun started {world_size} ranks, but mpi4py sees {world.size}: it belongs to another MPI "
+            "than this mpirun; use the mpirun that came with mpi4py's MPI, or start with torchrun"
+        )
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    listener, address = None, None
+    if world.rank == 0:
+        with socket.create_server(("", 0), backlog=2048) as server:
+            listener, port = os.dup(server.fileno()), server.getsockname()[1]
+        name = "127.0.0.1" if local.size == world.size else socket.gethostname()
+        address = (os.environ.get("MASTER_ADDR") or name, port)
+    host, port = world.bcast(address, root=0)
+    return Rendezvous(
+        "MPI",
+        world.rank,
+        world.size,
+        local_rank=local.rank,
+        num_local=local.size,
+        host=host,
+        port=port,
+        serves=world.rank == 0,
+        listener=listener,
+    )
+
 
 # torchrun's store keeps what the ranks of a process's earlier context said: each context has its own keys
 _MEETINGS = itertools.count()

@@ -18,8 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megagnn.launch.heartbeat import Heartbeat, Roll, Silence, Verdict, WatchTimes, silence_text
-from megagnn.launch.peer import PeerLostError
+from megagnn.launch.heartbeat import (
+    Heartbeat,
+    PeerLostError,
+    Roll,
+    Silence,
+    Verdict,
+    WatchTimes,
+    silence_text,
+)
 
 # What a collective says when a peer has left: nothing about why.
 _BROKEN = re.compile(

@@ -240,3 +240,20 @@ def layer_works(config: ModelConfig) -> list[Work]:
     """(L + 1,) work of each layer and of the energy head."""
     work = model_class(config).work
     return [work(config, layer) for layer in range(config.num_layers + 1)]
+
+
+# Products of a training step in units of one forward: forward, backward with respect to inputs and weights;
+# for conservative forces by one backward, see docs/forces.md.
+STEP_UNITS = {"none": 3, "direct": 3, "conservative": 8}
+
+
+def step_flops(config: ModelConfig, num_atoms: float, num_edges: float) -> float:
+    """Floating-point operations of a training step on graphs of so many atoms and directed edges in all.
+
+    Matrix products only, multiply-adds counted as 2; gathers, sums, activations are of lower order in the
+    width. What is recomputed to save memory, and padding, does not count: a run's compute does not depend on
+    how its memory was saved.
+    """
+    works = layer_works(config)
+    products = sum(w.per_edge for w in works) * num_edges + sum(w.per_atom for w in works) * num_atoms
+    return 2.0 * STEP_UNITS[config.forces] * products

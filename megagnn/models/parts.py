@@ -1,15 +1,35 @@
-"""What layers of several families are made of: the edges of a batch, distances, activations."""
+"""What layers of several families are made of: the edges of a batch, distances, initial weights and rates.
+
+[Note: maximal update] Adam's steps have the size of the rate whatever the gradient is, so one learning rate
+for all widths F moves a sum over F inputs by F times the rate: no rate suits both a Linear of F inputs and
+one of a few. After Yang et al., "Tensor Programs V", arXiv:2203.03466, table 3, in each step all features
+move by an amount that does not depend on F with
+
+    kind    inputs -> outputs  initial variance  rate  what it is here
+    input   fixed  -> F        1/inputs          1     embeddings, biases, gains, phi_e's part of the distance
+    hidden  F      -> F        1/F               1/F   Linears of phi_e, phi_x, phi_h, the energy head's first
+    output  F      -> fixed    1/F^2             1/F   the last Linears of phi_x, of forces and energies
+
+relative to `base_width`, at which it is the standard parametrisation. In depth, L node updates of weight
+1/sqrt(L) ([Note: depth scaling] in models/egnn/layer.py) move in one direction once they are trained, and
+add up to sqrt(L) times one: the rate of what makes them goes by 1/sqrt(L) (Yang et al., "Tensor Programs VI",
+arXiv:2310.02244, table 1), relative to `base_layers`. Coordinate updates weigh 1/L and need nothing. Rates
+are on the parameters (parallel/parameter.py) and in the groups of the optimizer (optim/optimizer.py); the
+forward pass knows nothing of them.
+"""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from megagnn.data import keys
+from megagnn.models.config import ModelConfig
 from megagnn.ops import Segments, dual
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
-from megagnn.tensor_parallel.layers import share
+from megagnn.parallel.parameter import Constant, Normal, Uniform
+from megagnn.tensor_parallel.layers import LinearLaws, share
 
 # Added in quadrature to every distance, in Å: d = sqrt(|r|^2 + eps^2) has finite derivatives where two atoms
 # coincide, and differs from |r| by 5e-7 Å at 1 Å.
@@ -41,3 +61,36 @@ def graph_of(batch: dict[str, Any], context: ParallelContext) -> Graph:
 def edge_distances(r_EC: T) -> T:
     """sqrt(|r|^2 + eps^2), Å: (E, 3) to (E,); every derivative is finite where two atoms coincide."""
     return dual.distance(r_EC, DISTANCE_EPSILON)
+
+
+Kind = Literal["input", "hidden", "output"]
+
+
+def laws(
+    config: ModelConfig,
+    in_features: int,
+    kind: Kind = "hidden",
+    scale: float = 1.0,
+    zero_bias: bool = False,
+    rate: float = 1.0,
+) -> LinearLaws:
+    """A Linear of so many inputs: N(0, scale^2/inputs) without bias, or PyTorch's even law (He et al. 2015).
+
+    Under `mup` also what [Note: maximal update] says of its kind. rate: of the branch that it is in.
+    """
+    std = in_features**-0.5
+    ratio = (
+        1.0 if kind == "input" or config.parametrisation == "standard" else in_features / config.base_width
+    )
+    size = scale * std * (ratio**-0.5 if kind == "output" else 1.0)
+    if config.initialisation == "lecun":
+        return LinearLaws(Normal(size), Constant(0.0), rate / ratio, rate)
+    # U(-a, a) with a = sqrt(3) gain std and PyTorch's gain of sqrt(1/3), for weight and bias alike
+    return LinearLaws(Uniform(size), Constant(0.0) if zero_bias else Uniform(std), rate / ratio, rate)
+
+
+def branch_rate(config: ModelConfig) -> float:
+    """Share of the learning rate that the layers' messages and node updates have for their depth."""
+    if config.parametrisation == "standard" or not config.depth_scaling:
+        return 1.0
+    return (config.base_layers / config.num_layers) ** 0.5

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megagnn.models.config import ModelConfig
+from megagnn.models.egnn.config import PRESETS as EGNN_PRESETS
 from megagnn.models.egnn.config import EGNNConfig
-from megagnn.models.egnn.presets import PRESETS as EGNN_PRESETS
 from megagnn.models.painn.config import PRESETS as PAINN_PRESETS
 from megagnn.models.painn.config import PaiNNConfig
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from megagnn.ops import dual, extension
 from megagnn.ops.dispatch import ABSENT, below_autograd
-from megagnn.ops.used import used_gradients
+from megagnn.ops.recompute import used_gradients
 
 _OPS = torch.ops.megagnn
 _ANY_WIDTH = 128  # as many columns as a block has rows (csrc/node.cpp)

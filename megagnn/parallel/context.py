@@ -7,19 +7,52 @@ different structures; *pipeline* stages (pp) hold different layers.
 
 [Note: groups that end] A context does not own its process groups: torch.distributed does, until the ranks
 part, and nothing else may. Whatever holds one beyond that keeps gloo's threads alive into the end of the
-interpreter, where a thread that lets go of a tensor asks for an interpreter that is gone, and aborts the
+interpreter, where a thread that frees a tensor asks for an interpreter that is gone, and aborts the
 process ("terminate called without an active exception"). So a model may hold a context as long as it likes;
 and torch.distributed.nn, whose default arguments are the world at its import, is imported before it is there.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn  # first met later, it would keep the world for ever: [Note: groups that end]
 
-from megagnn.parallel.traffic import Traffic
+
+class Traffic:
+    """Elements and bytes that a rank sent, by axis and by kind of collective.
+
+    Counted is what a bandwidth-optimal algorithm sends from one rank, whatever the back end does: of n
+    elements in all on each of t ranks, all-gather and reduce-scatter (t-1)/t n, all-reduce twice that,
+    all-to-all exactly what leaves the rank.
+    """
+
+    def __init__(self) -> None:
+        self.elements: Counter[tuple[str, str]] = Counter()
+        self.bytes: Counter[tuple[str, str]] = Counter()
+
+    def count(self, axis: str, kind: str, elements: Fraction | int, element_size: int) -> None:
+        """One collective: `kind` along `axis`."""
+        self.elements[axis, kind] += elements  # type: ignore[assignment] # exact fractions
+        self.bytes[axis, kind] += elements * element_size  # type: ignore[assignment]
+
+    def total(self, axis: str) -> Fraction:
+        """Elements sent along an axis, exactly."""
+        return sum((Fraction(n) for (a, _), n in self.elements.items() if a == axis), Fraction(0))
+
+    @contextmanager
+    def measured(self) -> Iterator["Traffic"]:
+        """What is sent within the context, as a Traffic of its own, complete when the context ends."""
+        elements, sizes, inside = Counter(self.elements), Counter(self.bytes), Traffic()
+        yield inside
+        inside.elements = self.elements - elements
+        inside.bytes = self.bytes - sizes
 
 
 @dataclass(frozen=True)
@@ -122,3 +155,31 @@ def grid_sizes(world_size: int, dp: int | None, pp: int, tp: int) -> tuple[int, 
             f"start {dp * pp * tp}, or change parallel.data, parallel.pipeline or parallel.tensor"
         )
     return dp, pp, tp
+
+
+def grid_context(dp: int, pp: int, tp: int, device: torch.device | None = None) -> ParallelContext:
+    """This process's context, when the default process group of dp x pp x tp ranks exists.
+
+    Every rank makes every group, in the same order, as PyTorch demands.
+    """
+    rank, grid = dist.get_rank(), torch.arange(dp * pp * tp).view(dp, pp, tp)
+    along = {"dp": grid.permute(1, 2, 0), "pp": grid.permute(0, 2, 1), "tp": grid}
+    groups: dict[str, Any] = {"world": dist.group.WORLD}
+    for axis, lines in along.items():
+        for line in lines.reshape(-1, lines.shape[-1]).tolist():
+            if len(line) == 1:
+                continue
+            group = dist.group.WORLD if len(line) == dist.get_world_size() else dist.new_group(line)
+            if rank in line:
+                groups[axis] = group
+    dp_rank, pp_rank, tp_rank = grid_coordinates(rank, dp, pp, tp)
+    return ParallelContext(
+        dp_size=dp,
+        dp_rank=dp_rank,
+        pp_size=pp,
+        pp_rank=pp_rank,
+        tp_size=tp,
+        tp_rank=tp_rank,
+        device=device or torch.device("cpu"),
+        groups={axis: weakref.ref(group) for axis, group in groups.items()},
+    )

@@ -1,6 +1,6 @@
 """What ranks say to one another: collectives on buffers, outside of autograd; nothing is sent on one rank.
 
-Every call counts what it sends (`parallel.traffic`). Tensors must be contiguous: gloo reduces a strided view
+Every call counts what it sends (`context.Traffic`). Tensors must be contiguous: gloo reduces a strided view
 wrongly and overwrites the memory beside it. A tensor without elements is no message.
 """
 

@@ -67,7 +67,7 @@ class Parameter(nn.Parameter):
     def __new__(
         cls, data: Tensor, layout: ParameterLayout, initial: Initial, rate: float = 1.0
     ) -> "Parameter":
-        """data: this rank's slice. rate: [Note: maximal update] in models/parametrisation.py."""
+        """data: this rank's slice. rate: [Note: maximal update] in models/parts.py."""
         parameter = super().__new__(cls, data)
         parameter.sharding, parameter.initial, parameter.rate = layout, initial, rate
         return parameter

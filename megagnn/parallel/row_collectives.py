@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megagnn.parallel import messages
+from megagnn.parallel.collectives import linear_function
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.linear_function import linear_function
 
 
 @dataclass(frozen=True)

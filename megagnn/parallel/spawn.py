@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import grid_context
 
 
 def spawn(

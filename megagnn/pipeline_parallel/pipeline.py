@@ -23,10 +23,10 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.actions import Action, Kind, Schedule
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import Batch, ModelWork, Sharding
-from megagnn.pipeline_parallel.record import Record, record
 from megagnn.pipeline_parallel.registry import find
 from megagnn.pipeline_parallel.schedules.conservative import two_pass
 from megagnn.pipeline_parallel.stage import Stage, check_owners, layer_costs, part_of, stages_of
+from megagnn.pipeline_parallel.timeline import Record, record
 from megagnn.pipeline_parallel.validate import validate
 
 WINDOW = 4  # batches for each stage that are predicted together: at most a fifth of the time is idle

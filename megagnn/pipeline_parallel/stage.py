@@ -1,4 +1,4 @@
-"""Which layers a stage has, and what of a model a rank holds.
+"""Which layers a stage has, cut by cost, and what of a model a rank holds.
 
 A stage is a run of layers; the embedding goes with the first layer and the energy head with the last, which
 may be the force head, too. A rank holds the parameters of its stages under the names that they have in the
@@ -9,16 +9,69 @@ in two stages: what tensor-parallel ranks replicate lies within one.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from megagnn.models.config import ModelConfig
 from megagnn.models.family import Part, layer_works
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import gather_along
-from megagnn.pipeline_parallel.split import split_layers
+
+
+def split_layers(costs: Sequence[float], num_stages: int) -> list[range]:
+    """Contiguous stages with the smallest possible maximum of summed cost.
+
+    Exact, by dynamic programming over the last stage's first layer (the linear partition problem), in time
+    O(S L log L), for costs that are not negative.
+
+    Args:
+        costs: (L,) of what follows one another: embedding, layers, heads, in any unit.
+        num_stages: S.
+
+    Returns:
+        (S,) ranges of indices into `costs`, none empty.
+
+    Raises:
+        ValueError: fewer costs than stages, or a cost that is negative or no number.
+    """
+    cost_L = np.asarray(costs, dtype=np.float64)
+    length = len(cost_L)
+    if not 1 <= num_stages <= length:
+        raise ValueError(
+            f"{length} layers (with embedding and heads) do not fill {num_stages} stages; use 1 to {length}"
+        )
+    if not (np.isfinite(cost_L).all() and (cost_L >= 0).all()):
+        raise ValueError(f"costs must be numbers of at least 0, got {list(costs)}")
+    total = np.concatenate([[0.0], np.cumsum(cost_L)])
+    best = total.copy()  # of the first j layers in the stages so far
+    starts: list[NDArray[np.int64]] = []
+    for stage in range(1, num_stages):
+        new = np.full(length + 1, np.inf)
+        start = np.zeros(length + 1, dtype=np.int64)
+        for end in range(stage + 1, length + 1):
+            # best[k] grows with k and the last stage's cost falls: the least maximum is where they cross.
+            low, high = stage, end - 1
+            while low < high:
+                middle = (low + high) // 2
+                if best[middle] >= total[end] - total[middle]:
+                    high = middle
+                else:
+                    low = middle + 1
+            for k in {low, max(low - 1, stage)}:
+                value = max(best[k], total[end] - total[k])
+                if value < new[end] or (value == new[end] and k < start[end]):
+                    new[end], start[end] = value, k
+        starts.append(start)
+        best = new
+    ends = [length]
+    for start in reversed(starts):
+        ends.append(int(start[ends[-1]]))
+    bounds = [0, *reversed(ends)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 class Stage(NamedTuple):

@@ -1,6 +1,6 @@
 """The command `megagnn coordinate-check`: how much activations move in training, against width.
 
-In the maximal-update parametrisation (models/parametrisation.py) node features, energies and forces move in
+In the maximal-update parametrisation (models/parts.py) node features, energies and forces move in
 each step by an amount that does not depend on the width; else some grow or fade, and the best learning rate
 moves with them. So the slope of log size in log width should be near zero. After Yang et al., "Tensor
 Programs V", arXiv:2203.03466, appendix D.1.
@@ -21,14 +21,13 @@ from tqdm import tqdm
 from megagnn.config import RunConfig, load_config
 from megagnn.data import keys
 from megagnn.models.potential import Potential, build_potential
-from megagnn.models.statistics import Statistics
+from megagnn.models.statistics import Statistics, compute_statistics
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer, set_learning_rate
 from megagnn.parallel.context import ParallelContext
 from megagnn.scaling.drawing import Drawn, colours, make_axes, save_figures, write_tensorboard
 from megagnn.scaling.records import geometric_mean
-from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.loader import BatchLoader, open_split
 
 PARAMETRISATIONS = ("standard", "mup")

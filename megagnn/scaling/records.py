@@ -5,7 +5,7 @@
      "steps": 1300, "epochs": 7.5, "losses": {"force_mae": {"value": 0.05, "unit": "eV/Å"}},
      "seconds": 210.0, "memory_gib": 0.6, "technique": "fused, save", "versions": {"megagnn": "0.1.0"}}
 
-`flops` are those of the whole training (scaling/flops.py). The name of a loss says its kind by its last part:
+`flops` are those of the whole training (models/family.py). The name of a loss says its kind by its last part:
 `mae` (absolute), `rmse` and `mse` (squared); other names are training objectives.
 """
 

@@ -14,10 +14,10 @@ from megagnn.checkpoint.single_file import load_potential, open_checkpoint
 from megagnn.config import RunConfig, flat_config
 from megagnn.launch.context import parallel_context
 from megagnn.models.config import ModelConfig
+from megagnn.models.family import step_flops
 from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier, broadcast_object
-from megagnn.scaling.flops import step_flops
 from megagnn.scaling.laws.record import RunRecord
 from megagnn.scaling.records import append_line
 from megagnn.scaling.sweep import PlannedRun, Sweep

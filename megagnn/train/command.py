@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.config import RunConfig, flat_config
+from megagnn.launch.agreement import launch_identity
 from megagnn.launch.context import parallel_context
-from megagnn.launch.elastic import launch_identity
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.fine_tune import run_config

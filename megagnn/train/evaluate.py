@@ -24,8 +24,7 @@ from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.loader import BatchLoader, open_split
-from megagnn.train.metrics import ErrorSums, Grouping, format_table, grouping
-from megagnn.train.parity import ParityPoints
+from megagnn.train.metrics import ErrorSums, Grouping, ParityPoints, format_table, grouping
 
 
 @dataclass(frozen=True)

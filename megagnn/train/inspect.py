@@ -9,7 +9,7 @@ from ase.data import chemical_symbols
 from megagnn.checkpoint.folder import FolderCheckpoint
 from megagnn.checkpoint.single_file import Checkpoint, load_potential, open_checkpoint
 from megagnn.config import config_to_dict
-from megagnn.train.bad_batch import describe_bad_batch, is_bad_batch
+from megagnn.train.bad_steps import describe_bad_batch, is_bad_batch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

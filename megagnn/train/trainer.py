@@ -25,7 +25,7 @@ from megagnn.data.reference_file import for_sources, read_reference_energies
 from megagnn.models.family import parameter_names
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
-from megagnn.models.statistics import Statistics
+from megagnn.models.statistics import Statistics, compute_statistics
 from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
 from megagnn.objective.loss import Loss, check_labels, step_counts
 from megagnn.optim.average import ShardedAverage
@@ -54,14 +54,12 @@ from megagnn.parallel.world import (
 )
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.pipeline_parallel.stage_costs import run_stages
-from megagnn.train.bad_batch import end_of_run, save_bad_batches
-from megagnn.train.bad_steps import advance, judge
+from megagnn.train.bad_steps import advance, end_of_run, judge, save_bad_batches
 from megagnn.train.evaluate import evaluate
 from megagnn.train.fine_tune import Beginning
-from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.loader import BatchLoader, open_split
+from megagnn.train.metrics import ParityPoints
 from megagnn.train.monitor import Monitor
-from megagnn.train.parity import ParityPoints
 from megagnn.train.resume import check_same_run, fingerprint_of, judges_anew, position_of
 from megagnn.train.signals import StopSignals
 

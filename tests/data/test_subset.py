@@ -10,8 +10,8 @@ from megagnn.data.dataset import StructureDataset
 from megagnn.data.store import write_store
 from megagnn.data.subset import nested_subset
 from megagnn.models.egnn.config import EGNNConfig
+from megagnn.models.statistics import compute_statistics
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.loader import open_split
 from tests import runs
 

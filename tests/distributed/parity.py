@@ -22,8 +22,7 @@ from megagnn.objective.config import LossConfig
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, LossCounts, label_counts
 from megagnn.optim.bucket_reducer import GradientReducer
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.parallel.world import all_reduce_sum
 from tests.models.physics import STATISTICS, crystal, ethanol, model_config, randomised, slab

@@ -17,8 +17,7 @@ from megagnn.optim.optimizer import gradient_norm, make_optimizer, make_sharded_
 from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel import messages
 from megagnn.parallel.config import ParallelConfig
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for

@@ -21,8 +21,7 @@ from megagnn.optim.optimizer import (
 )
 from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel.config import ParallelConfig
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of
 from megagnn.parallel.world import all_reduce_sum
 from tests.distributed.parity import CONFIGURATIONS, batch_of

@@ -10,8 +10,7 @@ from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
 from megagnn.objective.loss import Loss, LossCounts, label_counts, step_counts
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import all_reduce_sum
 from tests.distributed import sharded
 from tests.distributed.parity import CONFIGURATIONS, batch_of, whole_gradients

@@ -9,9 +9,8 @@ import torch
 
 from megagnn.config import load_config
 from megagnn.data import keys
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
-from megagnn.train.bad_batch import load_bad_batch
+from megagnn.parallel.context import ParallelContext, grid_context
+from megagnn.train.bad_steps import load_bad_batch
 from megagnn.train.trainer import Trainer
 from tests import runs
 from tests.distributed.spawn import spawn

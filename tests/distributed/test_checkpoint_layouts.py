@@ -28,8 +28,7 @@ from megagnn.optim.optimizer import (
     gradient_norm,
     make_optimizer,
 )
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import all_reduce_sum, barrier
 from tests.distributed.parity import CONFIGURATIONS, batch_of
 from tests.distributed.sharded import OPTIMIZER, SHARES, Case, build, optimizer_of

@@ -10,8 +10,7 @@ from torch import Tensor
 from megagnn.checkpoint.folder import folder_name
 from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.config import load_config
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.train.trainer import Trainer
 from tests import runs
 from tests.distributed.spawn import spawn

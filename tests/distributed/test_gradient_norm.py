@@ -10,8 +10,7 @@ from megagnn.ops import square_sum
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.parameter import ParameterLayout
 from tests.distributed.spawn import spawn
 

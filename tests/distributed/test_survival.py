@@ -14,8 +14,7 @@ import torch
 
 from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.launch.watch import SAME_WISH_SECONDS
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import all_reduce_sum
 from megagnn.train.bad_steps import judge
 from tests import runs

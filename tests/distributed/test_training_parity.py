@@ -17,8 +17,7 @@ from megagnn.optim.optimizer import (
     make_optimizer,
     set_learning_rate,
 )
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.parameter import gather_whole, layout_of, num_parameters
 from tests.distributed.parity import AXES, CONFIGURATIONS, run
 from tests.distributed.spawn import spawn

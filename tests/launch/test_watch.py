@@ -11,8 +11,7 @@ import pytest
 from torch.distributed import DistNetworkError
 
 from megagnn.launch import heartbeat
-from megagnn.launch.heartbeat import Silence
-from megagnn.launch.peer import Peer, _stat, process_state, this_peer
+from megagnn.launch.heartbeat import Peer, Silence, _stat, process_state, this_peer
 from megagnn.launch.watch import is_broken_connection
 
 

@@ -11,11 +11,10 @@ from megagnn.config import RunConfig, config_from_dict, config_to_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.config import ModelConfig
-from megagnn.models.family import Part, layer_works
+from megagnn.models.family import Part, layer_works, step_flops
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.registry import FAMILIES, model_class, presets_of
 from megagnn.pipeline_parallel.stage import layer_costs
-from megagnn.scaling.flops import step_flops
 from tests.models.physics import STATISTICS, crystal, ethanol
 
 families = pytest.mark.parametrize("family", FAMILIES)

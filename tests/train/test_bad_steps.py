@@ -15,8 +15,7 @@ from megagnn.cli import main
 from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.bad_batch import load_bad_batch
-from megagnn.train.bad_steps import ENOUGH, WINDOW, advance, judge
+from megagnn.train.bad_steps import ENOUGH, WINDOW, advance, judge, load_bad_batch
 from megagnn.train.trainer import Trainer
 from tests import runs
 

@@ -15,9 +15,8 @@ from megagnn.cli import main
 from megagnn.data.dataset import StructureDataset
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.potential import build_potential
-from megagnn.models.statistics import Statistics
+from megagnn.models.statistics import ZERO_FORCES, Statistics, compute_statistics
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.fit_statistics import ZERO_FORCES, compute_statistics
 from megagnn.train.loader import BatchLoader
 from tests.data.trajectories import FREE_ATOMS, isolated, labelled, molecules, write
 

@@ -35,8 +35,7 @@ from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import gradient_buffers, make_optimizer
 from megagnn.parallel import messages
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from tools.bench.work import edge as edge_workload
 
 

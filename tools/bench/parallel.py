@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megagnn.data import keys
-from megagnn.models.egnn.edge.partition import partition_edges
+from megagnn.models.egnn.edge.operation import partition_edges
 from megagnn.models.egnn.traffic_model import Setting, pass_elements
 from megagnn.models.potential import build_potential
 from megagnn.objective.gradient_methods import GRADIENT_METHODS

@@ -1,6 +1,11 @@
-"""The section [model] of the EGNN: sizes and parts of its layers."""
+"""The section [model] of the EGNN, and its presets.
 
-from typing import ClassVar, Literal
+The preset `satorras` follows the published EGNN (Satorras, Hoogeboom, Welling, "E(n) Equivariant Graph Neural
+Networks", ICML 2021, eqs. 3-6, and its code), and `study` that of "Scaling Laws of Graph Neural Networks for
+Atomistic Materials Modeling". Neither is smooth at the cutoff, so neither is for molecular dynamics.
+"""
+
+from typing import Any, ClassVar, Literal
 
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
@@ -88,3 +93,37 @@ class EGNNConfig(ModelConfig):
         """See `ModelConfig`: `fused edges, save`."""
         kept = [self.edge_memory] if self.edge_operation == "fused" else []
         return [f"{self.edge_operation} edges", *kept, *super().technique()]
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "satorras": {
+        "distance_feature": "squared",
+        "envelope": False,
+        "direction": "vector",
+        "direction_sign": -1,
+        "message_aggregation": "sum",
+        "coordinate_aggregation": "mean",
+        "activation": "silu",
+        "normalisation": "none",
+        "residual": True,
+        "update_coordinates": True,
+        "depth_scaling": False,
+        "initialisation": "torch",
+    },
+    "study": {
+        "distance_feature": "distance",
+        "envelope": False,
+        "direction": "plus_one",
+        "direction_sign": -1,
+        "message_aggregation": "sum",
+        "coordinate_aggregation": "mean",
+        "coordinate_tanh": True,
+        "activation": "relu",
+        "normalisation": "none",
+        "residual": False,
+        "update_coordinates": True,
+        "depth_scaling": False,
+        "initialisation": "torch",
+    },
+}

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge import EdgeSpec, EdgeWeights
 from megagnn.models.egnn.edge.operation import EdgeOperation, EdgePartition
-from megagnn.models.parametrisation import branch_rate, laws
-from megagnn.models.parts import DISTANCE_EPSILON
+from megagnn.models.parts import DISTANCE_EPSILON, branch_rate, laws
 from megagnn.models.radial import DistanceFeature
 from megagnn.ops import dual, node
 from megagnn.ops.backends import aggregation_backend

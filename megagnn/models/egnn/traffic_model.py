@@ -1,6 +1,6 @@
 """What a rank sends, derived from the layout, and the plan that sends less.
 
-Elements per layer and pass, exactly as `parallel.traffic` counts them; tests hold one against the other. With
+Elements per layer and pass, exactly as `parallel.context.Traffic` counts them; tests compare the two. With
 t ranks, u = (t-1)/t, P planes (1 for values, 2 for pairs of value and tangent), N atoms, n of them this
 rank's rows under `edge`, E edges, widths F (node), H (hidden of phi_e), M (message), K (hidden of phi_x), D
 (hidden of phi_h), R distance features:

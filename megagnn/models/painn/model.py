@@ -23,8 +23,7 @@ from torch import nn
 from megagnn.data import keys
 from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.painn.config import PaiNNConfig
-from megagnn.models.parametrisation import branch_rate, laws
-from megagnn.models.parts import graph_of
+from megagnn.models.parts import branch_rate, graph_of, laws
 from megagnn.models.radial import DistanceFeature, cosine_cutoff, envelope
 from megagnn.ops import Segments, dual
 from megagnn.ops.dual import T

@@ -14,7 +14,7 @@ from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.egnn.config import EGNNConfig
-from megagnn.models.egnn.edge.partition import partition_edges
+from megagnn.models.egnn.edge.operation import partition_edges
 from megagnn.models.egnn.layer import Edges, EGNNLayer, edge_vectors
 from megagnn.models.radial import DistanceFeature
 from megagnn.parallel.context import ParallelContext

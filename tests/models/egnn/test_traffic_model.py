@@ -10,11 +10,10 @@ from torch import Tensor
 from megagnn.data import keys
 from megagnn.data.batch import collate
 from megagnn.models.egnn.config import EGNNConfig
-from megagnn.models.egnn.edge.partition import partition_edges
+from megagnn.models.egnn.edge.operation import partition_edges
 from megagnn.models.egnn.traffic_model import Pass, Setting, choose_plan, edge_total, pass_elements
 from megagnn.models.potential import Potential, apply_strain, frozen
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.traffic import Traffic
+from megagnn.parallel.context import ParallelContext, Traffic
 from tests.distributed.spawn import spawn
 from tests.distributed.test_data_parallel import graphs
 from tests.models.physics import model_config, randomised

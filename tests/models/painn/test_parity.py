@@ -16,8 +16,7 @@ import torch
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import label_counts
 from megagnn.optim.optimizer import gradient_norm
-from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.groups import grid_context
+from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import all_reduce_sum
 from tests.distributed import pipeline
 from tests.distributed.pairwise import pairs_of, pairwise

@@ -11,9 +11,8 @@ from megagnn.config import RunConfig
 from megagnn.data import keys
 from megagnn.data.config import DataConfig
 from megagnn.data.formats.packed import unpack_store
-from megagnn.models.statistics import Statistics
+from megagnn.models.statistics import Statistics, compute_statistics
 from megagnn.parallel.context import ParallelContext
-from megagnn.train.fit_statistics import compute_statistics
 from megagnn.train.loader import BatchLoader, open_split
 from tools.bench.work import edge as workload
 

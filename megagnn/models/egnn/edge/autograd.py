@@ -17,8 +17,7 @@ from torch import Tensor
 from megagnn.models.egnn.edge import reference as edge_reference
 from megagnn.models.egnn.edge.runner import SERIAL, Call, EdgeRunner, check_types
 from megagnn.models.egnn.edge.types import NUM_INPUTS, NUM_WEIGHTS, EdgeGraph, EdgeSpec, EdgeWeights
-from megagnn.ops.recompute import current_tape
-from megagnn.ops.used import used_gradients
+from megagnn.ops.recompute import current_tape, used_gradients
 
 
 def apply(runner: EdgeRunner, call: Call) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from megagnn.data import keys
 from megagnn.models.egnn.edge import reference as edge_reference
 from megagnn.models.egnn.edge.message import EdgePair, edge_message, edge_message_pair, pair_reference
 from megagnn.models.egnn.edge.plan_channel import ChannelRunner
@@ -16,10 +17,12 @@ from megagnn.models.egnn.edge.plan_reference import channel_edge_message, rows_e
 from megagnn.models.egnn.edge.plan_rows import RowsRunner, WeightRing
 from megagnn.models.egnn.edge.runner import SERIAL, EdgeRunner, has_kernels
 from megagnn.models.egnn.edge.types import EdgeGraph, EdgeSpec, EdgeWeights
+from megagnn.ops import Segments
 from megagnn.ops.backends import AggregationBackend
 from megagnn.ops.dual import Dual, T
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.row_collectives import Rows
+from megagnn.tensor_parallel.edge_plan import edge_rows
 
 Plan = Literal["channel", "edge"]
 
@@ -106,3 +109,17 @@ def _duals(pair: EdgePair) -> tuple[Any, Any]:
     if pair.vec_N3 is not None and pair.vec_tangent_N3 is not None:
         vectors = Dual(pair.vec_N3, pair.vec_tangent_N3)
     return Dual(pair.sum_NM, pair.sum_tangent_NM), vectors
+
+
+def partition_edges(batch: dict[str, Tensor], context: ParallelContext, plan: Plan | None) -> EdgePartition:
+    """All edges on every rank (`channel`, or one rank), or those of contiguous, balanced rows (`edge`)."""
+    index, ptr = batch[keys.EDGE_INDEX], batch[keys.ROW_PTR]
+    num_edges, num_rows = index.shape[1], len(ptr) - 1
+    if plan != "edge":
+        graph = EdgeGraph(
+            Segments(index[0], ptr), Segments(index[1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM])
+        )
+        bounds = (0,) * context.tp_size + (num_rows,)
+        return EdgePartition(graph, Rows(bounds, context), slice(0, num_edges), plan)
+    own = edge_rows(batch, context)
+    return EdgePartition(EdgeGraph(own.destination, own.source), own.rows, own.edges, plan)

@@ -13,7 +13,7 @@ from megagnn.data.micro_batches import hill
 from megagnn.data.sampler import Batch, BudgetSampler
 from megagnn.pipeline_parallel.schedules.ordinary import one_f_one_b
 from megagnn.pipeline_parallel.simulate import Costs, simulate
-from megagnn.pipeline_parallel.split import split_layers
+from megagnn.pipeline_parallel.stage import split_layers
 
 
 def balanced_micro_batches(

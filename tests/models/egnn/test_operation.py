@@ -5,8 +5,7 @@ import torch
 from torch import Tensor
 
 from megagnn.data import keys
-from megagnn.models.egnn.edge.operation import Plan
-from megagnn.models.egnn.edge.partition import partition_edges
+from megagnn.models.egnn.edge.operation import Plan, partition_edges
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.row_collectives import balanced_bounds
 from tests.distributed.parity import batch_of

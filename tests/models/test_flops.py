@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from megagnn.models.egnn.config import EGNNConfig
-from megagnn.scaling.flops import UNITS, step_flops
+from megagnn.models.family import STEP_UNITS, step_flops
 from tools.bench.work import edge as edge_workload
 
 
@@ -31,5 +31,5 @@ def test_sums_over_graphs_and_directions() -> None:
     assert one + two == both
     still = dataclasses.replace(config, update_coordinates=False, forces="direct")
     moving = dataclasses.replace(still, update_coordinates=True)
-    per_layer = 2 * UNITS["direct"] * (32 * 32 + 32) * 100
+    per_layer = 2 * STEP_UNITS["direct"] * (32 * 32 + 32) * 100
     assert step_flops(moving, 10, 100) - step_flops(still, 10, 100) == (config.num_layers - 1) * per_layer
