@@ -83,7 +83,7 @@ def test_what_a_document_names_is_there(document: Path) -> None:
 
 
 def test_what_is_missing_is_found() -> None:
-    text = "`megagnn/train/loss.py`, `megagnn/train/trainer.py`, `OUT_DIR/a.py`, `flops.py`, `losses.py`"
+    text = "`megagnn/train/loss.py`, `megagnn/train/trainer.py`, `OUT_DIR/a.py`, `segment.py`, `losses.py`"
     assert missing_paths(text, ROOT / "docs") == ["losses.py", "megagnn/train/loss.py"]
     text = "`python -m tools.bench_forces`, `megagnn.objective.loss.Loss`, `models.egnn.flops`, `a.stress`"
     assert missing_modules(text) == ["models.egnn.flops", "tools.bench_forces"]
