@@ -5,7 +5,7 @@
 
 Plans one epoch of the training split in three ways: batches that are filled one after another as the data
 are drawn (`drawn`), the structures of a step dealt over its micro-batches in the order that dealing leaves
-(`dealt`), and in the order of `data.micro_batches.rounds_of`, which is what training does (`hill`). The
+(`dealt`), and in the order of `data.sampler.rounds_of`, which is what training does (`hill`). The
 bubble is that of all ranks over whole steps: data-parallel ranks wait for each other at their end. No clocks.
 """
 

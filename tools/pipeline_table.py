@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megagnn.data.micro_batches import hill
+from megagnn.data.sampler import hill
 from megagnn.pipeline_parallel.actions import Schedule
 from megagnn.pipeline_parallel.schedules.conservative import conservative, open_graphs, two_pass
 from megagnn.pipeline_parallel.schedules.ordinary import gpipe, interleaved, one_f_one_b, zb_h1

@@ -14,12 +14,10 @@ import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
-from megagnn.data.isolated import isolated_atoms
-from megagnn.data.ragged import ragged_indices
+from megagnn.data import keys
 from megagnn.data.reference_file import References, absurd_references
 from megagnn.data.references import NUM_ELEMENTS, ROWS_AT_ONCE, ReferenceFit, fit_references
 from megagnn.data.store import Store
-from megagnn.data.store_format import LABEL_ENERGY
 
 Part = tuple[Store, NDArray[np.int64], NDArray[np.int64]]
 """A store, the structures of it that count, and the number of each of its sources among all sources."""
@@ -67,7 +65,7 @@ def fit_baseline(
     Raises:
         ValueError: see `fit_references`.
     """
-    alone = [isolated_atoms(store) for store, *_ in parts] if isolated is None else isolated
+    alone = [store.isolated_atoms() for store, *_ in parts] if isolated is None else isolated
     rows = [_Rows(*part, found) for part, found in zip(parts, alone, strict=True)]
     elements = _elements(rows, len(sources))
     fixed = np.full((len(sources), NUM_ELEMENTS), np.nan)
@@ -129,20 +127,16 @@ class _Rows:
     ) -> None:
         self.store, self.chosen, self._numbers = store, chosen, numbers
         self.isolated: NDArray[np.bool_] = alone[chosen]
-        labelled = (store.arrays["labels"][chosen] & LABEL_ENERGY) > 0
-        self.fitted = chosen[labelled & ~self.isolated]
-        self.atoms = chosen[labelled & self.isolated]
+        labelled = store.labelled(keys.ENERGY, chosen)
+        self.fitted, self.atoms = labelled[~alone[labelled]], labelled[alone[labelled]]
 
     def source_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._numbers[self.store.source[rows]]
 
     def numbers(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Atomic numbers of structures, one after the other; in blocks, for an index is of 8 bytes."""
-        arrays = self.store.arrays
-        found = [np.zeros(0, dtype=np.uint8)]
-        for block in _blocks(rows):
-            found.append(arrays["atomic_numbers"][ragged_indices(arrays["offsets"], block)])
-        return np.concatenate(found)
+        found = [self.store.of_atoms("atomic_numbers", block) for block in _blocks(rows)]
+        return np.concatenate([np.zeros(0, dtype=np.uint8), *found])
 
 
 def _blocks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:

@@ -15,7 +15,6 @@ import numpy as np
 from ase.geometry import complete_cell
 from numpy.typing import NDArray
 
-from megagnn.data.places import Places
 from megagnn.data.record import Structure
 from megagnn.data.split import SPLITS
 
@@ -32,6 +31,26 @@ COMPARED = 8
 
 WRONG_ENERGY = 1.0
 """eV per atom. Copies with energies farther apart are not a matter of settings: one energy is wrong."""
+
+
+class Places:
+    """File and frame of structures; `add` them in order, then ask for the name of one.
+
+    Each takes two numbers, for a store may be of millions of them.
+    """
+
+    def __init__(self) -> None:
+        self._files: dict[str, int] = {}
+        self._of_file, self._frames = array("i"), array("q")
+
+    def add(self, file: str, frame: int) -> None:
+        """The next structure: its file, and its number there."""
+        self._of_file.append(self._files.setdefault(file, len(self._files)))
+        self._frames.append(frame)
+
+    def name(self, index: int) -> str:
+        """The place of a structure in words."""
+        return f"{list(self._files)[self._of_file[index]]}, frame {self._frames[index]}"
 
 
 class Copies:

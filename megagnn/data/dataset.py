@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,25 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
 from megagnn.data import keys
 from megagnn.data.baseline import Baseline, fit_baseline, given_references
 from megagnn.data.batch import Graph, build_graph, collate
-from megagnn.data.isolated import ISOLATED_DISTANCE, isolated_atoms
-from megagnn.data.neighbours import neighbour_list
-from megagnn.data.ragged import ragged_indices
+from megagnn.data.isolated import ISOLATED_DISTANCE
 from megagnn.data.reference_file import References
 from megagnn.data.references import NUM_ELEMENTS
-from megagnn.data.store import Store
-from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
-from megagnn.data.together import check_together
+from megagnn.data.store import Store, cached_num_edges, check_together
 
 # Bounds the memory of statistics over all atoms of a split.
 ROWS_AT_ONCE = 65536
-
-# Counting the edges of more structures than this takes several seconds, and shows a progress bar.
-SILENT_STRUCTURES = 20_000
 
 
 class StructureDataset(Dataset[Graph]):
@@ -192,9 +182,8 @@ class StructureDataset(Dataset[Graph]):
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
         seen = np.zeros((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)
         for k, store, rows in self._row_blocks():
-            atoms = ragged_indices(store.arrays["offsets"], rows)
             source = self._source_maps[k][store.source[rows]]
-            seen[np.repeat(source, store.num_atoms[rows]), store.arrays["atomic_numbers"][atoms]] = True
+            seen[np.repeat(source, store.num_atoms[rows]), store.of_atoms("atomic_numbers", rows)] = True
         return tuple(np.flatnonzero(row) for row in seen)
 
     def with_other_elements(self, known: Sequence[Collection[int]]) -> NDArray[np.bool_]:
@@ -204,9 +193,8 @@ class StructureDataset(Dataset[Graph]):
             table[index, list(elements)] = False
         found = [np.zeros(0, dtype=np.bool_)]
         for k, store, rows in self._row_blocks():
-            num_atoms, numbers = store.num_atoms[rows], store.arrays["atomic_numbers"]
-            atoms = ragged_indices(store.arrays["offsets"], rows)
-            other = table[np.repeat(self._source_maps[k][store.source[rows]], num_atoms), numbers[atoms]]
+            num_atoms, source = store.num_atoms[rows], self._source_maps[k][store.source[rows]]
+            other = table[np.repeat(source, num_atoms), store.of_atoms("atomic_numbers", rows)]
             found.append(np.logical_or.reduceat(other, np.cumsum(num_atoms) - num_atoms))
         return np.concatenate(found)
 
@@ -214,8 +202,7 @@ class StructureDataset(Dataset[Graph]):
         """Number of labelled force components of this split and the sum of their squares, (eV/Å)^2."""
         count, total = 0, 0.0
         for _, store, rows in self._row_blocks():
-            rows = rows[(store.arrays["labels"][rows] & LABEL_FORCES) > 0]
-            forces = store.arrays["forces"][ragged_indices(store.arrays["offsets"], rows)]
+            forces = store.of_atoms("forces", store.labelled(keys.FORCES, rows))
             count += forces.size
             total += float(np.square(forces, dtype=np.float64).sum())
         return count, total
@@ -226,8 +213,7 @@ class StructureDataset(Dataset[Graph]):
         It looks no further than the first such block of structures.
         """
         for _, store, rows in self._row_blocks():
-            rows = rows[(store.arrays["labels"][rows] & LABEL_FORCES) > 0]
-            if not store.arrays["fixed"][ragged_indices(store.arrays["offsets"], rows)].all():
+            if not store.of_atoms("fixed", store.labelled(keys.FORCES, rows)).all():
                 return True
         return False
 
@@ -241,19 +227,17 @@ class StructureDataset(Dataset[Graph]):
     def num_labelled(self) -> dict[str, int]:
         """Structures of this split that have an energy, forces, a stress."""
         counts = {keys.ENERGY: 0, keys.FORCES: 0, keys.STRESS: 0}
-        bits = (LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS)
-        for k, store in enumerate(self.stores):
-            labels = store.arrays["labels"][self._index_in_store[self._store_of == k]]
-            for name, bit in zip(counts, bits, strict=True):
-                counts[name] += int(np.count_nonzero(labels & bit))
+        for _, store, rows in self._row_blocks():
+            for label in counts:
+                counts[label] += len(store.labelled(label, rows))
         return counts
 
     def sources_with_energy(self) -> set[int]:
         """Sources of which some structure of this split has an energy."""
         found: set[int] = set()
         for k, store, rows in self._row_blocks():
-            labelled = rows[(store.arrays["labels"][rows] & LABEL_ENERGY) > 0]
-            found |= set(self._source_maps[k][np.unique(store.source[labelled])].tolist())
+            sources = store.source[store.labelled(keys.ENERGY, rows)]
+            found |= set(self._source_maps[k][np.unique(sources)].tolist())
         return found
 
     def batch(
@@ -280,50 +264,11 @@ class StructureDataset(Dataset[Graph]):
         return np.concatenate([f[self._index_in_store[self._store_of == k]] for k, f in enumerate(found)])
 
     def _isolated_of_stores(self) -> list[NDArray[np.bool_]]:
-        return [isolated_atoms(store, max(ISOLATED_DISTANCE, self.cutoff)) for store in self.stores]
+        return [store.isolated_atoms(max(ISOLATED_DISTANCE, self.cutoff)) for store in self.stores]
 
     def warnings(self) -> list[str]:
         """What looked wrong in the stores when they were prepared, in words."""
         return list(dict.fromkeys(line for store in self.stores for line in store.header.warnings))
-
-
-def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:
-    """(S,) edges of every structure of a store, without self edges.
-
-    Counted once and kept in the store's directory where that is writable. Ranks may do this at once: each
-    writes a file of its own and renames it, and they all write the same numbers. Many structures show a
-    progress bar.
-    """
-    cache = store.path / f"num_edges-{cutoff!r}.npy"
-    try:
-        counts = np.load(cache, allow_pickle=False)
-        if counts.shape == (len(store),) and counts.dtype == np.int64:
-            return np.asarray(counts)
-    except (OSError, ValueError, EOFError):
-        pass  # not there, or cut short by a full disk: count again
-    counts = np.empty(len(store), dtype=np.int64)
-    few = len(store) <= SILENT_STRUCTURES
-    for i in tqdm(
-        range(len(store)), desc=f"counting edges of {store.path.name}", unit=" structures", disable=few
-    ):
-        s = store.structure(i)
-        counts[i] = neighbour_list(s[keys.POSITIONS], s[keys.CELL], s[keys.PBC], cutoff)[0].shape[1]
-    _save_atomically(cache, counts)
-    return counts
-
-
-def _save_atomically(path: Path, array: NDArray[Any]) -> None:
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError:
-        return  # a read-only store: counted again next time
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.save(file, array)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError:
-        Path(name).unlink(missing_ok=True)
 
 
 def _check_names(key: str, given: Mapping[str, float], known: Sequence[str]) -> None:
@@ -359,3 +304,48 @@ def _map(table: Sequence[str], merged: Sequence[str]) -> NDArray[np.int64]:
 
 def _gather(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
     return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
+
+
+def nested_subset(dataset: StructureDataset, num_structures: int, seed: int) -> NDArray[np.int64]:
+    """Indices of `num_structures` structures: the head of one random order, which the seed gives.
+
+    At its very head the order has isolated atoms, which fix references, and of each source the first labelled
+    structures that show each element and each level of theory, with an energy where the source has any:
+    without them a small subset would make a model that cannot be evaluated, for lack of an element or of a
+    reference energy. They are a bias of the smallest subsets towards rare elements.
+
+    Raises:
+        ValueError: more structures than there are, or fewer than show every source and element.
+    """
+    if num_structures > len(dataset):
+        raise ValueError(
+            f"data.num_structures is {num_structures}, but the training split has {len(dataset)} structures; "
+            "lower it, or leave it out to take them all"
+        )
+    order = np.random.default_rng((seed, 0x5CA1E)).permutation(len(dataset))
+    first = _showing_all(dataset, order)
+    if num_structures < len(first):
+        raise ValueError(
+            f"data.num_structures is {num_structures}, but it takes {len(first)} structures to show every "
+            f"source, element and level of theory; use at least {len(first)}"
+        )
+    head = order[first]
+    return np.concatenate([head, np.delete(order, first)])[:num_structures]
+
+
+def _showing_all(dataset: StructureDataset, order: NDArray[np.int64]) -> list[int]:
+    """Positions in the order of the structures that show something new."""
+    seen: set[tuple[int, str, int]] = set()
+    first = []
+    labelled, isolated = dataset.sources_with_energy(), dataset.isolated_atoms()
+    for position, index in enumerate(order):
+        record = dataset.record(int(index))
+        source = record[keys.SOURCE]
+        shown = {(source, "element", int(z)) for z in np.unique(record[keys.ATOMIC_NUMBERS])}
+        shown.add((source, "level", record[keys.LEVEL]))
+        if isolated[index]:
+            first.append(position)
+        elif (keys.ENERGY in record or source not in labelled) and not shown <= seen:
+            first.append(position)
+            seen |= shown
+    return first

@@ -10,15 +10,13 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from megagnn.data import keys
 from megagnn.data.baseline import Baseline, fit_baseline, given_references
-from megagnn.data.isolated import isolated_atoms
-from megagnn.data.ragged import ragged_indices
 from megagnn.data.split import SPLITS
 from megagnn.data.store import Store
-from megagnn.data.store_format import LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS
 
-COUNTS = ("structures", "groups", "atoms", "max", "energy", "forces", "stress")
-COLUMNS = ("source", "split", *COUNTS, "E rms", "F rms", "S rms")
+LABELS = (keys.ENERGY, keys.FORCES, keys.STRESS)
+COLUMNS = ("source", "split", "structures", "groups", "atoms", "max", *LABELS, "E rms", "F rms", "S rms")
 
 
 def describe(store: Store, notes: Sequence[str] = ()) -> str:
@@ -29,7 +27,7 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
     on training energies, without isolated atoms; "F rms" the root mean square of force components in eV/Å;
     "S rms" of stress components in eV/Å^3. These are the errors of knowing nothing, which a model must beat.
     """
-    header, alone = store.header, isolated_atoms(store)
+    header, alone = store.header, store.isolated_atoms()
     known = baseline_of(store, alone)
     lines = [
         f"{store.path}: {header.num_structures:,} structures, {header.num_atoms:,} atoms",
@@ -39,8 +37,8 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
         "",
     ]
     for index, source in enumerate(header.sources):
-        atoms = ragged_indices(store.arrays["offsets"], np.flatnonzero(store.source == index))
-        elements, counts = np.unique(store.arrays["atomic_numbers"][atoms], return_counts=True)
+        numbers = store.of_atoms("atomic_numbers", np.flatnonzero(store.source == index))
+        elements, counts = np.unique(numbers, return_counts=True)
         shares = (
             f"{chemical_symbols[z]} {n / counts.sum():.1%}" for z, n in zip(elements, counts, strict=True)
         )
@@ -56,15 +54,14 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
 
 
 def _rows(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[tuple[str, ...]]:
-    arrays, labels = store.arrays, store.arrays["labels"]
     residual = _energy_residuals(store, known, alone)
     rows = []
     for index, source in enumerate(store.header.sources):
         for k, split in enumerate(SPLITS):
             chosen = np.flatnonzero((store.source == index) & (store.split == k))
-            with_forces = chosen[(labels[chosen] & LABEL_FORCES) > 0]
-            forces = arrays["forces"][ragged_indices(arrays["offsets"], with_forces)].astype(np.float64)
-            stress = arrays["stress"][chosen[(labels[chosen] & LABEL_STRESS) > 0]].astype(np.float64)
+            labelled = {label: store.labelled(label, chosen) for label in LABELS}
+            forces = store.of_atoms("forces", labelled[keys.FORCES]).astype(np.float64)
+            stress = store.arrays["stress"][labelled[keys.STRESS]].astype(np.float64)
             energies = residual[chosen][np.isfinite(residual[chosen])]
             rows.append(
                 (
@@ -74,10 +71,7 @@ def _rows(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[tuple
                     f"{len(np.unique(store.group[chosen])):,}",
                     f"{store.num_atoms[chosen].sum():,}",
                     f"{store.num_atoms[chosen].max(initial=0)}",
-                    *(
-                        f"{((labels[chosen] & bit) > 0).sum():,}"
-                        for bit in (LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS)
-                    ),
+                    *(f"{len(found):,}" for found in labelled.values()),
                     f"{1000 * np.sqrt(np.mean(energies**2)):.1f}" if len(energies) else "-",
                     f"{np.sqrt(np.mean(forces**2)):.3f}" if len(forces) else "-",
                     f"{np.sqrt(np.mean(stress**2)):.3g}" if len(stress) else "-",
@@ -89,13 +83,15 @@ def _rows(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[tuple
 def _energy_residuals(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> NDArray[np.float64]:
     """(S,) energy per atom beyond references and shift, eV; NaN where there are none."""
     arrays = store.arrays
-    has_energy = (arrays["labels"] & LABEL_ENERGY) > 0
-    train = np.flatnonzero(has_energy & (store.split == SPLITS.index("train")))
+    labelled = store.labelled(keys.ENERGY, np.arange(len(store)))
+    train = labelled[store.split[labelled] == SPLITS.index("train")]
     source_of_atom = np.repeat(store.source, store.num_atoms)
     energies = known.references + known.shifts[:, None]
     baseline = np.add.reduceat(energies[source_of_atom, arrays["atomic_numbers"]], arrays["offsets"][:-1])
-    fitted = np.isin(store.source, np.unique(store.source[train])) & ~alone
-    return np.where(has_energy & fitted, (arrays["energy"] - baseline) / store.num_atoms, np.nan)
+    fitted = labelled[np.isin(store.source[labelled], store.source[train]) & ~alone[labelled]]
+    found = np.full(len(store), np.nan)
+    found[fitted] = ((arrays["energy"] - baseline) / store.num_atoms)[fitted]
+    return found
 
 
 def baseline_of(store: Store, alone: NDArray[np.bool_]) -> Baseline:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from ase.data import chemical_symbols, covalent_radii
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from megagnn.data.neighbours import neighbour_list
 from megagnn.data.record import Structure
-from megagnn.data.store import Store
 
 ISOLATED_DISTANCE = 6.0
 """Å. A single atom farther than this from its images is taken for isolated: cutoffs of models are mostly
@@ -52,21 +51,6 @@ def is_nearly_isolated(structure: Structure) -> bool:
         return False
     distance = max(NEARLY_ISOLATED, NEARLY_RADII * float(covalent_radii[int(s.atomic_numbers[0])]))
     return is_isolated(1, s.positions, s.cell, s.pbc, s.config_type, distance)
-
-
-def isolated_atoms(store: Store, distance: float = ISOLATED_DISTANCE) -> NDArray[np.bool_]:
-    """(S,) bool, which structures of a store are isolated atoms.
-
-    distance: Å, from which they are isolated, unless the store was prepared with another.
-    """
-    given = store.header.isolated_distance
-    found = store.num_atoms == 1
-    kinds = store.config_types() if found.any() else np.empty(0)
-    for index in np.flatnonzero(found):
-        s = store.structure(int(index))
-        kind = str(kinds[index])
-        found[index] = is_isolated(1, s["positions"], s["cell"], s["pbc"], kind, given or distance)
-    return found
 
 
 def isolated_group(structure: Structure) -> str:

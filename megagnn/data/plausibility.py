@@ -17,22 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megagnn.data.atomic_energies import HARTREE, all_electron_energy
+from megagnn.data.atomic_energies import all_electron_energy
+from megagnn.data.copies import Places
 from megagnn.data.formats.groups import empirical_formula
-from megagnn.data.lengths import LONG, Lengths
+from megagnn.data.formats.units import TOLERANCE, Units, explain_factor, explain_size
 from megagnn.data.near_frames import NearFrames, Pair, Slope, slopes
-from megagnn.data.places import Places
 from megagnn.data.record import Structure
-from megagnn.data.suspected_units import (
-    FORCES,
-    KCAL,
-    KJ,
-    STRESS,
-    TOLERANCE,
-    explain_factor,
-    explain_size,
-)
-from megagnn.data.two_methods import TwoMethods
+from megagnn.data.samples import LONG, Lengths, TwoMethods
 
 LARGE_STRESS, IMPOSSIBLE_STRESS = 1.0, 10.0
 """eV/Å^3, root mean square: 160 GPa is half the pressure in the Earth's core, 1600 GPa is in no data."""
@@ -83,7 +74,7 @@ MAX_ROWS = 20000
 
 SHOWN = 3
 
-ALL_ELECTRON_UNITS = {"Ha": HARTREE, "kcal/mol": KCAL, "kJ/mol": KJ}
+ALL_ELECTRON_UNITS = ("Ha", "kcal/mol", "kJ/mol")
 """In which programs with all electrons write total energies."""
 
 
@@ -157,7 +148,7 @@ class LabelCheck:
         found = []
         stress, forces = self._stress.rms, self._forces.rms
         if stress > LARGE_STRESS:
-            names = explain_size(stress, STRESS, 0.3)
+            names = explain_size(stress, "stress", 0.3)
             units = " or ".join(f"--units stress={name}" for name in names)
             sure = stress > IMPOSSIBLE_STRESS or self._virial.rms > IMPOSSIBLE_VIRIAL
             found.append(
@@ -169,7 +160,7 @@ class LabelCheck:
                 )
             )
         if forces > LARGE_FORCE:
-            names = explain_size(forces, FORCES, LARGE_FORCE)
+            names = explain_size(forces, "forces", LARGE_FORCE)
             units = " or ".join(f"--units forces={name}" for name in names)
             found.append(
                 self._fault(
@@ -194,7 +185,7 @@ class LabelCheck:
                 way = f"--stress-key none --virial-key KEY{' --units virial=-eV' if sign else ''}"
                 reason = f"as if it were the {sign}virial, in eV: read it by {way}"
             else:
-                texts = explain_factor(of_stress.value, STRESS, "stress", self._stress.rms, _room(of_stress))
+                texts = explain_factor(of_stress.value, "stress", self._stress.rms, _room(of_stress))
                 reason = self._reason(_per_atom_first(texts, pairs, 1))
             found.append(
                 self._fault(
@@ -221,7 +212,7 @@ class LabelCheck:
                     )
                 ]
             return []
-        texts = explain_factor(slope.value, FORCES, "forces", self._forces.rms, _room(slope))
+        texts = explain_factor(slope.value, "forces", self._forces.rms, _room(slope))
         if self._is_bohr(slope):
             texts = ["length=bohr", *texts]
         return [
@@ -258,8 +249,8 @@ class LabelCheck:
         ratios = medians[light] / atomic
         middle = float(np.median(ratios))
         formulas = {empirical_formula(np.repeat(np.arange(119), counts[k])) for k in light}
-        for name, unit in ALL_ELECTRON_UNITS.items():
-            off = np.abs(ratios * unit - 1)
+        for name in ALL_ELECTRON_UNITS:
+            off = np.abs(ratios * Units({"energy": name}).factor("energy") - 1)
             if np.median(off) < 0.03 and off.max() < 0.08:
                 sure = len(formulas) >= 3 or middle > 2
                 text = f"energies are those of all electrons in {name}, within {100 * np.median(off):.1f} %"

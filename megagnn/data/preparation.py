@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ase.data import chemical_symbols
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megagnn.data.audit import Audit
+from megagnn.data.copies import Copies
 from megagnn.data.formats import ReadOptions, UnreadableError, detect_format, read_structures
 from megagnn.data.formats.packed import store_header
-from megagnn.data.isolated import ISOLATED_DISTANCE, is_isolated_atom, isolated_group
-from megagnn.data.record import Structure
+from megagnn.data.isolated import (
+    ISOLATED_DISTANCE,
+    NEARLY_ISOLATED,
+    is_isolated_atom,
+    is_nearly_isolated,
+    isolated_group,
+)
+from megagnn.data.plausibility import LabelCheck
+from megagnn.data.record import Rules, Structure, StructureError, check_structure
 from megagnn.data.reference_file import EVERY_SOURCE, References, for_sources
 from megagnn.data.sides import Sides
 from megagnn.data.split import DEFAULT_FRACTIONS, FIXED_PREFIXES, SPLITS, without_prefix
 from megagnn.data.store import StoreHeader, write_store
 from megagnn.data.store_format import GROUPS_FILE, sha256_of
-from megagnn.data.validate import Rules, StructureError, check_structure
 
 NO_NAMES_WARNING = (
     "warning: {path} was made before names of groups were stored, so the new split cannot see that two of "
@@ -31,6 +38,9 @@ NO_NAMES_WARNING = (
 )
 
 GIVEN = "the file of reference energies"
+
+FEW_SINGLE_ATOMS = 0.1
+"""Share of a source: single atoms that are more are its crystals."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Preparation:
         keep_splits: structures read from stores stay on the side they were on; only others are drawn.
         references: reference energies by source, eV, which the store will hold.
         isolated_distance: Å, from which a single atom is isolated of its images.
-        accept_labels: write the store although its labels are surely wrong (see `audit.Audit`).
+        accept_labels: write the store although its labels are surely wrong (see `Audit`).
         skip_bad: leave structures that break a rule or cannot be read out and count them, rather than stop.
         keep_unconverged: keep structures whose electronic steps did not converge, which are else left out and
             counted.
@@ -274,3 +284,66 @@ def _file_record(entry: Input) -> dict[str, Any]:
     if entry.path.is_file():
         record["sha256"] = sha256_of(entry.path)
     return record
+
+
+class Audit:
+    """Collects while structures are read; then `check` their labels and, once they are split, `copies`.
+
+    Args:
+        declared: units that the user declared, quantity -> unit.
+    """
+
+    def __init__(self, declared: Mapping[str, str] | None = None) -> None:
+        self._declared = declared or {}
+        self._labels: dict[str, LabelCheck] = {}
+        self._copies = Copies()
+        self._isolated = bytearray()
+        self._counts: Counter[str] = Counter()
+        self._single: dict[str, Counter[str]] = {}
+
+    def add(self, structure: Structure, isolated: bool, file: str, frame: int) -> None:
+        """One structure in the order of the store: whether it is an isolated atom, and where it is from."""
+        self._isolated.append(isolated)
+        self._copies.add(structure, file, frame)
+        self._counts[structure.source] += 1
+        if not isolated and is_nearly_isolated(structure):
+            symbol = chemical_symbols[int(structure.atomic_numbers[0])]
+            self._single.setdefault(structure.source, Counter())[symbol] += 1
+        if not isolated:
+            if structure.source not in self._labels:
+                self._labels[structure.source] = LabelCheck(structure.source, self._declared)
+            self._labels[structure.source].add(structure, file, frame)
+
+    def check(self, accept: bool) -> list[str]:
+        """What is wrong with labels, in words.
+
+        Args:
+            accept: take sure faults for suspicions.
+
+        Raises:
+            ValueError: labels that are surely wrong.
+        """
+        faults = [fault for check in self._labels.values() for fault in check.faults()]
+        sure = [fault.text for fault in faults if fault.sure]
+        if sure and not accept:
+            raise ValueError(
+                "; ".join(sure)
+                + ". Nothing was written; if the labels are right as they are, --accept-labels "
+                "writes them"
+            )
+        return [fault.text for fault in faults] + self._copies.with_two_energies() + self._nearly_isolated()
+
+    def _nearly_isolated(self) -> list[str]:
+        """Few single atoms beside other structures, in a box that no crystal has, in words."""
+        return [
+            f"{source}: {symbols.total()} single atoms ({', '.join(symbols)}) are farther from "
+            "their images than in any crystal, but nearer than --isolated-distance, so no isolated atoms; "
+            f"if they are meant as such, give --isolated-distance {NEARLY_ISOLATED:g} or, in the file, "
+            "config_type=IsolatedAtom"
+            for source, symbols in self._single.items()
+            if symbols.total() <= FEW_SINGLE_ATOMS * self._counts[source]
+        ]
+
+    def copies(self, sides: NDArray[np.integer]) -> list[str]:
+        """Test and validation structures that are copies of training structures, in words."""
+        return self._copies.in_training(sides, np.frombuffer(bytes(self._isolated), dtype=np.bool_))

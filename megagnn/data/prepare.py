@@ -14,10 +14,10 @@ from megagnn.data.formats.packed import is_store, unpack_store
 from megagnn.data.inspect import describe
 from megagnn.data.isolated import ISOLATED_DISTANCE
 from megagnn.data.preparation import Input, Preparation
+from megagnn.data.record import Rules
 from megagnn.data.reference_file import read_reference_energies
 from megagnn.data.split import DEFAULT_FRACTIONS
 from megagnn.data.store import Store, StoreHeader
-from megagnn.data.validate import Rules
 
 FRAME_WARNING = (
     "warning: --group-by frame takes every frame for unrelated to all others. If frames come from one "

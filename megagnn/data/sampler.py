@@ -13,11 +13,10 @@ and ranks.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-
-from megagnn.data.micro_batches import rounds_of
 
 Batch = NDArray[np.int64]
 
@@ -28,7 +27,7 @@ class BudgetSampler:
     A step takes structures in (shuffled) order until the budget of one of its batches would burst, gives them
     to the batches so that their costs (edges + atoms) are even, and starts the next step. Every structure
     comes exactly once an epoch, every rank has the same number of batches, and in the last step a batch may
-    get no structure. Several batches to a step come in the order of `micro_batches.rounds_of`.
+    get no structure. Several batches to a step come in the order of `rounds_of`.
 
     Args:
         num_atoms, num_edges: (S,) of each structure.
@@ -204,3 +203,39 @@ class BudgetSampler:
                 heapq.heappush(heap, entry)
         # Within a batch the drawn order is kept: it costs nothing and keeps evaluation in the data's order.
         return [chosen[np.sort(np.array(batch, dtype=np.int64))] for batch in batches]
+
+
+def hill(costs: Sequence[float]) -> list[int]:
+    """Order with the cheapest micro-batches at both ends and the costliest in the middle.
+
+    Pipeline ranks wait for the first and after the last micro-batches, so these should be small; and
+    neighbours should be alike, because ranks work on different ones at a time (measured in
+    docs/results/pipeline.md).
+    """
+    rising = sorted(range(len(costs)), key=lambda k: costs[k])
+    return rising[::2] + rising[1::2][::-1]
+
+
+def rounds_of(costs: Sequence[float], dp_size: int) -> list[list[int]]:
+    """Micro-batches of like cost side by side on the data-parallel ranks, one after another as in `hill`.
+
+    In each round the rank with the least so far gets the costliest.
+
+    Args:
+        costs: (m * dp_size,) of each micro-batch.
+
+    Returns:
+        (m, dp_size) indices into `costs`.
+    """
+    rising = sorted(range(len(costs)), key=lambda k: costs[k])
+    rounds = [rising[k : k + dp_size] for k in range(0, len(rising), dp_size)]
+    load = [0.0] * dp_size
+    dealt = []
+    for place in hill([sum(costs[k] for k in one) for one in rounds]):
+        ranks = sorted(range(dp_size), key=lambda rank: -load[rank])
+        chosen = [0] * dp_size
+        for rank, k in zip(ranks, rounds[place], strict=True):
+            chosen[rank] = k
+            load[rank] += costs[k]
+        dealt.append(chosen)
+    return dealt

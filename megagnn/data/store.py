@@ -8,22 +8,25 @@ None in Python.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from megagnn.data import keys
-from megagnn.data.split import SPLITS
+from megagnn.data.isolated import ISOLATED_DISTANCE, ISOLATED_PREFIX, is_isolated
+from megagnn.data.neighbours import neighbour_list
+from megagnn.data.split import SPLITS, without_prefix
 from megagnn.data.store_format import (
     ALL_ARRAYS,
     ARRAYS,
     GROUPS_FILE,
-    LABEL_ENERGY,
-    LABEL_FORCES,
-    LABEL_STRESS,
+    LABEL_BITS,
     OPTIONAL_ARRAYS,
     StoreHeader,
     sha256_of,
@@ -31,6 +34,12 @@ from megagnn.data.store_format import (
 from megagnn.data.store_writer import SplitRule, write_store
 
 __all__ = ["SplitRule", "Store", "StoreHeader", "write_store"]
+
+# Counting the edges of more structures than this takes several seconds, and shows a progress bar.
+SILENT_STRUCTURES = 20_000
+
+# A copy of a store has these in common; a store of other labels for the same structures has not.
+CONTENT = ("positions.npy", "energy.npy", "forces.npy")
 
 
 class Store:
@@ -109,15 +118,39 @@ class Store:
             keys.LEVEL: int(arrays["level"][index]),
             keys.STRUCTURE: index,
         }
-        if labels & LABEL_ENERGY:
+        if labels & LABEL_BITS[keys.ENERGY]:
             record[keys.ENERGY] = float(arrays["energy"][index])
-        if labels & LABEL_FORCES:
+        if labels & LABEL_BITS[keys.FORCES]:
             record[keys.FORCES] = arrays["forces"][atoms]
-        if labels & LABEL_STRESS:
+        if labels & LABEL_BITS[keys.STRESS]:
             record[keys.STRESS] = arrays["stress"][index]
         if "weights" in arrays:
             record[keys.WEIGHTS] = arrays["weights"][index]
         return record
+
+    def of_atoms(self, name: str, rows: NDArray[np.integer]) -> NDArray[Any]:
+        """Entries of an array of atoms for all atoms of some structures (K,), one structure after another."""
+        offsets, lengths = self.arrays["offsets"], self.num_atoms[rows]
+        skipped = np.cumsum(lengths) - lengths
+        return self.arrays[name][np.arange(lengths.sum()) + np.repeat(offsets[rows] - skipped, lengths)]
+
+    def labelled(self, label: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some structures that have a label: keys.ENERGY, keys.FORCES or keys.STRESS."""
+        return rows[(self.arrays["labels"][rows] & LABEL_BITS[label]) > 0]
+
+    def isolated_atoms(self, distance: float = ISOLATED_DISTANCE) -> NDArray[np.bool_]:
+        """(S,) bool, which structures are isolated atoms.
+
+        distance: Å, from which they are isolated, unless the store was prepared with another.
+        """
+        distance = self.header.isolated_distance or distance
+        found = self.num_atoms == 1
+        kinds = self.config_types() if found.any() else np.empty(0)
+        for index in np.flatnonzero(found):
+            s = self.structure(int(index))
+            kind = str(kinds[index])
+            found[index] = is_isolated(1, s[keys.POSITIONS], s[keys.CELL], s[keys.PBC], kind, distance)
+        return found
 
     def config_types(self) -> NDArray[np.str_]:
         """(S,) kind of each structure, as its file says; empty where it says none."""
@@ -194,3 +227,95 @@ def _map_array(directory: Path, name: str, header: StoreHeader) -> NDArray[Any]:
             "data again"
         )
     return np.asarray(array)  # a plain view: indexing np.memmap costs a microsecond more each time
+
+
+def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:
+    """(S,) edges of every structure of a store, without self edges.
+
+    Counted once and kept in the store's directory where that is writable. Ranks may do this at once: each
+    writes a file of its own and renames it, and they all write the same numbers. Many structures show a
+    progress bar.
+    """
+    cache = store.path / f"num_edges-{cutoff!r}.npy"
+    try:
+        counts = np.load(cache, allow_pickle=False)
+        if counts.shape == (len(store),) and counts.dtype == np.int64:
+            return np.asarray(counts)
+    except (OSError, ValueError, EOFError):
+        pass  # not there, or cut short by a full disk: count again
+    counts = np.empty(len(store), dtype=np.int64)
+    few = len(store) <= SILENT_STRUCTURES
+    for i in tqdm(
+        range(len(store)), desc=f"counting edges of {store.path.name}", unit=" structures", disable=few
+    ):
+        s = store.structure(i)
+        counts[i] = neighbour_list(s[keys.POSITIONS], s[keys.CELL], s[keys.PBC], cutoff)[0].shape[1]
+    _save_atomically(cache, counts)
+    return counts
+
+
+def _save_atomically(path: Path, array: NDArray[Any]) -> None:
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError:
+        return  # a read-only store: counted again next time
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.save(file, array)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError:
+        Path(name).unlink(missing_ok=True)
+
+
+def check_together(stores: Sequence[Store]) -> None:
+    """Refuse stores that would count structures twice or leak test structures into training.
+
+    Groups are compared where their names are stored. A group of a fixed test or validation file that its own
+    store trains on, as its publisher chose, is left out of the comparison, and so are isolated atoms.
+
+    Raises:
+        ValueError: one store given twice or a copy of it, or a group on different sides in two stores.
+    """
+    if len(stores) < 2:
+        return
+    seen: dict[object, Store] = {}
+    for store in stores:
+        content = tuple(store.header.sha256.get(name) for name in CONTENT)
+        for mark in (store.path.resolve(), content if all(content) else store.path.resolve()):
+            other = seen.setdefault(mark, store)
+            if other is not store:
+                raise ValueError(
+                    f"{other.path} and {store.path} are the same store; give it once, or its structures "
+                    "count twice"
+                )
+    first: dict[str, tuple[int, Store]] = {}
+    for store in stores:
+        for group, side in group_sides(store).items():
+            known, other = first.setdefault(group, (side, store))
+            if known != side:
+                raise ValueError(
+                    f"group {group!r} is {SPLITS[known]} in {other.path} and {SPLITS[side]} in "
+                    f"{store.path}; a group must lie on one side. Prepare them together: megagnn prepare "
+                    f"{other.path} {store.path} --seed 0 --out DIR"
+                )
+
+
+def group_sides(store: Store) -> dict[str, int]:
+    """Side of each group by name, as an index into SPLITS; empty where the store has no names."""
+    names = store.group_names()
+    if names is None:
+        return {}
+    groups, rows = np.unique(store.group, return_index=True)
+    sides: dict[str, int] = {}
+    fixed: dict[str, int] = {}
+    for group, side in zip(groups.tolist(), store.split[rows].tolist(), strict=True):
+        name = names[group]
+        is_fixed, name = without_prefix(name) != name, without_prefix(name)
+        if name.startswith(ISOLATED_PREFIX):
+            continue  # references in one store, test cases in another
+        if is_fixed:
+            fixed[name] = max(side, fixed.get(name, side))
+        else:
+            sides[name] = side
+    return {**fixed, **sides}

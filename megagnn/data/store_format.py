@@ -42,8 +42,8 @@ OPTIONAL_ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
 }
 ALL_ARRAYS = ARRAYS | OPTIONAL_ARRAYS
 
-# Bits of the array `labels`.
-LABEL_ENERGY, LABEL_FORCES, LABEL_STRESS = 1, 2, 4
+LABEL_BITS = {"energy": 1, "forces": 2, "stress": 4}
+"""Label -> its bit in the array `labels`."""
 
 
 @dataclass(frozen=True)

@@ -14,21 +14,20 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from megagnn.data.record import Structure
+from megagnn.data.record import Structure, check_structure
 from megagnn.data.split import SPLITS
 from megagnn.data.store_format import (
     ALL_ARRAYS,
     GROUPS_FILE,
     HEADER_FILE,
-    LABEL_ENERGY,
-    LABEL_FORCES,
-    LABEL_STRESS,
+    LABEL_BITS,
     OPTIONAL_ARRAYS,
     StoreHeader,
     sha256_of,
 )
-from megagnn.data.validate import check_structure
-from megagnn.data.wrapping import storable_positions
+
+LARGEST_LOSS = 1e-5
+"""Å; molecules and slabs are moved to the origin where their coordinates would lose more."""
 
 SplitRule = Callable[[Sequence[str], Sequence[str]], NDArray[np.uint8]]
 """(groups, sources), one name for each structure -> (S,) uint8 index into SPLITS."""
@@ -148,7 +147,6 @@ class _Writer:
     def add(self, s: Structure) -> None:
         """Append one structure that passed `check_structure`."""
         nothing = np.full((s.num_atoms, 3), np.nan)
-        labels = LABEL_ENERGY * (s.energy is not None) | LABEL_FORCES * (s.forces is not None)
         self.num_atoms += s.num_atoms
         row = {
             "offsets": self.num_atoms,
@@ -166,7 +164,7 @@ class _Writer:
             "weights": s.weights,
             "config_type": _index(self.config_types, s.config_type, "config_type", "kinds (config_type)"),
             "file": _index(self.source_files, s.file, "file", "files"),
-            "labels": labels | LABEL_STRESS * (s.stress is not None),
+            "labels": sum(bit for label, bit in LABEL_BITS.items() if getattr(s, label) is not None),
         }
         for name, value in row.items():
             self._append(name, value)
@@ -257,3 +255,34 @@ def _write_npy_header(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None
     text = f"{{'descr': '{ALL_ARRAYS[name][0]}', 'fortran_order': False, 'shape': {shape!r}, }}"
     magic = b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
     file.write(magic + text.ljust(117).encode("ascii") + b"\n")
+
+
+def storable_positions(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Positions (N, 3) in Å that are as good in float32, and the same where they were so already.
+
+    Float32 at 30,000 Å knows steps of 2e-3 Å, which is more than what a distance may be off. So along
+    periodic lattice vectors, atoms further than one cell outside the cell are wrapped into it. If coordinates
+    are still large and not everything is periodic, all atoms are moved so that their centre is the origin.
+    Neither changes a distance between atoms or images.
+    """
+    positions = np.asarray(positions, dtype=np.float64)
+    periodic = np.asarray(pbc, dtype=bool)
+    if periodic.any():
+        positions = _wrapped(positions, np.asarray(cell, dtype=np.float64), periodic)
+    loss = np.abs(positions).max(initial=0.0) * 2.0**-24
+    if loss > LARGEST_LOSS and not periodic.all():
+        positions = positions - positions.mean(axis=0)
+    return positions
+
+
+def _wrapped(
+    positions: NDArray[np.float64], cell: NDArray[np.float64], periodic: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    # Least squares: of a slab or a chain the other lattice vectors may be zero.
+    fractions = positions @ np.linalg.pinv(np.where(periodic[:, None], cell, 0.0))
+    far = ((fractions < -1) | (fractions >= 2)) & periodic
+    if not far.any():
+        return positions
+    return positions - np.where(far, np.floor(fractions), 0.0) @ cell

@@ -12,9 +12,8 @@ from torch.utils.data import DataLoader
 from megagnn.config import RunConfig
 from megagnn.data.batch import collate
 from megagnn.data.config import DataConfig
-from megagnn.data.dataset import StructureDataset
+from megagnn.data.dataset import StructureDataset, nested_subset
 from megagnn.data.sampler import BudgetSampler
-from megagnn.data.subset import nested_subset
 from megagnn.models.config import ModelConfig
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics

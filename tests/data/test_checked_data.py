@@ -6,7 +6,6 @@ from ase import Atoms, units
 
 from megagnn.cli import main
 from megagnn.data.dataset import StructureDataset
-from megagnn.data.isolated import isolated_atoms
 from megagnn.data.store import Store
 from tests.data.trajectories import crystals, isolated, labelled, molecules, scaled, write
 
@@ -48,7 +47,7 @@ def test_isolated_atoms_stay_in_train_and_fix_references(tmp_path, capsys):
     assert prepare(tmp_path, md, iso, "--group-by", "frame") == 0
     store = Store.open(tmp_path / "out")
     assert sides(store) == [22, 3, 2]  # 24 frames by 8 : 1 : 1, and the atoms
-    assert (store.split[isolated_atoms(store)] == 0).all()
+    assert (store.split[store.isolated_atoms()] == 0).all()
     printed = capsys.readouterr().out
     assert "out: 3 isolated atoms" in printed
     assert "reference energies, eV, fixed: H -13.6, C -1029.5, O -2042" in printed
@@ -65,14 +64,14 @@ def test_isolated_atoms_stay_in_train_and_fix_references(tmp_path, capsys):
 )
 def test_what_an_isolated_atom_is(tmp_path, atom, found):
     assert prepare(tmp_path, write(tmp_path / "a.xyz", [atom]), "--split", "1,0,0") == 0
-    assert isolated_atoms(Store.open(tmp_path / "out")).tolist() == [found]
+    assert Store.open(tmp_path / "out").isolated_atoms().tolist() == [found]
 
 
 def test_the_distance_of_isolated_atoms_is_the_users(tmp_path, capsys):
     file = write(tmp_path / "a.xyz", [isolated("H", -13.6, cell=3 * [5.0], pbc=True), *molecules("H2", 5)])
     assert prepare(tmp_path, file, "--isolated-distance", "4", "--split", "1,0,0") == 0
     store = Store.open(tmp_path / "out")
-    assert isolated_atoms(store).tolist() == [True] + 5 * [False]
+    assert store.isolated_atoms().tolist() == [True] + 5 * [False]
     assert "fixed: H -13.6" in capsys.readouterr().out
     assert prepare(tmp_path, file, "--isolated-distance", "0", "--overwrite") == 2
     assert "isolated_distance must be a positive number" in capsys.readouterr().err
@@ -97,7 +96,7 @@ def test_a_file_may_say_that_an_atom_is_isolated(tmp_path, name):
     frames = [atom, *molecules("H2")]
     assert prepare(tmp_path, write(tmp_path / "a.xyz", frames), "--group-by", "frame") == 0
     store = Store.open(tmp_path / "out")
-    assert isolated_atoms(store).tolist() == [True] + 24 * [False]
+    assert store.isolated_atoms().tolist() == [True] + 24 * [False]
     assert store.split[0] == 0
     names = store.group_names()
     assert names is not None

@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 
 from megagnn.data import dataset as dataset_module
 from megagnn.data import keys
+from megagnn.data import store as store_module
 from megagnn.data.batch import collate
-from megagnn.data.dataset import StructureDataset, cached_num_edges
-from megagnn.data.ragged import ragged_indices
+from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
-from megagnn.data.store import Store, write_store
+from megagnn.data.store import Store, cached_num_edges, write_store
 
 
 @pytest.fixture
@@ -169,7 +169,7 @@ def test_counting_many_edges_shows_its_progress(structures, make_store, monkeypa
     store = Store.open(make_store(structures))
     cached_num_edges(store, 2.0)
     assert capfd.readouterr().err == ""
-    monkeypatch.setattr(dataset_module, "SILENT_STRUCTURES", 50)
+    monkeypatch.setattr(store_module, "SILENT_STRUCTURES", 50)
     cached_num_edges(store, 3.0)
     assert "counting edges of store: 100%" in capfd.readouterr().err
 
@@ -213,7 +213,9 @@ def test_refuses(paths):
         StructureDataset(paths, "train", 3.0)[10**6]
 
 
-def test_ragged_indices():
-    offsets = np.array([0, 2, 2, 5, 6])
-    assert ragged_indices(offsets, np.array([2, 0, 1, 3])).tolist() == [2, 3, 4, 0, 1, 5]
-    assert ragged_indices(offsets, np.zeros(0, dtype=int)).tolist() == []
+def test_entries_of_atoms_come_structure_by_structure(structures, make_store):
+    store = Store.open(make_store(structures))
+    rows = np.array([5, 0, 7])
+    expected = np.concatenate([structures[k].atomic_numbers for k in rows])
+    assert store.of_atoms("atomic_numbers", rows).tolist() == expected.tolist()
+    assert store.of_atoms("forces", np.zeros(0, dtype=int)).shape == (0, 3)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagnn.data.sampler import BudgetSampler
+from megagnn.data.sampler import BudgetSampler, hill, rounds_of
 
 
 def sizes(num_structures, seed=0):
@@ -223,3 +223,24 @@ def test_a_step_takes_what_fits_and_no_less(atoms, edges):
     """300 atoms for batches of 100, or 300 x 12 edges for batches of 1200."""
     (plan,) = ranks(np.full(300, atoms), np.full(300, edges), 1)
     assert [len(batch) for batch in plan] == [100, 100, 100]
+
+
+def test_rounds() -> None:
+    """Of 8 on two ranks: neighbours by cost side by side, small, large, small; ranks take turns."""
+    rounds = rounds_of([5, 1, 8, 3, 7, 2, 6, 4], 2)
+    assert [{[5, 1, 8, 3, 7, 2, 6, 4][k] for k in one} for one in rounds] == [{1, 2}, {5, 6}, {7, 8}, {3, 4}]
+    sums = [sum([5, 1, 8, 3, 7, 2, 6, 4][one[rank]] for one in rounds) for rank in (0, 1)]
+    assert sums == [18, 18]
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 8), st.data())
+def test_everything_once(dp_size: int, m: int, data: st.DataObject) -> None:
+    costs = data.draw(st.lists(st.integers(0, 100), min_size=m * dp_size, max_size=m * dp_size))
+    rounds = rounds_of(costs, dp_size)
+    assert [len(one) for one in rounds] == [dp_size] * m
+    assert sorted(k for one in rounds for k in one) == list(range(m * dp_size))
+    loads = [sum(costs[one[rank]] for one in rounds) for rank in range(dp_size)]
+    assert max(loads) - min(loads) <= max(costs)
+    if dp_size == 1:
+        assert [costs[one[0]] for one in rounds] == [costs[k] for k in hill(costs)]

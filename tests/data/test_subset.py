@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 
 from megagnn.data.config import DataConfig
-from megagnn.data.dataset import StructureDataset
+from megagnn.data.dataset import StructureDataset, nested_subset
 from megagnn.data.store import write_store
-from megagnn.data.subset import nested_subset
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.statistics import compute_statistics
 from megagnn.parallel.context import ParallelContext

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from megagnn.data.micro_batches import hill
-from megagnn.data.sampler import Batch, BudgetSampler
+from megagnn.data.sampler import Batch, BudgetSampler, hill
 from megagnn.pipeline_parallel.schedules.ordinary import one_f_one_b
 from megagnn.pipeline_parallel.simulate import Costs, simulate
 from megagnn.pipeline_parallel.stage import split_layers
@@ -27,7 +26,7 @@ def balanced_micro_batches(
     """One step's structures in micro-batches of even cost (edges + atoms), each within a budget.
 
     By the data sampler, the costliest structure first to the cheapest micro-batch, in the order of
-    `data.micro_batches.hill`.
+    `data.sampler.hill`.
 
     Args:
         num_atoms, num_edges: (S,) of the step's structures.

@@ -17,16 +17,14 @@ from ase.constraints import FixAtoms, FixCartesian
 from ase.io.formats import open_with_compression
 from numpy.typing import NDArray
 
-from megagnn.data.formats import convergence
+from megagnn.data.formats import quirks
 from megagnn.data.formats.ase_db import DB_FORMATS, Database, iterate_rows, open_database
 from megagnn.data.formats.ase_formats import ase_format, nothing_found
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
-from megagnn.data.formats.frame_units import convert_frame
 from megagnn.data.formats.lammps_dump import iterate_dump
 from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
-from megagnn.data.formats.quirks import FREE_ENERGY, FREE_ENERGY_TAKEN, Mender
-from megagnn.data.formats.units import Units
+from megagnn.data.formats.units import Units, convert_frame
 from megagnn.data.record import Structure
 
 LABEL_WORDS = re.compile("energy|forces?|stress|virials?")
@@ -158,8 +156,8 @@ def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found
     """Frames through `ase.io.iread`; whatever its parser raises becomes an error naming the frame."""
     index = 0
     try:
-        mender = Mender(path, name)
-        converged = convergence.converged_frames(path, name)
+        mender = quirks.Mender(path, name)
+        converged = quirks.converged_frames(path, name)
         for atoms in _silent(ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True)):
             ended = mender.converged(atoms) and (index >= len(converged) or converged[index])
             yield Found(index, atoms, notes=mender.mend(atoms), units=mender.units, converged=ended)
@@ -192,7 +190,7 @@ def _aims_frames(path: Path, options: ReadOptions) -> Iterator[Found]:
             if header.is_relaxation and chunks:
                 chunks = chunks[:-1]  # the last is what follows the last step
             for index, chunk in enumerate(chunks):
-                yield Found(index, chunk.atoms, converged=convergence.aims(chunk.lines))
+                yield Found(index, chunk.atoms, converged=quirks.aims(chunk.lines))
     except GeneratorExit:
         raise
     except Exception as error:
@@ -213,7 +211,7 @@ def _cannot_read(path: Path, index: int, error: Exception) -> UnreadableError:
 def _usual(found: Found, label: str, ase_name: str = "") -> Any:
     """A label under its usual names."""
     names = USUAL_NAMES[label]
-    if label == "energy" and ase_name in FREE_ENERGY:
+    if label == "energy" and ase_name in quirks.FREE_ENERGY:
         names = names[::-1]
     places: list[Mapping[str, Any]] = [found.results, found.labels]
     if label == "virial":
@@ -255,7 +253,7 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         labels["virial"], said = options.usual_virial(labels["virial"])
         notes = (*notes, *said)
     notes = (*notes, *_unused_kin(found, labels, options))
-    free = ase_name in FREE_ENERGY and options.energy_key is None and "free_energy" in found.results
+    free = ase_name in quirks.FREE_ENERGY and options.energy_key is None and "free_energy" in found.results
     return Frame(
         path=path,
         index=found.index,
@@ -266,7 +264,7 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         info=atoms.info,
         units=found.units,
         fixed=fixed_atoms(atoms),
-        notes=(*notes, FREE_ENERGY_TAKEN) if free else notes,
+        notes=(*notes, quirks.FREE_ENERGY_TAKEN) if free else notes,
         converged=found.converged,
         **labels,
     )

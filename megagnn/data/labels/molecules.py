@@ -16,7 +16,7 @@ from rdkit.Chem import rdDistGeom, rdForceFieldHelpers
 from megagnn.data.record import Structure
 
 if TYPE_CHECKING:
-    from megagnn.data.labels.recipes import MoleculeRecipe
+    from megagnn.data.labels.sources import MoleculeRecipe
 
 VALENCE = {6: 4, 7: 3, 8: 2, 16: 2, 17: 1}
 HETERO = (7, 8, 16, 17)

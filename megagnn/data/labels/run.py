@@ -3,25 +3,44 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-from collections.abc import Iterator
+import signal
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megagnn import __version__
-from megagnn.data.labels.chunks import DECIMALS, GROUPS_PER_CHUNK, chunk_path, load_chunk, produce_chunk
+from megagnn.data.labels.chunks import (
+    DECIMALS,
+    GROUPS_PER_CHUNK,
+    Chunk,
+    chunk_path,
+    load_chunk,
+    produce_chunk,
+)
 from megagnn.data.labels.engines import require
-from megagnn.data.labels.pool import worker_pool
 from megagnn.data.labels.sources import Source
-from megagnn.data.labels.splits import FRACTIONS, RULE, hash_splits
-from megagnn.data.labels.tally import Tally
 from megagnn.data.record import Structure
 from megagnn.data.store import write_store
+
+FRACTIONS = (0.8, 0.1, 0.1)
+RULE = "hash of group: blake2b(group, person=b'megagnn') / 2**64 against cumulated fractions"
+
+STALL_CHUNKS = 20  # consecutive chunks that bring nothing new
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True)
@@ -47,6 +66,55 @@ class LabelJob:
     def parts(self) -> Path:
         """Directory of finished chunks, beside the store; removed when the store is written."""
         return self.out.with_name(self.out.name + ".parts")
+
+
+@dataclass
+class Tally:
+    """Chunks of one source accepted so far, always the first ones: what a run of any other shape would accept
+    too.
+    """
+
+    source: Source
+    num: int
+    num_chunks: int = 0
+    num_structures: int = 0
+    num_labelled: int = 0
+    num_duplicates: int = 0
+    num_idle: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    seen: set[str] = field(default_factory=set)
+    kept: set[str] = field(default_factory=set)
+
+    @property
+    def done(self) -> bool:
+        return self.num_structures >= self.num
+
+    def accept(self, chunk: Chunk) -> list[Structure]:
+        """Count the next chunk and return what it adds: no molecule an earlier chunk has, and no more than
+        `num` in all.
+        """
+        fresh = [s for s in chunk.structures if self.source.repeats or s.group not in self.seen]
+        added = fresh[: self.num - self.num_structures]
+        self.seen.update(s.group for s in chunk.structures)
+        self.kept.update(s.group for s in added)
+        self.num_chunks += 1
+        self.num_structures += len(added)
+        self.num_labelled += chunk.num_labelled
+        self.num_duplicates += chunk.num_duplicates + len(chunk.structures) - len(fresh)
+        self.num_idle = 0 if fresh else self.num_idle + 1
+        self.rejected.update(chunk.rejected)
+        if self.num_idle >= STALL_CHUNKS and not self.done:
+            raise ValueError(
+                f"source {self.source.name} found no new molecule in {STALL_CHUNKS} chunks after "
+                f"{self.num_structures} of {self.num} structures: its molecules are used up; lower --num "
+                "or raise --per-group"
+            )
+        return added
+
+    def wants(self, index: int) -> bool:
+        """Whether chunk `index` is likely needed, if those before it hold as much as the accepted ones."""
+        per_chunk = self.num_structures / self.num_chunks if self.num_chunks else 1.0
+        return self.num_structures + (index - self.num_chunks) * per_chunk < self.num
 
 
 def label(job: LabelJob) -> dict[str, Any]:
@@ -178,3 +246,62 @@ def _provenance(plan: dict[str, Any], tally: Tally) -> dict[str, Any]:
         "num_duplicates": tally.num_duplicates,
         "num_groups": len(tally.kept),
     }
+
+
+def hash_splits(
+    groups: Iterable[str], fractions: tuple[float, float, float] = FRACTIONS
+) -> NDArray[np.uint8]:
+    """Split code (0 train, 1 valid, 2 test) of each structure, from its group alone.
+
+    A shuffled split depends on what else is in the data, so that a molecule held out of the GFN2 source could
+    be trained on in the GFN1 source, or a larger set could train on the test molecules of a smaller one. A
+    hash cannot. The price: fractions are met on average, to about sqrt(f (1 - f) / number of groups).
+
+    Args:
+        groups: split key of each structure.
+        fractions: shares of train, valid and test; they sum to 1.
+
+    Raises:
+        ValueError: fractions that are negative or do not sum to 1.
+    """
+    if min(fractions) < 0 or abs(sum(fractions) - 1.0) > 1e-9:
+        raise ValueError(f"split fractions must be non-negative and sum to 1, got {fractions}")
+    edges = np.cumsum(fractions)[:2]
+    codes: dict[str, int] = {}
+    splits = []
+    for group in groups:
+        if group not in codes:
+            digest = blake2b(group.encode(), digest_size=8, person=b"megagnn").digest()
+            codes[group] = int(np.searchsorted(edges, int.from_bytes(digest, "big") / 2**64, side="right"))
+        splits.append(codes[group])
+    return np.array(splits, dtype=np.uint8)
+
+
+@contextmanager
+def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes of one thread each. Spawned, not forked: the engines' OpenMP does not survive a fork."""
+    saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))  # read when a worker loads its libraries
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for name, value in saved.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and end with it: a worker whose parent was killed would wait for ever."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

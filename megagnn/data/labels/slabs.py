@@ -19,7 +19,7 @@ from ase.data import covalent_radii
 from megagnn.data.record import Structure
 
 if TYPE_CHECKING:
-    from megagnn.data.labels.recipes import SlabRecipe
+    from megagnn.data.labels.sources import SlabRecipe
 
 # Conventional cubic lattice constants, Å (room temperature). An alloy takes the mean over its atoms (Vegard's
 # rule).

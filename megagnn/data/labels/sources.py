@@ -1,11 +1,86 @@
-"""The named sources of `megagnn label`: what is generated, and which engine labels it."""
+"""The named sources of `megagnn label`: what is generated, by which recipe, and which engine labels it.
+
+A recipe is the numbers behind a generator, recorded with the data it makes. The generators' own libraries
+(RDKit, ASE) load when a recipe is first used, not when it is named.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
 
 from megagnn.data.labels.engines import EffectiveMedium, Engine, TBLite
-from megagnn.data.labels.recipes import MoleculeRecipe, Recipe, SlabRecipe
+from megagnn.data.record import Structure
+
+
+class Recipe(Protocol):
+    """A dataclass of plain numbers that can generate structures."""
+
+    def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
+        """Yield `count` structures, not yet labelled, of one new group."""
+        ...
+
+
+@dataclass(frozen=True)
+class MoleculeRecipe:
+    """Organic molecules.
+
+    Attributes:
+        elements: atomic numbers of the heavy atoms, drawn with `probabilities`.
+        num_heavy: fewest and most heavy atoms.
+        max_temperature: K; the temperature of a geometry is uniform between 0 and this. It sets the width of
+            the displacements; no ensemble is claimed.
+        mode_cap: Å, largest standard deviation along one normal mode; beyond it the harmonic picture of a
+            soft mode ends.
+        atom_cap: Å, largest displacement of one atom along one axis.
+        ring_fraction: share of molecules that start from a ring, where the ring is not too large.
+        conformers: how many conformers of a molecule its geometries are spread over.
+    """
+
+    elements: tuple[int, ...]
+    probabilities: tuple[float, ...]
+    num_heavy: tuple[int, int]
+    max_temperature: float = 2000.0
+    mode_cap: float = 0.25
+    atom_cap: float = 0.5
+    ring_fraction: float = 0.5
+    conformers: int = 2
+
+    def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
+        """Yield `count` displaced geometries of one random molecule."""
+        from megagnn.data.labels.molecules import random_molecules
+
+        return random_molecules(self, count, rng)
+
+
+@dataclass(frozen=True)
+class SlabRecipe:
+    """Metal slabs with adsorbates.
+
+    Attributes:
+        bare_fraction: share of poses without an adsorbate.
+        noise: Å, standard deviations of thermal noise; one is drawn for each pose.
+        contact: range of the shortest distance of an adsorbate, in sums of covalent radii.
+        max_minority: largest share of the second metal's atoms.
+        pure_fraction: share of slabs of one metal.
+        max_atoms: of slab and adsorbate together.
+    """
+
+    bare_fraction: float = 0.1
+    noise: tuple[float, ...] = (0.02, 0.06, 0.12)
+    contact: tuple[float, float] = (0.9, 1.6)
+    max_minority: float = 0.5
+    pure_fraction: float = 0.1
+    max_atoms: int = 40
+
+    def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
+        """Yield `count` poses on one random slab."""
+        from megagnn.data.labels.slabs import random_slabs
+
+        return random_slabs(self, count, rng)
 
 
 @dataclass(frozen=True)

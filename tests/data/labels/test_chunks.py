@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megagnn.data.labels import tally as tally_module
+from megagnn.data.labels import run as run_module
 from megagnn.data.labels.chunks import GROUPS_PER_CHUNK, as_stored, load_chunk, make_chunk, save_chunk
 from megagnn.data.labels.engines import EffectiveMedium, LabelError, Labels
+from megagnn.data.labels.run import Tally
 from megagnn.data.labels.sources import SOURCES, Source
-from megagnn.data.labels.tally import Tally
 from megagnn.data.record import Structure
 
 SLABS = SOURCES["slabs-emt"]
@@ -121,7 +121,7 @@ def test_molecules_are_taken_once_and_slabs_again() -> None:
 
 
 def test_tally_stops_at_num_and_says_when_molecules_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally_module, "STALL_CHUNKS", 3)
+    monkeypatch.setattr(run_module, "STALL_CHUNKS", 3)
     source = fake_source(num_groups=5, kinds=(0,))
     tally = Tally(source, num=7)
     assert len(tally.accept(make_chunk(source, 0, 0, 4))) == 7

@@ -14,7 +14,7 @@ from megagnn.data.labels.molecules import (
     random_molecules,
     random_smiles,
 )
-from megagnn.data.labels.recipes import MoleculeRecipe
+from megagnn.data.labels.sources import MoleculeRecipe
 
 RECIPE = MoleculeRecipe((6, 7, 8, 16, 17), (0.5, 0.15, 0.15, 0.1, 0.1), (2, 7))
 

@@ -6,8 +6,8 @@ from ase.build import molecule
 from ase.data import chemical_symbols, covalent_radii
 from ase.formula import Formula
 
-from megagnn.data.labels.recipes import SlabRecipe
 from megagnn.data.labels.slabs import LATTICE, placed, random_slab, random_slabs
+from megagnn.data.labels.sources import SlabRecipe
 
 
 def test_slabs_are_what_their_group_says() -> None:

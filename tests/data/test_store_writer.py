@@ -5,7 +5,7 @@ import pytest
 
 from megagnn.data.neighbours import neighbour_list
 from megagnn.data.store import Store, write_store
-from megagnn.data.wrapping import storable_positions
+from megagnn.data.store_writer import storable_positions
 from tests.data.conftest import make_crystal, make_structure
 
 

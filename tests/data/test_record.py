@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megagnn.data.validate import Rules, StructureError, check_structure
+from megagnn.data.record import Rules, StructureError, check_structure
 from tests.data.conftest import make_crystal, make_structure
 
 NAN = float("nan")
