@@ -35,11 +35,15 @@ class Change(enum.Flag):
     """To a sweep it is the same run, and is not trained again."""
     LOCAL = enum.auto()
     """The ranks of one run may have different values."""
+    FREE = enum.auto()
+    """A run that begins with the weights of a checkpoint may have another value: it does not change their
+    function, only which outputs are derived from it, or how weights begin and are trained."""
 
 
 Kind = TypeVar("Kind")
 Told = Annotated[Kind, Change.TOLD]
 Refused = Annotated[Kind, Change.REFUSED]
+Free = Annotated[Kind, Change.REFUSED | Change.FREE]
 Judged = Annotated[Kind, Change.JUDGED]
 Place = Annotated[Kind, Change.UNTOLD | Change.SAME_RUN]
 """Where a run lies and what it leaves there."""
@@ -52,7 +56,7 @@ def changes(root: type, prefix: str = "") -> dict[str, Change]:
     """{"train.seed": Change.REFUSED, ...}: the class of each key below a section, of all variants.
 
     Raises:
-        TypeError: a field without a class, or with two.
+        TypeError: a field without a class, or with two, in one or in several variants.
     """
     found: dict[str, Change] = {}
     for kind in variants(root):
@@ -66,7 +70,8 @@ def changes(root: type, prefix: str = "") -> dict[str, Change]:
             classes = [extra for extra in typing.get_args(hint)[1:] if isinstance(extra, Change)]
             if len(classes) != 1:
                 raise TypeError(f"field {name} of {kind.__name__} needs one class of Change, got {classes}")
-            found[prefix + name] = classes[0]
+            if found.setdefault(prefix + name, classes[0]) != classes[0]:
+                raise TypeError(f"field {name} of {kind.__name__} has another class of Change elsewhere")
     return found
 
 

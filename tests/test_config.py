@@ -235,10 +235,24 @@ def test_every_key_says_what_another_value_means() -> None:
         "data.config_type_weights",
         *(f"loss.{field.name}" for field in fields(LossConfig)),
     }
+    assert {key for key, change in found.items() if Change.FREE in change} == {
+        f"model.{key}"
+        for key in ("preset", "stress", "initialisation", "parametrisation", "base_width", "base_layers")
+    }
     assert Change.REFUSED in change_of(RunConfig, "init.new_elements.Si"), (
         "entries are classed as their table"
     )
     assert change_of(RunConfig, "init") is change_of(RunConfig, "no.such") is Change.TOLD
+
+
+KINDS = {"One": Told[int], "Other": Annotated[int, Change.REFUSED]}
+
+
+def test_a_key_has_one_class_in_all_variants() -> None:
+    one, other = (make_dataclass(name, [("new", hint)]) for name, hint in KINDS.items())
+    section = type("Section", (), {"variants": {"one": one, "other": other}})
+    with pytest.raises(TypeError, match="field new of Other has another class of Change elsewhere"):
+        changes(section)
 
 
 @pytest.mark.parametrize("hint", [int, Annotated[int, Change.JUDGED, Change.TOLD]])

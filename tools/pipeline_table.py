@@ -30,7 +30,7 @@ from megagnn.pipeline_parallel.simulate import (
     peaks,
     simulate,
 )
-from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
+from megagnn.pipeline_parallel.timeline import by_rank, save_trace, timeline_figure
 from megagnn.pipeline_parallel.validate import validate
 
 CHUNKS = 2
@@ -215,9 +215,10 @@ def main() -> None:
     if args.plot or args.trace:
         found = timelines(*next(layouts(args)))
         if args.plot:
-            save_timeline(args.plot, {name: timeline.events for name, timeline in found.items()})
+            figure = timeline_figure({name: timeline.events for name, timeline in found.items()})
+            figure.savefig(args.plot, dpi=130)
         if args.trace:
-            save_chrome_trace(args.trace, list(found.values())[-1].events)
+            save_trace(args.trace, by_rank(list(found.values())[-1].events))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ from megagnn.config import RunConfig
 from megagnn.models.statistics import Statistics
 from megagnn.optim.pieces import Piece
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_gather_objects, broadcast_object
+from megagnn.parallel.world import broadcast_object, gather_along
 
 WAIT_SECONDS = 1800.0
 """That the main rank waits for the others' files: as long as the slowest disk may take."""
@@ -144,7 +144,7 @@ class CheckpointStore:
         """Until the save is done and committed on all ranks; raises OSError, on all, if one failed."""
         self._join()
         own, self._error = self._error, None
-        for error in all_gather_objects(None if own is None else str(own), self.context):
+        for error in gather_along(None if own is None else str(own), self.context, "world"):
             if error is not None:
                 self._last_step = None  # it was not written
                 raise OSError(error) from own
@@ -204,7 +204,7 @@ class CheckpointStore:
             return str(error)
         names = sorted(manifest.files)[self.context.rank :: self.context.world_size]
         own = checkpoint_manifest.complaints(folder, manifest, names)
-        found = [line for lines in all_gather_objects(own, self.context) for line in lines]
+        found = [line for lines in gather_along(own, self.context, "world") for line in lines]
         return "; ".join(found) if found else FolderCheckpoint(folder, manifest)
 
     def _staged(self, parts: Parts) -> Parts:

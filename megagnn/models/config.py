@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from megagnn.overrides import STRICT, Refused, Told
+from megagnn.overrides import STRICT, Free, Refused, Told
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -16,7 +16,7 @@ class ModelConfig:
 
     family: Refused[str] = "egnn"
     """Model family, one of those in models/registry.py."""
-    preset: Refused[str] = "default"
+    preset: Free[str] = "default"
     """Named set of defaults for the other keys, of the family."""
     width: Refused[PositiveInt] = 128
     """Channels of a node, F."""
@@ -26,37 +26,25 @@ class ModelConfig:
     """Neighbours are the atoms within this distance, Å."""
     forces: Refused[Literal["conservative", "direct", "none"]] = "conservative"
     """-dE/dx, an equivariant head of its own, or energies only."""
-    stress: Refused[bool] = False
+    stress: Free[bool] = False
     """Predict the stress from the strain derivative of the energy (needs conservative forces)."""
     num_radial: Refused[PositiveInt] = 16
     """Radial basis functions, R."""
     depth_scaling: Refused[bool] = True
     """Multiply each layer's node update by 1/sqrt(L) and its coordinate update by 1/L."""
-    initialisation: Refused[Literal["lecun", "torch"]] = "lecun"
+    initialisation: Free[Literal["lecun", "torch"]] = "lecun"
     """Initial Linear weights: normal with variance 1/inputs and no bias, or PyTorch's default."""
-    parametrisation: Refused[Literal["standard", "mup"]] = "standard"
+    parametrisation: Free[Literal["standard", "mup"]] = "standard"
     """One learning rate for all parameters, or rates and initial outputs that follow width and depth, so that
     the best learning rate stays where it is (maximal update)."""
-    base_width: Refused[PositiveInt] = 64
+    base_width: Free[PositiveInt] = 64
     """Width at which `mup` is the standard parametrisation."""
-    base_layers: Refused[PositiveInt] = 4
+    base_layers: Free[PositiveInt] = 4
     """Number of layers at which it is."""
     level_embedding: Refused[bool] = True
     """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
     recompute_layers: Told[bool] = False
     """Keep the inputs of each layer only, and run it again in the backward."""
-
-    free_keys: ClassVar[tuple[str, ...]] = (
-        "preset",
-        "stress",
-        "initialisation",
-        "parametrisation",
-        "base_width",
-        "base_layers",
-        "recompute_layers",
-    )
-    """Keys that may differ between a checkpoint and a run that begins with its weights: how the function is
-    computed, which outputs are derived from it, and how weights begin and are trained."""
 
     def __post_init__(self) -> None:
         if self.stress and self.forces != "conservative":

@@ -149,7 +149,6 @@ class Model(nn.Module, ABC):
         return self.get_submodule(f"layers.{number}")
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """See the class."""
         return self.outputs(batch, self.run_layers(self.part.layers, batch, self.embed(batch)))
 
     def run_layers(self, numbers: Sequence[int], batch: dict[str, Any], state: State) -> State:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from megagnn.data import keys
 from megagnn.data.baseline import Baseline
@@ -48,20 +49,7 @@ class Statistics:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Statistics":
         """The inverse of `to_dict`."""
-        return cls(
-            elements=tuple(values["elements"]),
-            sources=tuple(values["sources"]),
-            levels=tuple(values["levels"]),
-            source_elements=tuple(tuple(row) for row in values["source_elements"]),
-            source_levels=tuple(tuple(row) for row in values["source_levels"]),
-            references=tuple(tuple(row) for row in values["references"]),
-            mean_energy=tuple(values["mean_energy"]),
-            mean_neighbours=values["mean_neighbours"],
-            output_scale=values["output_scale"],
-            # checkpoints made before these were known lack them
-            shifts=tuple(values.get("shifts", ())),
-            unspanned=tuple(tuple(map(tuple, rows)) for rows in values.get("unspanned", ())),
-        )
+        return TypeAdapter(cls).validate_python(values)
 
     def baseline(self) -> tuple[tuple[float, ...], ...]:
         """Energy of an atom of each element in each source before the network, eV: reference and shift."""

@@ -16,7 +16,7 @@ from megagnn.data import keys
 from megagnn.data.references import NUM_ELEMENTS
 from megagnn.objective.config import LossConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 
 TERMS = ("energy", "forces", "stress")
 # Of each term, the configuration's keys of its weight, and of the factor of that at the end of a run.
@@ -52,7 +52,7 @@ def label_counts(batch: dict[str, Tensor], context: ParallelContext) -> LossCoun
 def step_counts(batches: Sequence[dict[str, Tensor]], context: ParallelContext) -> LossCounts:
     """Counts over all batches of a step, of all ranks: one message, however many there are."""
     counts = torch.stack([_own_counts(batch) for batch in batches]).sum(0)
-    return LossCounts(*all_reduce_sum(counts, context).tolist())
+    return LossCounts(*sum_over_dp(counts, context).tolist())
 
 
 def _own_counts(batch: dict[str, Tensor]) -> Tensor:

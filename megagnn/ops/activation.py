@@ -65,5 +65,4 @@ class SiLU(nn.Module):
     """`silu` as a module."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `silu`."""
         return silu(x)

@@ -88,7 +88,6 @@ class TorchBackend(AggregationBackend):
     name = "torch"
 
     def segment_sum(self, values: Tensor, segments: Segments) -> Tensor:
-        """See the base class."""
         return reference.segment_sum(values, segments.index, segments.num_rows)
 
 
@@ -102,12 +101,10 @@ class TorchScatterBackend(AggregationBackend):
         self._library: Any = importlib.import_module("torch_scatter")
 
     def segment_sum(self, values: Tensor, segments: Segments) -> Tensor:
-        """See the base class."""
         out: Tensor = self._library.scatter_sum(values, segments.index, 0, dim_size=segments.num_rows)
         return out
 
     def segment_max(self, values: Tensor, segments: Segments) -> Tensor:
-        """See the base class."""
         out: Tensor = self._library.scatter_max(values, segments.index, 0, dim_size=segments.num_rows)[0]
         return out
 
@@ -123,17 +120,14 @@ class TorchSparseBackend(AggregationBackend):
     sums_bfloat16_in = torch.bfloat16
 
     def gather(self, values: Tensor, segments: Segments) -> Tensor:
-        """See the base class."""
         out: Tensor = _SparseGather.apply(values, segments)
         return out
 
     def segment_sum(self, values: Tensor, segments: Segments) -> Tensor:
-        """See the base class."""
         out: Tensor = _SparseSum.apply(values, segments)
         return out
 
     def segment_max(self, values: Tensor, segments: Segments) -> Tensor:
-        """See the base class."""
         if values.numel() == 0:  # the library divides by the size
             return values.new_zeros((segments.num_rows, *values.shape[1:])) + values.sum()
         flat_EK, columns = _flat(values), _columns(segments)

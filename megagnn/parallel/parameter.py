@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagnn.parallel import collectives
 from megagnn.parallel.context import ParallelContext
 
 Initial = Callable[[Tensor, torch.Generator], None]
@@ -38,11 +37,6 @@ class ParameterLayout:
     def is_sharded(self) -> bool:
         """Whether tensor-parallel ranks hold different slices."""
         return self.dim is not None and self.num_slices > 1
-
-    @property
-    def replicated_axes(self) -> tuple[str, ...]:
-        """Axes of the grid along which every rank holds the same numbers."""
-        return ("dp",) if self.is_sharded else ("dp", "tp")
 
     @property
     def full_numel(self) -> int:
@@ -189,15 +183,6 @@ class Constant:
     def __call__(self, whole: Tensor, generator: torch.Generator) -> None:
         """Fill a whole parameter."""
         whole.fill_(self.value)
-
-
-def gather_whole(tensor: Tensor, layout: ParameterLayout, context: ParallelContext) -> Tensor:
-    """The whole of a parameter, or of anything of its shape, from the slices of all ranks, on every rank."""
-    if not layout.is_sharded:
-        return tensor.detach()
-    assert layout.dim is not None
-    dim = layout.dim - len(layout.full_shape)
-    return collectives.start_gather_along(tensor.detach(), dim, context, "tp").wait()
 
 
 def num_parameters(module: nn.Module) -> int:

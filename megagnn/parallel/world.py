@@ -11,7 +11,7 @@ from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 
 
-def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
+def sum_over_dp(tensor: Tensor, context: ParallelContext) -> Tensor:
     """Sum over the data-parallel ranks, in place; returns the tensor. The others hold the same numbers.
 
     Raises:
@@ -20,8 +20,8 @@ def all_reduce_sum(tensor: Tensor, context: ParallelContext) -> Tensor:
     return messages.all_reduce(tensor, context, "dp")
 
 
-def sum_over_ranks(values: Sequence[float], context: ParallelContext, axis: str = "world") -> list[float]:
-    """Sums over all ranks, or those of an axis, the same on each of them: a message of a few numbers."""
+def sum_numbers(values: Sequence[float], context: ParallelContext, axis: str) -> list[float]:
+    """Sums over the ranks of an axis, or of the "world", the same on each: a message of a few numbers."""
     tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
     sums: list[float] = messages.all_reduce(tensor, context, axis).tolist()
     return sums
@@ -48,15 +48,6 @@ def gather_objects(value: Any, context: ParallelContext) -> list[Any] | None:
     return None if values is None else values[:: context.pp_size * context.tp_size]
 
 
-def all_gather_objects(value: Any, context: ParallelContext) -> list[Any]:
-    """The value of every rank, in the order of ranks, on every rank."""
-    if context.world_size == 1:
-        return [value]
-    values = [None] * context.world_size
-    dist.all_gather_object(values, value, group=context.group("world"))
-    return values
-
-
 def barrier(context: ParallelContext) -> None:
     """Wait for every rank."""
     if context.world_size > 1:
@@ -75,7 +66,7 @@ def broadcast_parameters(module: nn.Module, context: ParallelContext) -> None:
 
 
 def gather_along(value: Any, context: ParallelContext, axis: str) -> list[Any]:
-    """The values of all ranks of an axis, in their order, on each of them."""
+    """The values of all ranks of an axis, or of the "world", in their order, on each of them."""
     if context.size(axis) == 1:
         return [value]
     values: list[Any] = [None] * context.size(axis)

@@ -100,14 +100,12 @@ class ModelWork:
         }
 
     def run(self, action: Action, received: Tensors) -> Tensors:
-        """See `executor.Work`."""
         if action == self._last_backward:
             self.before_last()
         with torch.set_grad_enabled(self.loss is not None or self.conservative):
             return self._do[action.kind](action.stage, action.micro_batch, received)
 
     def kept(self) -> list[str]:
-        """See `executor.Work`."""
         actions = [*self._kept, *self._split]
         return [f"what {action} keeps" for action in actions] + [
             f"{word} of micro-batch {i}"
@@ -116,7 +114,6 @@ class ModelWork:
         ]
 
     def expects(self, message: Message) -> list[Expected]:
-        """See `executor.Work`."""
         batch, kind = self.micro_batches[message.micro_batch], message.kind
         planes = (2,) if self.conservative and kind in "FB" else ()
         num_cells = len(batch[keys.CELL])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from megagnn.data import keys
 from megagnn.parallel.context import ParallelContext, rank_name
-from megagnn.parallel.world import all_gather_objects, barrier
+from megagnn.parallel.world import barrier, gather_along
 from megagnn.pipeline_parallel.actions import KINDS, Kind, Schedule
 from megagnn.pipeline_parallel.model_work import Batch
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, bubble_of, simulate
@@ -29,21 +29,20 @@ FORWARD_UNITS = "units of a forward product"
 NUMBERED = 40  # micro-batches; more, and their numbers only darken the picture
 
 
-def chrome_trace(events: Sequence[Event], unit: float = 1e6) -> dict[str, Any]:
-    """The trace as a dict to be dumped as JSON: one process a rank, one complete event an action.
+def by_rank(events: Sequence[Event], prefix: str = "") -> dict[str, list[Event]]:
+    """The events of each pipeline rank, under its name: PREFIXpp0."""
+    ranks = sorted({event.rank for event in events})
+    return {f"{prefix}pp{rank}": [e for e in events if e.rank == rank] for rank in ranks}
+
+
+def save_trace(path: Path, timelines: Mapping[str, Sequence[Event]], unit: float = 1e6) -> None:
+    """Write timelines by their names as JSON: one process for each of them, one complete event an action.
 
     unit: microseconds in one unit of the events' times; 1e6 for seconds.
     """
-    ranks = sorted({event.rank for event in events})
-    rows = [(rank, f"pp{rank}", [e for e in events if e.rank == rank]) for rank in ranks]
-    return _trace(rows, unit)
-
-
-def _trace(rows: Sequence[tuple[int, str, Sequence[Event]]], unit: float) -> dict[str, Any]:
-    """The trace of rows of (process number, name, events)."""
     records: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": number, "tid": 0, "args": {"name": name}}
-        for number, name, _ in rows
+        for number, name in enumerate(timelines)
     ]
     records += [
         {
@@ -56,23 +55,11 @@ def _trace(rows: Sequence[tuple[int, str, Sequence[Event]]], unit: float) -> dic
             "dur": (end - start) * unit,
             "args": {"stage": action.stage, "micro_batch": action.micro_batch},
         }
-        for number, _, events in rows
+        for number, events in enumerate(timelines.values())
         for _, action, start, end in events
     ]
-    return {"traceEvents": records, "displayTimeUnit": "ms"}
-
-
-def save_chrome_trace(path: Path, events: Sequence[Event], unit: float = 1e6) -> None:
-    """Write `chrome_trace` as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(chrome_trace(events, unit)))
-
-
-def save_trace_of(path: Path, timelines: Mapping[str, Sequence[Event]], unit: float = 1e6) -> None:
-    """The same of processes by their names, in their order."""
-    rows = [(number, name, events) for number, (name, events) in enumerate(timelines.items())]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_trace(rows, unit)))
+    path.write_text(json.dumps({"traceEvents": records, "displayTimeUnit": "ms"}))
 
 
 def timeline_figure(timelines: Mapping[str, Sequence[Event]], unit: str = FORWARD_UNITS) -> Any:
@@ -126,12 +113,6 @@ def _draw(axes: Any, events: Sequence[Event]) -> None:
             axes.text(middle, event.rank, event.action.micro_batch, ha="center", va="center", fontsize=5)
 
 
-def save_timeline(path: Path, timelines: Mapping[str, Sequence[Event]], unit: str = FORWARD_UNITS) -> None:
-    """Draw and write the figure; the file's ending chooses the format."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    timeline_figure(timelines, unit).savefig(path, dpi=130)
-
-
 class Record(NamedTuple):
     """Times in s from the first action on."""
 
@@ -163,9 +144,7 @@ class Record(NamedTuple):
 
     def save_trace(self, path: Path) -> None:
         """A Chrome trace of the plan and of every rank."""
-        ranks = range(self.schedule.num_ranks)
-        planned = {f"planned pp{r}": [e for e in self.planned if e.rank == r] for r in ranks}
-        save_trace_of(path, planned | self.measured)
+        save_trace(path, by_rank(self.planned, "planned ") | self.measured)
 
 
 def record(
@@ -185,7 +164,7 @@ def record(
         micro_batches: of this rank.
     """
     barrier(context)
-    gathered = all_gather_objects((socket.gethostname(), time.perf_counter(), list(events)), context)
+    gathered = gather_along((socket.gethostname(), time.perf_counter(), list(events)), context, "world")
     if not context.is_main:
         return None
     zero: dict[str, float] = {}

@@ -27,7 +27,7 @@ from megagnn.config import RunConfig, TrainConfig
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import barrier, sum_over_ranks
+from megagnn.parallel.world import barrier, sum_numbers
 
 WINDOW = 100  # steps of which the median is taken
 ENOUGH = 20  # steps before which it says little
@@ -64,7 +64,7 @@ def judge(
     median = statistics.median(recent_norms) if has_limit else math.inf
     limit = (spike_factor or 1.0) * median
     votes = [wants_to_stop, not math.isfinite(own), not math.isfinite(size), size > limit]
-    stop, bad_loss, bad_norm, spike = sum_over_ranks(votes, context)
+    stop, bad_loss, bad_norm, spike = sum_numbers(votes, context, "world")
     if bad_loss:
         num_bad = math.ceil(bad_loss / (context.pp_size * context.tp_size))
         fault = f"the loss is not finite on {num_bad} of {context.dp_size} data-parallel rank(s)"

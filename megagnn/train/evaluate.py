@@ -22,7 +22,7 @@ from megagnn.models.statistics import Statistics
 from megagnn.objective.loss import Loss, label_counts
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.metrics import ErrorSums, Grouping, ParityPoints, format_table, grouping
 
@@ -81,7 +81,7 @@ def evaluate(
     sums.reduce()
     value = float("nan")
     if loss is not None:
-        all_reduce_sum(totals, context)
+        sum_over_dp(totals, context)
         weights = torch.tensor(list(loss.weights.values()), dtype=torch.float64, device=context.device)
         value = float((weights * totals[0] / totals[1].clamp(min=1)).sum())
     return Evaluation(sums.per_source(), value, {kind: sums.per_group(kind) for kind in groupings})

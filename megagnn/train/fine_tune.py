@@ -29,6 +29,7 @@ from megagnn.models.statistics import Statistics
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.parts import share_of
 from megagnn.optim.pieces import Piece
+from megagnn.overrides import Change, change_of
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import broadcast_object
 
@@ -76,7 +77,9 @@ def check_model(own: ModelConfig, other: ModelConfig, where: str) -> None:
     for field in dataclasses.fields(own):
         got, want = getattr(own, field.name), getattr(other, field.name)
         by_energy = field.name == "forces" and "direct" not in (got, want)
-        if got != want and field.name not in own.free_keys and not by_energy:
+        change = change_of(RunConfig, f"model.{field.name}")
+        is_bound = Change.REFUSED in change and Change.FREE not in change
+        if got != want and is_bound and not by_energy:
             raise _differs(field.name, got, want, where)
 
 

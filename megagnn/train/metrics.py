@@ -14,7 +14,7 @@ from megagnn.data import keys
 from megagnn.models.potential import Potential
 from megagnn.objective.loss import free_atoms
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_reduce_sum, gather_objects
+from megagnn.parallel.world import gather_objects, sum_over_dp
 
 # Quantities whose absolute and squared values are summed, per group; the baselines know per-element energies
 # and zero forces ("elements"), or the mean energy per atom ("mean").
@@ -106,8 +106,8 @@ class ErrorSums:
 
     def reduce(self) -> None:
         """Sum over the ranks; call once, after the last batch."""
-        all_reduce_sum(self.sums, self.context)
-        all_reduce_sum(self.structures, self.context)
+        sum_over_dp(self.sums, self.context)
+        sum_over_dp(self.structures, self.context)
 
     def per_source(self) -> dict[str, dict[str, float]]:
         """MAE and RMSE of each source, in meV/atom, meV/Å and meV/Å^3, beside the baselines'."""

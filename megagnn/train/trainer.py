@@ -47,10 +47,10 @@ from megagnn.optim.schedule import learning_rate
 from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import (
-    all_reduce_sum,
     broadcast_object,
     broadcast_parameters,
-    sum_over_ranks,
+    sum_numbers,
+    sum_over_dp,
 )
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.pipeline_parallel.stage_costs import run_stages
@@ -350,7 +350,7 @@ class Trainer:
         self, loss: Tensor, shares: dict[str, Tensor], norm: Tensor, rate: float, monitor: Monitor
     ) -> None:
         names = ["loss", *shares]
-        reduced = all_reduce_sum(torch.stack([loss, *shares.values()]), self.context)
+        reduced = sum_over_dp(torch.stack([loss, *shares.values()]), self.context)
         values: dict[str, float] = dict(zip(names, reduced.tolist(), strict=True))
         scalars = {f"loss/train_{name}" if name != "loss" else "loss/train": v for name, v in values.items()}
         scalars |= {
@@ -387,7 +387,7 @@ class Trainer:
                 self.context,
                 self.loss,
                 parity=self.parity,
-                stop=lambda: sum_over_ranks([bool(signals.received)], self.context)[0] > 0,
+                stop=lambda: sum_numbers([bool(signals.received)], self.context, "world")[0] > 0,
             )
         if not result.complete:
             return False, True
@@ -459,7 +459,7 @@ class Trainer:
 
     def _summary(self) -> str:
         own, threads = self.potential.model.num_parameters(), torch.get_num_threads()
-        num = int(sum_over_ranks([own], self.context, "pp")[0])
+        num = int(sum_numbers([own], self.context, "pp")[0])
         sizes = " + ".join(map(str, self._stage_sizes()))
         stages = f", stages of {sizes} layers" if sizes else ""
         return (

@@ -18,7 +18,7 @@ from megagnn.config import config_from_dict, flat_config
 from megagnn.launch.context import parallel_context
 from megagnn.launch.heartbeat import WatchTimes
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 
 
 def come_to_grief(fault: str, stale: float) -> None:
@@ -38,7 +38,7 @@ def come_to_grief(fault: str, stale: float) -> None:
 def work(context: ParallelContext, rank: int, fault: str, stale: float) -> None:
     """Ten sums; the fault comes after three."""
     for step in range(10):
-        total = all_reduce_sum(torch.ones(3), context)
+        total = sum_over_dp(torch.ones(3), context)
         assert total.tolist() == [context.dp_size] * 3
         if step == 3 and fault == "lock-all":
             ctypes.PyDLL(None).usleep(int(1e6 * (stale + 3)))

@@ -23,8 +23,9 @@ from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, LossCounts, label_counts
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.parameter import gather_whole, layout_of
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.parameter import layout_of
+from megagnn.parallel.world import sum_over_dp
+from tests.distributed.whole import gather_whole
 from tests.models.physics import STATISTICS, crystal, ethanol, model_config, randomised, slab
 from tests.tolerances import PARITY, PARITY_FLOOR
 
@@ -199,7 +200,7 @@ def run(
     reducer.start()
     total, _ = GRADIENT_METHODS[method](potential, batch, loss, counts)
     reducer.finish()
-    all_reduce_sum(total, context)
+    sum_over_dp(total, context)
     loss.outputs[keys.ENERGY] -= potential.model.reference_energy(batch)
     return Result(loss.outputs, total.item(), whole_gradients(potential, context))
 

@@ -18,12 +18,13 @@ from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel import messages
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.parameter import gather_whole, layout_of
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.parameter import layout_of
+from megagnn.parallel.world import sum_over_dp
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from tests.distributed import parity
 from tests.distributed.pairwise import pairwise
 from tests.distributed.parity import UNEVEN, Configuration, Result, batch_of, errors, whole_gradients
+from tests.distributed.whole import gather_whole
 from tests.models.physics import STATISTICS, randomised
 
 NUM_MICRO_BATCHES = 4
@@ -151,7 +152,7 @@ def measure(cell: Cell, context: ParallelContext) -> dict[str, Any]:
     counts = step_counts(batches, context)
     optimizer.zero_grad()
     total, _ = pipeline.accumulate(batches, loss, counts, reducer)
-    all_reduce_sum(total, context)
+    sum_over_dp(total, context)
     gradients = gradients_of(pipeline, optimizer, context)
     expected = reference(cell.configuration)
     norm = torch.stack([g.square().sum() for g in expected.gradients.values()]).sum().sqrt()

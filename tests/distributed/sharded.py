@@ -22,9 +22,10 @@ from megagnn.optim.optimizer import (
 from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.parameter import gather_whole, layout_of
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.parameter import layout_of
+from megagnn.parallel.world import sum_over_dp
 from tests.distributed.parity import CONFIGURATIONS, batch_of
+from tests.distributed.whole import gather_whole
 from tests.models.physics import randomised
 
 OPTIMIZER = OptimConfig(learning_rate=1e-3, clip_norm=0.25, weight_decay=0.1)
@@ -91,7 +92,7 @@ def train(case: Case, context: ParallelContext, num_steps: int, plain: bool = Fa
         norm = gradient_norm(optimizer, context)
         clipped_step(optimizer, norm, OPTIMIZER.clip_norm)
         norms.append(norm.item())
-        losses.append(all_reduce_sum(total, context).item())
+        losses.append(sum_over_dp(total, context).item())
     return {"norms": norms, "losses": losses, "final": whole_parameters(potential, optimizer, context)}
 
 

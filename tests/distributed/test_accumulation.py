@@ -11,7 +11,7 @@ from megagnn.objective.loss import Loss, LossCounts, label_counts, step_counts
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 from tests.distributed import sharded
 from tests.distributed.parity import CONFIGURATIONS, batch_of, whole_gradients
 from tests.distributed.spawn import spawn
@@ -62,7 +62,7 @@ def gradients(
     total, shares = accumulate(counted, potential, batches, Loss(what.loss_config()), counts, reducer)
     weights = Loss(what.loss_config()).weights
     assert total.item() == pytest.approx(sum(weights[t] * s.item() for t, s in shares.items()), rel=1e-12)
-    return all_reduce_sum(total, context).item(), whole_gradients(potential, context)
+    return sum_over_dp(total, context).item(), whole_gradients(potential, context)
 
 
 def in_one_batch(configuration: str, method: str) -> tuple[float, dict[str, Tensor]]:

@@ -29,7 +29,7 @@ from megagnn.optim.optimizer import (
     make_optimizer,
 )
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.world import all_reduce_sum, barrier
+from megagnn.parallel.world import barrier, sum_over_dp
 from tests.distributed.parity import CONFIGURATIONS, batch_of
 from tests.distributed.sharded import OPTIMIZER, SHARES, Case, build, optimizer_of
 from tests.distributed.spawn import spawn
@@ -96,7 +96,7 @@ class Run:
             self.reducer.finish()
             clipped_step(self.optimizer, gradient_norm(self.optimizer, self.context), OPTIMIZER.clip_norm)
             self.average.update()
-            losses.append(all_reduce_sum(total, self.context).item())
+            losses.append(sum_over_dp(total, self.context).item())
         return losses
 
     def save(self, folder: Path) -> None:

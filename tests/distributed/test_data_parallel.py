@@ -13,7 +13,7 @@ from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 from tests.distributed.spawn import spawn
 from tests.models.physics import crystal, ethanol, model_config, randomised, slab
 from tests.tolerances import PARITY, PARITY_FLOOR
@@ -60,7 +60,7 @@ def gradients(
     reducer.start()
     total, _ = GRADIENT_METHODS["create_graph"](potential, batch, loss, counts)
     reducer.finish()
-    all_reduce_sum(total, context)
+    sum_over_dp(total, context)
     return total.item(), {n: p.grad for n, p in potential.named_parameters() if p.grad is not None}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megagnn.config import config_from_dict
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.parallel.parameter import layout_of
 from megagnn.pipeline_parallel import registry, schedules
 from megagnn.pipeline_parallel.pipeline import schedule_for
 from megagnn.pipeline_parallel.simulate import simulate
@@ -21,6 +21,7 @@ from megagnn.pipeline_parallel.validate import ScheduleError
 from megagnn.train.trainer import Trainer
 from tests.distributed.spawn import spawn
 from tests.distributed.test_pipeline_training import TOLERANCE, configuration
+from tests.distributed.whole import gather_whole
 from tests.runs import write_data
 
 pytestmark = pytest.mark.timeout(1200)

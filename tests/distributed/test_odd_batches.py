@@ -16,9 +16,10 @@ from megagnn.objective.config import LossConfig
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.parallel.parameter import layout_of
 from tests.distributed.spawn import spawn
 from tests.distributed.test_data_parallel import worst
+from tests.distributed.whole import gather_whole
 from tests.models.physics import ethanol, model_config, randomised
 from tests.tolerances import PARITY
 

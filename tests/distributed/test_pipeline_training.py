@@ -16,12 +16,13 @@ from megagnn.cli import main
 from megagnn.config import RunConfig, load_config
 from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import gather_whole, layout_of
+from megagnn.parallel.parameter import layout_of
 from megagnn.pipeline_parallel import stage_costs
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.train.trainer import Trainer
 from tests.distributed.pipeline import CONFIGURATIONS, micro_batches
 from tests.distributed.spawn import spawn
+from tests.distributed.whole import gather_whole
 from tests.models.physics import STATISTICS
 from tests.runs import CONFIG, write_data
 

@@ -15,7 +15,7 @@ import torch
 from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.launch.watch import SAME_WISH_SECONDS
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 from megagnn.train.bad_steps import judge
 from tests import runs
 from tests.distributed.ranks import TIMEOUT_S, clean_environment, free_port, torchrun_like
@@ -168,12 +168,12 @@ def test_two_machines_that_count_restarts_differently(
 WAITER = """
 import sys, time, torch
 from megagnn.launch.context import parallel_context
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 from megagnn.train.signals import StopSignals
 with parallel_context("cpu", 1) as context, StopSignals():
     print("ready", flush=True)
     time.sleep(600 if context.rank else 0)
-    all_reduce_sum(torch.ones(1), context)
+    sum_over_dp(torch.ones(1), context)
 """
 
 
@@ -233,7 +233,7 @@ def on_rank(context: ParallelContext) -> dict[str, str]:
             for who in (0, 3):
                 found[f"{grid} {what} {who}"] = decide(here, who, what)
     here = grid_context(2, 1, 2)
-    found["mistake"] = str(all_reduce_sum(torch.tensor([float(here.rank == 3)]), here).item())
+    found["mistake"] = str(sum_over_dp(torch.tensor([float(here.rank == 3)]), here).item())
     return found
 
 

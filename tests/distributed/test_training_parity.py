@@ -18,9 +18,10 @@ from megagnn.optim.optimizer import (
     set_learning_rate,
 )
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.parameter import gather_whole, layout_of, num_parameters
+from megagnn.parallel.parameter import layout_of, num_parameters
 from tests.distributed.parity import AXES, CONFIGURATIONS, run
 from tests.distributed.spawn import spawn
+from tests.distributed.whole import gather_whole
 from tests.models.physics import STATISTICS
 
 NUM_STEPS = 10

@@ -5,19 +5,19 @@ import torch
 
 from megagnn.launch.context import default_threads, named_device, pick_device
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.world import all_reduce_sum, broadcast_object
+from megagnn.parallel.world import broadcast_object, sum_over_dp
 
 
 def test_one_rank_leaves_values_alone() -> None:
     context = ParallelContext()
-    assert torch.equal(all_reduce_sum(torch.arange(3.0), context), torch.arange(3.0))
+    assert torch.equal(sum_over_dp(torch.arange(3.0), context), torch.arange(3.0))
     assert broadcast_object({"a": 1}, context) == {"a": 1}
 
 
 def test_strided_tensors_are_refused() -> None:
     """gloo would reduce such a view wrongly and overwrite what lies beside it."""
     with pytest.raises(ValueError, match=r"needs a contiguous tensor, got strides \(4,\)"):
-        all_reduce_sum(torch.zeros(4, 4)[:, 0], ParallelContext())
+        sum_over_dp(torch.zeros(4, 4)[:, 0], ParallelContext())
 
 
 def test_context_prints_itself() -> None:

@@ -5,7 +5,7 @@
 Starts the ranks on this machine over gloo. Every layout takes one training step on the same batch; losses are
 compared first. Reported per rank (the largest of the ranks): parameters, gradients and AdamW's moments in
 bytes; the peak of what the step allocated on top, from the allocator's own events; bytes sent, counted, which
-must equal the formulas of models/egnn/traffic_model.py. Seconds are left out on purpose: ranks that share
+must equal the formulas of work/traffic.py. Seconds are left out on purpose: ranks that share
 cores, and gloo, say nothing of machines with an interconnect.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 
 from megagnn.data import keys
 from megagnn.models.egnn.edge.operation import partition_edges
-from megagnn.models.egnn.traffic_model import Setting, pass_elements
+from megagnn.models.egnn.traffic_model import Setting
 from megagnn.models.potential import build_potential
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
@@ -28,6 +28,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.spawn import spawn
 from tools.bench.memory.step import peak_of_events
 from tools.bench.work import edge as edge_workload
+from tools.bench.work.traffic import pass_elements
 
 
 def work(context: ParallelContext, arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ from megagnn.pipeline_parallel.registry import find, registered
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, Costs, Event, bubble_of, simulate
 from megagnn.pipeline_parallel.stage import layer_costs, stages_of
 from megagnn.pipeline_parallel.stage_costs import measured_costs
-from megagnn.pipeline_parallel.timeline import save_chrome_trace, save_timeline
+from megagnn.pipeline_parallel.timeline import by_rank, save_trace, timeline_figure
 from tools.bench.work import edge as edge_workload
 
 
@@ -200,9 +200,9 @@ def main() -> None:
             print(report(name, ranks, schedule, runs, slept), flush=True)
             timelines[f"{name}, {ranks} ranks, measured"] = runs[-1]
     if arguments.plot:
-        save_timeline(arguments.plot, timelines, "seconds")
+        timeline_figure(timelines, "seconds").savefig(arguments.plot, dpi=130)
     if arguments.trace:
-        save_chrome_trace(arguments.trace, list(timelines.values())[-1])
+        save_trace(arguments.trace, by_rank(list(timelines.values())[-1]))
 
 
 if __name__ == "__main__":

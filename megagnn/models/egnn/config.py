@@ -5,13 +5,13 @@ Networks", ICML 2021, eqs. 3-6, and its code), and `study` that of "Scaling Laws
 Atomistic Materials Modeling". Neither is smooth at the cutoff, so neither is for molecular dynamics.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.config import ModelConfig
-from megagnn.overrides import STRICT, Refused, Told
+from megagnn.overrides import STRICT, Free, Refused, Told
 
 Aggregation = Literal["constant", "sum", "mean"]
 
@@ -23,7 +23,7 @@ class EGNNConfig(ModelConfig):
     family: Refused[Literal["egnn"]] = "egnn"
     """The model family."""
 
-    preset: Refused[Literal["default", "satorras", "study"]] = "default"
+    preset: Free[Literal["default", "satorras", "study"]] = "default"
     """Named set of parts: the default, Satorras et al. 2021 as published, or the scaling study's EGNN."""
     distance_feature: Refused[Literal["bessel", "gaussian", "distance", "squared"]] = "bessel"
     """What the message network sees of the distance: a radial basis, the distance itself, or its square."""
@@ -68,21 +68,12 @@ class EGNNConfig(ModelConfig):
     edge_block: Told[PositiveInt | None] = None
     """Edges of a block; what fits the cache if not given."""
 
-    free_keys: ClassVar[tuple[str, ...]] = (
-        *ModelConfig.free_keys,
-        "aggregation_backend",
-        "edge_operation",
-        "edge_memory",
-        "edge_block",
-    )
-
     @property
     def has_self_edges(self) -> bool:
         """Whether every atom is a neighbour of itself."""
         return self.self_edges
 
     def check_dtype(self, dtype: str) -> None:
-        """See `ModelConfig`."""
         if dtype == "bfloat16" and self.aggregation_backend == "torch_sparse":
             raise ValueError(
                 "train.dtype = 'bfloat16' needs sums over neighbours in float32, got "

@@ -90,7 +90,6 @@ class Activation(nn.Module):
         self.kind = config.activation
 
     def forward(self, x: T) -> T:
-        """See the class."""
         return dual.silu(x) if self.kind == "silu" else dual.relu(x)
 
 

@@ -48,7 +48,6 @@ class EnergyHead(nn.Module):
         self.out = RowLinear(width, 1, context, last, dtype)
 
     def forward(self, h_NF: T) -> T:
-        """See the class."""
         plain_NF = self.fused_atoms.served(h_NF, self.out.weight)
         if plain_NF is not None:
             (u_NF,) = normed_linears(self.norm, plain_NF, [self.hidden])
@@ -63,7 +62,6 @@ class EGNN(Model):
     """See `Model`. The plan `auto` takes for each batch what sends less (traffic_model.py)."""
 
     def build(self) -> None:
-        """See `Model`."""
         config, context, part = self.config, self.context, self.part
         dtype, neighbours = self.precision.parameters, self.statistics.mean_neighbours
         self.distance_feature = DistanceFeature(

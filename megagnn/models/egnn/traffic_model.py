@@ -1,12 +1,10 @@
 """What a rank sends, derived from the layout, and the plan that sends less.
 
-Elements per layer and pass, exactly as `parallel.context.Traffic` counts them; tests compare the two. With
-t ranks, u = (t-1)/t, P planes (1 for values, 2 for pairs of value and tangent), N atoms, n of them this
-rank's rows under `edge`, E edges, widths F (node), H (hidden of phi_e), M (message), K (hidden of phi_x), D
-(hidden of phi_h), R distance features:
+Elements of a layer's edges in a pass, exactly as `parallel.context.Traffic` counts them; tests compare the
+two. With t ranks, u = (t-1)/t, P planes (1 for values, 2 for pairs of value and tangent), N atoms, n of them
+this rank's rows under `edge`, E edges, widths F (node), H (hidden of phi_e), M (message), K (hidden of
+phi_x), D (hidden of phi_h), R distance features:
 
-    atoms, forward    u P N (F + D + F) + 2u P N                gather h; scatter D and F; sum of squares
-    atoms, backward   the same, and 2u 3P N for the coordinates that the layer moved
     channel, forward  u P E M      with phi_x also  u P E K + 2u P E
     channel, backward the same, and u P E (M + K) where the products are recomputed
     edge, forward     P (N-n) H/t + u P N H + u P n M + u W     with phi_x also  3 (t-1) P n
@@ -114,48 +112,11 @@ def edge_elements(plan: Plan, s: Setting, w: Widths, vector: bool) -> Pass:
     return Pass(Fraction(forward), Fraction(backward))
 
 
-def atom_elements(s: Setting, w: Widths, first: bool = False) -> Pass:
-    """Elements that a layer's atoms send; `first`: no gradient reaches the features before the layer."""
-    u, P, N = s.u, s.planes, s.num_atoms
-    norm, entry = 2 * u * P * N if w.normed else Fraction(0), u * P * N * w.F
-    forward = norm + entry + u * P * N * (w.D + w.F)
-    backward = u * P * N * (w.D + w.F) + (0 if first else norm + entry)
-    if s.layers_again:
-        backward += norm + entry + u * P * N * w.D
-    return Pass(forward, backward)
-
-
-def head_elements(s: Setting, w: Widths) -> Pass:
-    """Elements that the energy head sends."""
-    u, P, N = s.u, s.planes, s.num_atoms
-    norm = 2 * u * P * N if w.normed else Fraction(0)
-    return Pass(norm + u * P * N * w.F + 2 * u * P * N, norm + u * P * N * w.F)
-
-
 def has_vector(config: EGNNConfig, layer: int) -> bool:
     """Whether a layer has a coordinate branch or the force head."""
     if layer == config.num_layers - 1:
         return config.forces == "direct"
     return config.update_coordinates
-
-
-def pass_elements(config: EGNNConfig, plan: Plan, s: Setting, positions: int = 0) -> Pass:
-    """Elements that the whole model sends, once forward and once backward.
-
-    positions: elements of positions, and of cells under stress, that require grad: 3N (+ 9B), or 0.
-    """
-    w, moved = Widths.of(config), 2 * s.u * s.planes * 3 * s.num_atoms
-    forward = backward = Fraction(0)
-    for layer in range(config.num_layers):
-        vector, last = has_vector(config, layer), layer == config.num_layers - 1
-        parts = (
-            edge_elements(plan, s, w, vector),
-            atom_elements(s, w, first=layer == 0 and not s.weights_wanted),
-        )
-        forward += sum(part.forward for part in parts)
-        backward += sum(part.backward for part in parts) + (moved if vector and not last else 0)
-    head = head_elements(s, w)
-    return Pass(forward + head.forward, backward + head.backward + 2 * s.u * positions)
 
 
 def edge_total(plan: Plan, config: EGNNConfig, ranks: int, num_atoms: int, num_edges: int) -> Fraction:

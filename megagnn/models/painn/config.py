@@ -6,7 +6,7 @@ from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.config import ModelConfig
-from megagnn.overrides import STRICT, Refused
+from megagnn.overrides import STRICT, Free, Refused
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -15,7 +15,7 @@ class PaiNNConfig(ModelConfig):
 
     family: Refused[Literal["painn"]] = "painn"
     """The model family."""
-    preset: Refused[Literal["default", "published"]] = "default"
+    preset: Free[Literal["default", "published"]] = "default"
     """Named set of parts: the default, or Schütt et al. 2021 as in the package schnetpack."""
     radial_basis: Refused[Literal["bessel", "gaussian"]] = "bessel"
     """Functions of the distance, of which the filters are linear combinations."""

@@ -69,7 +69,6 @@ class Branches(nn.Module):
         self.out = nn.ModuleDict({name: ColumnLinear(width, width, context, at, dtype) for name in names})
 
     def forward(self, *inputs: Any) -> dict[str, Any]:
-        """See the class."""
         hidden_NF = self.hidden[0](inputs[0])
         for linear, x_NF in zip(self.hidden[1:], inputs[1:], strict=True):
             hidden_NF = hidden_NF + linear(x_NF)
@@ -115,7 +114,6 @@ class PaiNNLayer(nn.Module):
         )
 
     def forward(self, state: State, edges: Edges) -> State:
-        """See the class."""
         h_NF, v_NCF = self.add_messages(state["h"], state.get("v"), edges)
         all_NCF = gather_channels(v_NCF, self.context)
         p_NCF, q_NCF = self.p(all_NCF), self.q(all_NCF)
@@ -172,7 +170,6 @@ class EnergyHead(nn.Module):
         self.out = RowLinear(hidden, 1, context, last, dtype, names=(names[1], names[1]))
 
     def forward(self, h_NF: T) -> T:
-        """See the class."""
         energy_N1: T = self.out(dual.silu(self.hidden(h_NF)))
         return energy_N1.squeeze(-1)
 
@@ -189,7 +186,6 @@ class PaiNN(Model):
     """
 
     def build(self) -> None:
-        """See `Model`."""
         if self.plan == "edge":
             raise ValueError(
                 "parallel.plan = 'edge' divides products of channels on edges, of which PaiNN has none; use "

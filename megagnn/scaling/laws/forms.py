@@ -70,14 +70,12 @@ class SumOfPowers(Law):
         return log_a_BV[:, None] - a_BV[:, None] * x_GV
 
     def log_loss(self, theta_BP: Array, x_GV: Array) -> Array:
-        """See Law."""
         total_BG = np.exp(self._terms(theta_BP, x_GV)).sum(-1)
         if self.constant:
             total_BG = total_BG + theta_BP[:, :1]
         return np.log(total_BG)
 
     def jacobian(self, theta_BP: Array, x_GV: Array) -> Array:
-        """See Law."""
         powers_BGV = np.exp(self._terms(theta_BP, x_GV))
         total_BG = powers_BGV.sum(-1) + (theta_BP[:, :1] if self.constant else 0.0)
         share_BGV = powers_BGV / total_BG[..., None]
@@ -90,7 +88,6 @@ class SumOfPowers(Law):
         return result
 
     def bounds(self) -> tuple[Array, Array]:
-        """See Law."""
         lowest = MIN_EXPONENT if self.constant or self.num_variables > 1 else -MAX_EXPONENT
         low = [0.0] * self.constant + [-MAX_LOG, lowest] * self.num_variables
         high = [2.0] * self.constant + [MAX_LOG, MAX_EXPONENT] * self.num_variables
@@ -115,7 +112,6 @@ class SumOfPowers(Law):
         return np.clip(np.array([theta for _, theta in found[:6]]), low, high)
 
     def natural(self, theta_P: Array, mean_V: Array, low: float) -> dict[str, float]:
-        """See Law."""
         values = [theta_P[0] * np.exp(low)] if self.constant else []
         pairs = theta_P[int(self.constant) :].reshape(-1, 2)
         for (log_a, a), mean in zip(pairs, mean_V, strict=True):
@@ -141,14 +137,12 @@ class BrokenPower(Law):
         return (x_GV[:, 0] - theta_BP[:, 3:4]) / self.sharpness
 
     def log_loss(self, theta_BP: Array, x_GV: Array) -> Array:
-        """See Law."""
         log_a, a, d = (theta_BP[:, k : k + 1] for k in range(3))
         soft = np.logaddexp(0.0, self._bend(theta_BP, x_GV))
         result: Array = log_a - a * x_GV[:, 0] - d * self.sharpness * soft
         return result
 
     def jacobian(self, theta_BP: Array, x_GV: Array) -> Array:
-        """See Law."""
         z = self._bend(theta_BP, x_GV)
         slope = 0.5 * (1 + np.tanh(0.5 * z))
         ones = np.ones_like(z)
@@ -161,7 +155,6 @@ class BrokenPower(Law):
         return np.stack(columns, -1)
 
     def bounds(self) -> tuple[Array, Array]:
-        """See Law."""
         high = np.array([MAX_LOG, MAX_EXPONENT, MAX_EXPONENT, MAX_LOG])
         return -high, high
 
@@ -180,7 +173,6 @@ class BrokenPower(Law):
         return np.clip(np.array([theta for _, theta in found[:3]]), low, high)
 
     def natural(self, theta_P: Array, mean_V: Array, low: float) -> dict[str, float]:
-        """See Law."""
         log_a, a, d, x0 = map(float, theta_P)
         mean = float(mean_V[0])
         return {"A": float(np.exp(log_a + low + a * mean)), "a": a, "d": d, "x0": float(np.exp(x0 + mean))}

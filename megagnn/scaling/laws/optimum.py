@@ -8,7 +8,7 @@ p^-1 a A N^-a = q^-1 b B D^-b (Lagrange), so that
 which for p = q = 1 is Hoffmann et al. 2022, eq. 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,23 +51,18 @@ def optimal_exponents(law: SumOfPowers, p: float = 1.0, q: float = 1.0) -> dict[
     """Exponents of N_opt, D_opt and L - L_inf in C, as functions of a joint law's internal parameters."""
     first = int(law.constant) + 1
 
-    def exponents(theta_BP: Array) -> tuple[Array, Array, Array]:
-        a, b = theta_BP[:, first], theta_BP[:, first + 2]
-        return a, b, a * q + b * p
+    def exponent(numerator: Callable[[Array, Array], Array]) -> Functional:
+        def of(theta_BP: Array) -> Array:
+            a, b = theta_BP[:, first], theta_BP[:, first + 2]
+            return numerator(a, b) / (a * q + b * p)
 
-    def of_size(theta_BP: Array) -> Array:
-        _, b, total = exponents(theta_BP)
-        return b / total
+        return of
 
-    def of_data(theta_BP: Array) -> Array:
-        a, _, total = exponents(theta_BP)
-        return a / total
-
-    def of_loss(theta_BP: Array) -> Array:
-        a, b, total = exponents(theta_BP)
-        return a * b / total
-
-    return {"N_opt": of_size, "D_opt": of_data, "L - L_inf": of_loss}
+    return {
+        "N_opt": exponent(lambda a, b: b),
+        "D_opt": exponent(lambda a, b: a),
+        "L - L_inf": exponent(lambda a, b: a * b),
+    }
 
 
 def optimal_sizes(law: dict[str, float], compute: ComputeLaw, flops: float) -> tuple[float, float, float]:

@@ -14,13 +14,10 @@ from torch import Tensor
 from megagnn.models.egnn.edge import EdgeSpec, EdgeWeights, edge_message, edge_message_pair
 from megagnn.models.egnn.edge.stages import (
     BlockStages,
-    CallableLinks,
     EdgeGradients,
     StageBlock,
     forward_block,
     interleave,
-    run_backward,
-    run_forward,
 )
 from megagnn.ops import extension
 from tests.models.egnn.edge_cases import (
@@ -32,6 +29,7 @@ from tests.models.egnn.edge_cases import (
     random_graph,
     tangents_of,
 )
+from tests.models.egnn.stage_runs import CallableLinks, run_backward, run_forward
 from tests.tolerances import RELATIVE, assert_close
 
 pytestmark = pytest.mark.skipif(not extension.has_cpu, reason="the stages are compiled")

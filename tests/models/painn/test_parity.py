@@ -17,7 +17,7 @@ from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import label_counts
 from megagnn.optim.optimizer import gradient_norm
 from megagnn.parallel.context import ParallelContext, grid_context
-from megagnn.parallel.world import all_reduce_sum
+from megagnn.parallel.world import sum_over_dp
 from tests.distributed import pipeline
 from tests.distributed.pairwise import pairs_of, pairwise
 from tests.distributed.parity import UNEVEN, RecordingLoss, Result, batch_of, errors
@@ -69,7 +69,7 @@ def measure(cell: Cell, context: ParallelContext) -> dict[str, float]:
     reducer.start()
     total, _ = GRADIENT_METHODS["one_backward"](potential, batch, loss, counts)
     reducer.finish()
-    all_reduce_sum(total, context)
+    sum_over_dp(total, context)
     loss.outputs["energy"] -= potential.model.reference_energy(batch)
     expected = reference(cell.configuration)
     gradients = pipeline.gradients_of(holder, optimizer, context)

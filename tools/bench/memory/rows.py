@@ -35,7 +35,7 @@ from megagnn.optim.zero.optimizer import ShardedAdamW
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import num_parameters
-from megagnn.parallel.world import all_reduce_sum, barrier
+from megagnn.parallel.world import barrier, sum_over_dp
 from tools.bench.memory import events as memory
 from tools.bench.memory.step import reset_peak, status_bytes
 from tools.bench.work import edge as edge_workload
@@ -167,7 +167,7 @@ class Work:
             self.reducer.finish()
         with memory.phase("optimizer"):
             clipped_step(self.optimizer, gradient_norm(self.optimizer, self.context), None)
-        return float(all_reduce_sum(total, self.context))
+        return float(sum_over_dp(total, self.context))
 
     def kept(self) -> dict[int, str]:
         """{address: category} of the buffers that stay between steps."""

@@ -60,7 +60,6 @@ class ChannelRunner:
         self.context, self.links = context, _ChannelLinks(context)
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
-        """See `EdgeRunner`."""
         stages = self._stages(call, save)
         outputs = stages.start_forward()
         interleave(stages, lambda block: forward_block(stages, block, self.links), _DEPTH)
@@ -72,7 +71,6 @@ class ChannelRunner:
     def backward(
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """See `EdgeRunner`."""
         stages = self._stages(call, False, kept)
         first, (geometry, weights) = self.context.tp_rank == 0, wanted
         bars = [bar if bar is None else bar.to(stages.dtype) for bar in bars]

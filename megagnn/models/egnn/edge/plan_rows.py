@@ -112,7 +112,6 @@ class RowsRunner:
         self.rows, self.context, self.ring, self.index = rows, rows.context, ring, index
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
-        """See `EdgeRunner`."""
         tape = current_tape()
         again = tape is not None and tape.replaying
         weights = self.ring.take(self.index, hold=again)
@@ -127,7 +126,6 @@ class RowsRunner:
     def backward(
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """See `EdgeRunner`."""
         weights = self.ring.take(self.index)
         self.ring.start(self.index - 1)
         kept, atoms = kept[:_NUM_KEPT], [t for t in kept[_NUM_KEPT:] if t is not None and t.dim() == 2]

@@ -216,7 +216,6 @@ class SerialRunner:
     """One process, the compiled operations."""
 
     def forward(self, call: Call, save: bool) -> tuple[list[Tensor | None], list[Tensor]]:
-        """See `EdgeRunner`."""
         arguments = compiled_arguments(_cast(call))
         with below_autograd():
             *outputs, c, g = _OPS.edge_message_forward(*arguments, save)
@@ -226,7 +225,6 @@ class SerialRunner:
     def backward(
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """See `EdgeRunner`."""
         arguments, tensors = compiled_arguments(_cast(call)), call.tensors
         p_NH, w2_MH, has_vector = arguments[0][0], arguments[1][2], or_none(arguments[1][4]) is not None
         shapes = [(p_NH.shape[0], w2_MH.shape[0]), (p_NH.shape[0], 3)] * (2 if call.pair else 1)
