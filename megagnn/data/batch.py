@@ -88,12 +88,8 @@ def collate(graphs: Sequence[Mapping[str, Any]], dtype: torch.dtype = torch.floa
         keys.ROW_PTR: row_ptr,
         keys.SOURCE_PTR: source_ptr,
         keys.SOURCE_PERM: source_perm,
-        keys.ENERGY: _stack(graphs, keys.ENERGY, (), np.float64),
-        keys.FORCES: _per_atom(graphs, keys.FORCES, counts, (3,), real),
-        keys.STRESS: _stack(graphs, keys.STRESS, (3, 3), real),
-        keys.HAS_ENERGY: np.array([g.get(keys.ENERGY) is not None for g in graphs], dtype=np.bool_),
-        keys.HAS_FORCES: np.array([g.get(keys.FORCES) is not None for g in graphs], dtype=np.bool_),
-        keys.HAS_STRESS: np.array([g.get(keys.STRESS) is not None for g in graphs], dtype=np.bool_),
+        **{name: _label(graphs, name, counts, real) for name in keys.LABELS},
+        **{keys.has(name): _has(graphs, name) for name in keys.LABELS},
         keys.WEIGHTS: _weights(graphs, real),
         keys.FIXED: _per_atom(graphs, keys.FIXED, counts, (), np.bool_),
         keys.SOURCE: np.array([g.get(keys.SOURCE, 0) for g in graphs], dtype=np.int64),
@@ -148,6 +144,21 @@ def _stack(
         if value is not None:
             stacked[i] = value
     return stacked
+
+
+def _label(
+    graphs: Sequence[Mapping[str, Any]], name: str, counts: NDArray[np.int64], real: DTypeLike
+) -> NDArray[Any]:
+    """A label of all atoms or structures, zero where a graph has none."""
+    label = keys.LABELS[name]
+    dtype = np.float64 if label.stored == "<f8" else real
+    if label.per_atom:
+        return _per_atom(graphs, name, counts, label.shape, dtype)
+    return _stack(graphs, name, label.shape, dtype)
+
+
+def _has(graphs: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.bool_]:
+    return np.array([graph.get(name) is not None for graph in graphs], dtype=np.bool_)
 
 
 def _weights(graphs: Sequence[Mapping[str, Any]], dtype: DTypeLike) -> NDArray[Any]:

@@ -225,8 +225,8 @@ class StructureDataset(Dataset[Graph]):
                 yield k, store, mine[start : start + ROWS_AT_ONCE]
 
     def num_labelled(self) -> dict[str, int]:
-        """Structures of this split that have an energy, forces, a stress."""
-        counts = {keys.ENERGY: 0, keys.FORCES: 0, keys.STRESS: 0}
+        """Structures of this split that have each label."""
+        counts = dict.fromkeys(keys.LABELS, 0)
         for _, store, rows in self._row_blocks():
             for label in counts:
                 counts[label] += len(store.labelled(label, rows))

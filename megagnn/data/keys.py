@@ -7,7 +7,7 @@ An edge points from its source j (sender) to its destination i (receiver): ``edg
 ``edge_index[1] = j``, sorted by i, then j, then shift, and ``r_ij = x_j + S_ij @ cell - x_i``.
 """
 
-from typing import Final
+from typing import Final, NamedTuple
 
 # Structure of the graph
 ATOMIC_NUMBERS: Final = "atomic_numbers"  # (N,) int64 | atomic numbers, 1..118
@@ -38,3 +38,31 @@ FIXED: Final = "fixed"  # (N,) bool | atom held fixed by the labeller
 SOURCE: Final = "source"  # (B,) int64 | index into the data set's source table
 LEVEL: Final = "level"  # (B,) int64 | index into its table of levels of theory
 STRUCTURE: Final = "structure"  # (B,) int64 | index of the structure in the data set
+
+
+class Label(NamedTuple):
+    """A kind of label: a key of batches, of a model's outputs, and an array of stores."""
+
+    bit: int
+    """Its bit in the stores' array `labels`."""
+    unit: str
+    shape: tuple[int, ...] = ()
+    """Of one structure, or of one atom."""
+    per_atom: bool = False
+    stored: str = "<f4"
+    """Type on disk; what is stored in double precision stays so in batches."""
+
+
+LABELS: dict[str, Label] = {
+    ENERGY: Label(1, "eV", stored="<f8"),
+    FORCES: Label(2, "eV/Å", (3,), per_atom=True),
+    STRESS: Label(4, "eV/Å^3, tension positive", (3, 3)),
+}
+"""Every kind of label by its name. A store has arrays of others than the three where a structure has such a
+label; batches always have all."""
+OTHER_LABELS = tuple(name for name in LABELS if name not in (ENERGY, FORCES, STRESS))
+
+
+def has(label: str) -> str:
+    """Key of the flags, (B,) bool, of the structures that have a label."""
+    return f"has_{label}"

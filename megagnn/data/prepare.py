@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megagnn.data import keys
 from megagnn.data.formats import FORMATS, ReadOptions, Units, detect_format, parse_species, parse_units
 from megagnn.data.formats.packed import is_store, unpack_store
 from megagnn.data.inspect import describe
@@ -106,7 +107,7 @@ def _add_reference_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     """What the files do not say of themselves."""
-    for name in ("energy", "forces", "stress"):
+    for name in ("energy", "forces", "stress", *keys.OTHER_LABELS):
         parser.add_argument(
             f"--{name}-key", metavar="KEY", help=f"name of the {name} in the files, or none to leave it out"
         )
@@ -161,6 +162,7 @@ def run(args: argparse.Namespace) -> int:
                 forces_key=args.forces_key,
                 stress_key=args.stress_key,
                 virial_key=args.virial_key,
+                other_keys=_other_keys(args),
                 units=Units() if args.units is None else parse_units(args.units),
                 species={} if args.species is None else parse_species(args.species),
                 ase_format=args.ase_format,
@@ -181,6 +183,12 @@ def run(args: argparse.Namespace) -> int:
         store = Store.open(args.out)
     print(describe(store, missing_labels(store.header)))
     return 0
+
+
+def _other_keys(args: argparse.Namespace) -> dict[str, str]:
+    """Labels of other kinds whose keys were given; `none` is for one that is not read, as without a key."""
+    given = {name: getattr(args, f"{name}_key") for name in keys.OTHER_LABELS}
+    return {name: key for name, key in given.items() if key not in (None, "none")}
 
 
 def missing_labels(header: StoreHeader) -> list[str]:

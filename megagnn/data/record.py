@@ -6,11 +6,14 @@ found in training it costs a run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megagnn.data import keys
 from megagnn.data.neighbours import neighbour_list, periodic_cell
 
 MAX_ATOMIC_NUMBER = 118
@@ -39,6 +42,7 @@ class Structure:
         config_type: what kind of structure the file says it is, such as "IsolatedAtom"; empty for none.
         file: name of the file it was read from; empty where there is one file only.
         converged: False if the file says that the engine's electronic steps did not converge.
+        others: labels of other kinds (`keys.OTHER_LABELS`) by their names.
     """
 
     atomic_numbers: NDArray[np.uint8]
@@ -58,6 +62,13 @@ class Structure:
     config_type: str = ""
     file: str = ""
     converged: bool = True
+    others: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """The labels that it has, by their names in `keys.LABELS`."""
+        three = {keys.ENERGY: self.energy, keys.FORCES: self.forces, keys.STRESS: self.stress}
+        return {name: value for name, value in {**three, **self.others}.items() if value is not None}
 
     @property
     def num_atoms(self) -> int:
@@ -127,7 +138,7 @@ def _check_atoms(s: Structure, where: str) -> None:
     num_atoms = len(s.atomic_numbers)
     if num_atoms == 0:
         raise StructureError("empty", f"{where}: the structure is empty (0 atoms); remove it")
-    shapes = {
+    shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "positions": (s.positions, (num_atoms, 3)),
         "cell": (s.cell, (3, 3)),
         "pbc": (s.pbc, (3,)),
@@ -135,6 +146,13 @@ def _check_atoms(s: Structure, where: str) -> None:
         "stress": (s.stress, (3, 3)),
         "fixed": (s.fixed, (num_atoms,)),
     }
+    for name, value in s.others.items():
+        if name not in keys.LABELS:
+            raise ValueError(
+                f"{where}: unknown label '{name}'; known are {', '.join(keys.LABELS)} (data/keys.py)"
+            )
+        label = keys.LABELS[name]
+        shapes[name] = (value, (num_atoms, *label.shape) if label.per_atom else label.shape)
     for name, (array, shape) in shapes.items():
         if array is not None and np.shape(array) != shape:
             raise StructureError(
@@ -158,8 +176,8 @@ def _check_atoms(s: Structure, where: str) -> None:
 def _check_labels(s: Structure, where: str) -> None:
     if s.energy is None and s.forces is None:
         raise StructureError("unlabelled", f"{where}: has neither energy nor forces; a label is needed")
-    for name, label in (("energy", s.energy), ("forces", s.forces), ("stress", s.stress)):
-        if label is not None and not np.isfinite(label).all():
+    for name, label in s.labels.items():
+        if not np.isfinite(label).all():
             raise StructureError(
                 "finite_labels",
                 f"{where}: {name} holds NaN or infinity; leave the frame out, or leave the label out if the "

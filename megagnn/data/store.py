@@ -26,7 +26,6 @@ from megagnn.data.store_format import (
     ALL_ARRAYS,
     ARRAYS,
     GROUPS_FILE,
-    LABEL_BITS,
     OPTIONAL_ARRAYS,
     StoreHeader,
     sha256_of,
@@ -100,7 +99,7 @@ class Store:
 
         Returns:
             atomic_numbers (N,), positions (N, 3), cell (3, 3), pbc (3,), fixed (N,), source, level,
-            structure, those of energy, forces (N, 3), stress (3, 3) that are labelled, and weights (3,) where
+            structure, the labels that it has, as energy, forces (N, 3), stress (3, 3), and weights (3,) where
             the store has some.
         """
         arrays = self.arrays
@@ -118,12 +117,10 @@ class Store:
             keys.LEVEL: int(arrays["level"][index]),
             keys.STRUCTURE: index,
         }
-        if labels & LABEL_BITS[keys.ENERGY]:
-            record[keys.ENERGY] = float(arrays["energy"][index])
-        if labels & LABEL_BITS[keys.FORCES]:
-            record[keys.FORCES] = arrays["forces"][atoms]
-        if labels & LABEL_BITS[keys.STRESS]:
-            record[keys.STRESS] = arrays["stress"][index]
+        for name, label in keys.LABELS.items():
+            if labels & label.bit:
+                value = arrays[name][atoms if label.per_atom else index]
+                record[name] = value if value.ndim else float(value)
         if "weights" in arrays:
             record[keys.WEIGHTS] = arrays["weights"][index]
         return record
@@ -135,8 +132,8 @@ class Store:
         return self.arrays[name][np.arange(lengths.sum()) + np.repeat(offsets[rows] - skipped, lengths)]
 
     def labelled(self, label: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some structures that have a label: keys.ENERGY, keys.FORCES or keys.STRESS."""
-        return rows[(self.arrays["labels"][rows] & LABEL_BITS[label]) > 0]
+        """Those of some structures that have a label (`keys.LABELS`)."""
+        return rows[(self.arrays["labels"][rows] & keys.LABELS[label].bit) > 0]
 
     def isolated_atoms(self, distance: float = ISOLATED_DISTANCE) -> NDArray[np.bool_]:
         """(S,) bool, which structures are isolated atoms.

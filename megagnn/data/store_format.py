@@ -8,13 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megagnn.data import keys
+
 FORMAT = "megagnn-store"
 VERSION = 1
 HEADER_FILE = "header.json"
 GROUPS_FILE = "groups.json"
 """Names of groups, a list indexed by the array `group`; there if the header holds its checksum (older stores
 lack it)."""
-UNITS = {"length": "Å", "energy": "eV", "forces": "eV/Å", "stress": "eV/Å^3, tension positive"}
+UNITS = {"length": "Å"} | {name: label.unit for name, label in keys.LABELS.items()}
 
 # Array -> (dtype, trailing shape, what its first axis counts).
 ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
@@ -40,10 +42,10 @@ OPTIONAL_ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "config_type": ("<i4", (), "structures"),
     "file": ("<i4", (), "structures"),
 }
+for _name in keys.OTHER_LABELS:
+    _label = keys.LABELS[_name]
+    OPTIONAL_ARRAYS[_name] = (_label.stored, _label.shape, "atoms" if _label.per_atom else "structures")
 ALL_ARRAYS = ARRAYS | OPTIONAL_ARRAYS
-
-LABEL_BITS = {"energy": 1, "forces": 2, "stress": 4}
-"""Label -> its bit in the array `labels`."""
 
 
 @dataclass(frozen=True)

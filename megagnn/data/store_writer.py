@@ -14,13 +14,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from megagnn.data import keys
 from megagnn.data.record import Structure, check_structure
 from megagnn.data.split import SPLITS
 from megagnn.data.store_format import (
     ALL_ARRAYS,
     GROUPS_FILE,
     HEADER_FILE,
-    LABEL_BITS,
     OPTIONAL_ARRAYS,
     StoreHeader,
     sha256_of,
@@ -126,6 +126,7 @@ class _Writer:
         self.config_types: dict[str, int] = {}
         self.source_files: dict[str, int] = {}
         self.weighted = False
+        self.other_labels: set[str] = set()
         self.group_ids: dict[str, int] = {}
         self.groups: list[str] = []
         self.group_sources: list[str] = []
@@ -146,28 +147,29 @@ class _Writer:
 
     def add(self, s: Structure) -> None:
         """Append one structure that passed `check_structure`."""
-        nothing = np.full((s.num_atoms, 3), np.nan)
+        labels = s.labels
         self.num_atoms += s.num_atoms
-        row = {
+        row: dict[str, Any] = {
             "offsets": self.num_atoms,
             "atomic_numbers": s.atomic_numbers,
             "positions": storable_positions(s.positions, s.cell, s.pbc),
-            "forces": nothing if s.forces is None else s.forces,
             "fixed": np.zeros(s.num_atoms) if s.fixed is None else s.fixed,
-            "energy": np.nan if s.energy is None else s.energy,
             "cell": s.cell,
             "pbc": s.pbc,
-            "stress": np.full((3, 3), np.nan) if s.stress is None else s.stress,
             "source": _index(self.sources, s.source, "source", "sources"),
             "level": _index(self.levels, s.level, "level", "levels of theory"),
             "group": self.group_ids.setdefault(s.group, len(self.group_ids)),
             "weights": s.weights,
             "config_type": _index(self.config_types, s.config_type, "config_type", "kinds (config_type)"),
             "file": _index(self.source_files, s.file, "file", "files"),
-            "labels": sum(bit for label, bit in LABEL_BITS.items() if getattr(s, label) is not None),
+            "labels": sum(keys.LABELS[name].bit for name in labels),
         }
+        for name, label in keys.LABELS.items():
+            shape = (s.num_atoms, *label.shape) if label.per_atom else label.shape
+            row[name] = labels[name] if name in labels else np.full(shape, np.nan)
         for name, value in row.items():
             self._append(name, value)
+        self.other_labels |= set(s.others)
         self.weighted |= s.weights != (1.0, 1.0, 1.0)
         self.groups.append(s.group)
         self.group_sources.append(s.source)
@@ -188,6 +190,7 @@ class _Writer:
             "weights": self.weighted,
             "config_type": set(self.config_types) != {""},
             "file": len(self.source_files) > 1,
+            **{name: name in self.other_labels for name in keys.OTHER_LABELS},
         }
         header = StoreHeader(
             sources=tuple(self.sources),

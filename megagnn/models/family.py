@@ -85,6 +85,8 @@ class Model(nn.Module, ABC):
 
     element_index: Tensor
     references: Tensor
+    other_labels: tuple[str, ...] = ()
+    """Labels (`data.keys.LABELS`) that it predicts beside energy and forces, by its `heads`."""
 
     def __init__(
         self,
@@ -107,6 +109,7 @@ class Model(nn.Module, ABC):
         self.level_embedding = Embedding(levels, config.width, context, dtype) if has_levels else None
         self.layers = nn.ModuleList()
         self.energy_head: nn.Module | None = None
+        self.heads = nn.ModuleDict()
         element_index = torch.full((NUM_ATOMIC_NUMBERS,), -1)
         element_index[list(statistics.elements)] = torch.arange(len(statistics.elements))
         self.register_buffer("element_index", element_index, persistent=False)
@@ -119,7 +122,8 @@ class Model(nn.Module, ABC):
     @abstractmethod
     def build(self) -> None:
         """Adds the modules of `part`: its layers to `layers`, under their numbers in the whole model, and
-        `energy_head`. All arguments of the model are attributes by now."""
+        `energy_head`, and beside this the `heads` of other labels, which take the features (N, F/tp) of the
+        last state. All arguments of the model are attributes by now."""
 
     @abstractmethod
     def fields(self, num_layers: int, batch: dict[str, Any]) -> dict[str, Field]:
@@ -177,7 +181,8 @@ class Model(nn.Module, ABC):
         of ZeRO."""
         layers = [(f"layers.{k}", self.layer(k)) for k in self.part.layers]
         first = [("element_embedding", self.element_embedding), ("level_embedding", self.level_embedding)]
-        found = [*first, *layers, ("energy_head", self.energy_head)]
+        heads = [(f"heads.{name}", head) for name, head in self.heads.items()]
+        found = [*first, *layers, ("energy_head", self.energy_head), *heads]
         return [(name, module) for name, module in found if module is not None]
 
     def num_parameters(self) -> int:
@@ -195,7 +200,7 @@ class Model(nn.Module, ABC):
         forces_NC = self.direct_forces(batch, state)
         if forces_NC is not None:
             outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
-        return outputs
+        return outputs | {name: head(state["h"]) for name, head in self.heads.items()}
 
     def check_geometry(self, x_NC: Any) -> None:
         """Raises ValueError for positions of another type than the model's geometry."""

@@ -72,16 +72,16 @@ class Potential(nn.Module):
             energy_B.sum(), inputs, create_graph=create_graph, allow_unused=True, materialize_grads=True
         )
         outputs = derivatives(batch, energy_B, gradients)
-        if keys.ATOMIC_ENERGIES in predicted:
-            outputs[keys.ATOMIC_ENERGIES] = predicted[keys.ATOMIC_ENERGIES]
+        outputs |= {key: value for key, value in predicted.items() if key not in outputs}
         if not create_graph:
             outputs = {key: value.detach() for key, value in outputs.items()}
         return outputs
 
     def directional(
         self, batch: dict[str, Tensor], forces_bar: Tensor, stress_bar: Tensor | None = None
-    ) -> dual.Dual:
-        """Energies (B,), eV, and in the tangent how a loss with these cotangents changes through the forces.
+    ) -> dict[str, Any]:
+        """What the model predicts, and in the tangents how a loss with these cotangents changes through the
+        forces: energies (B,), eV, and other labels, as Dual numbers.
 
         forces_bar (N, 3), dLoss/dF; stress_bar (B, 3, 3), dLoss/d(stress). The gradient
         of  sum(u E) + sum(E')  with respect to the parameters is that of a loss with cotangents u of E,
@@ -89,8 +89,7 @@ class Potential(nn.Module):
             strain' = sym(stress_bar)/V,   x' = -forces_bar + x strain',   cell' = cell strain'.
         """
         moved = along(batch, *seeds(batch, forces_bar, stress_bar))
-        energy_B: dual.Dual = self.model(moved)[keys.ENERGY]
-        return energy_B
+        return dict(self.model(moved))
 
 
 def differentiable(batch: dict[str, Tensor], stress: bool) -> tuple[dict[str, Tensor], list[Tensor]]:

@@ -61,8 +61,12 @@ def one_backward(
             strict=True,
         )
     )
-    energy_B = potential.directional(batch, bars[keys.FORCES], bars.get(keys.STRESS))
-    ((bars[keys.ENERGY] * energy_B.value).sum() + energy_B.tangent.sum()).backward()
+    predicted = potential.directional(batch, bars[keys.FORCES], bars.get(keys.STRESS))
+    energy_B = predicted[keys.ENERGY]
+    objective = (bars[keys.ENERGY] * energy_B.value).sum() + energy_B.tangent.sum()
+    for label in potential.model.other_labels:
+        objective = objective + (bars[label] * predicted[label].value).sum()
+    objective.backward()
     return total.detach(), shares
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from megagnn.data import keys
 from megagnn.models.family import Field, State
 from megagnn.models.potential import Potential, along, derivatives, differentiable, frozen, seeds
-from megagnn.objective.loss import TERMS, Loss, LossCounts
+from megagnn.objective.loss import Loss, LossCounts
+from megagnn.objective.terms import TERMS
 from megagnn.ops.dual import Dual
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Expected
@@ -81,10 +82,12 @@ class ModelWork:
         self.before_last, self.sharding = before_last, sharding
         backwards = [a for a in schedule.rows[context.pp_rank] if a.kind in "BW"]
         self._last_backward = backwards[-1] if backwards else None
+        # Of conservative models: what is no derivative of the energy is judged at the last stage, in pass 2.
+        self._other_terms = [term for term in TERMS if term in keys.OTHER_LABELS]
         self.total = torch.zeros(1 + len(TERMS), dtype=torch.float64, device=context.device)
         """This rank's share of the loss and of its terms."""
         self.predictions: dict[int, dict[str, Tensor]] = {}
-        """By micro-batch, on the rank where they are made."""
+        """By micro-batch, each on the rank where it is made."""
         self._kept: dict[Action, Kept] = {}
         self._split: dict[Action, Split] = {}
         self._found: dict[int, tuple[Tensor, list[Tensor]]] = {}  # from b to R: energies, dE/dx0, dE/dstrain
@@ -159,7 +162,10 @@ class ModelWork:
             batch, sources = differentiable(self.micro_batches[i], self.potential.stress)
             state = self._through(stage, batch, leaves)
             if self.stages[stage].is_last:
-                outputs = [self.model.outputs(batch, state)[keys.ENERGY]]
+                predicted = self.model.outputs(batch, state)
+                outputs = [predicted.pop(keys.ENERGY)]
+                if self.loss is None:
+                    self.predictions[i] = {key: value.detach() for key, value in predicted.items()}
             else:
                 outputs = self._sent(stage, batch, state)
         self._kept[Action(stage, "f", i)] = Kept(leaves, sources, outputs)
@@ -192,10 +198,10 @@ class ModelWork:
         batch, (energy_B, gradients) = self.micro_batches[i], self._found.pop(i)
         outputs = derivatives(batch, energy_B, gradients)
         if self.loss is None:
-            self.predictions[i] = outputs
+            self.predictions.setdefault(i, {}).update(outputs)
             return []
         outputs = {key: value.detach().requires_grad_() for key, value in outputs.items()}
-        total = self._take_loss(i, outputs)
+        total = self._take_loss(i, outputs, [term for term in TERMS if term in outputs])
         bars = torch.autograd.grad(total, list(outputs.values()), materialize_grads=True, allow_unused=True)
         bar = dict(zip(outputs, bars, strict=True))
         x_tangent_NC, cell_tangent_B33 = seeds(batch, bar[keys.FORCES], bar.get(keys.STRESS))
@@ -203,10 +209,10 @@ class ModelWork:
         self._seeds[i] = [x_tangent_NC, *cells, bar[keys.ENERGY]]
         return []
 
-    def _take_loss(self, i: int, outputs: dict[str, Tensor]) -> Tensor:
+    def _take_loss(self, i: int, outputs: dict[str, Tensor], terms: Collection[str] = tuple(TERMS)) -> Tensor:
         assert self.loss is not None
         assert self.counts is not None
-        total, shares = self.loss(outputs, self.micro_batches[i], self.counts)
+        total, shares = self.loss(outputs, self.micro_batches[i], self.counts, terms)
         parts = [shares.get(term, torch.zeros_like(total)).detach() for term in TERMS]
         self.total += torch.stack([total.detach(), *parts])
         return total
@@ -239,11 +245,15 @@ class ModelWork:
         return along(batch, rest[0], rest[1] if self.potential.stress else None)
 
     def _objective(self, i: int, predicted: dict[str, Any], rest: Tensors) -> Tensor:
-        """The scalar whose gradient is the loss's: the loss, or sum(u E) + sum(E')."""
+        """The scalar whose gradient is the loss's: the loss, or sum(u E) + sum(E') and the terms of other
+        labels."""
         if not self.conservative:
             return self._take_loss(i, predicted)
         energy_B = predicted[keys.ENERGY]
         objective: Tensor = (rest[-1] * energy_B.value).sum() + energy_B.tangent.sum()
+        if self._other_terms:
+            values = {key: value.value for key, value in predicted.items()}
+            objective = objective + self._take_loss(i, values, self._other_terms)
         return objective
 
     def _bars(self, stage: int, received: Tensors) -> list[Tensor | None]:

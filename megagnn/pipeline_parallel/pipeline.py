@@ -16,7 +16,8 @@ from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision
 from megagnn.models.statistics import Statistics
 from megagnn.objective.gradient_methods import Reducer
-from megagnn.objective.loss import TERMS, Loss, LossCounts
+from megagnn.objective.loss import Loss, LossCounts
+from megagnn.objective.terms import TERMS
 from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
@@ -144,7 +145,7 @@ class Pipeline:
         )
         self.executor.run(work)
         total, *terms = messages.all_reduce(work.total, self.context, "pp").unbind()
-        present = [loss.weights[term] != 0 and getattr(counts, term) != 0 for term in TERMS]
+        present = [loss.weights[term] != 0 and counts.labels[term] != 0 for term in TERMS]
         return total, {t: v for t, v, there in zip(TERMS, terms, present, strict=True) if there}
 
     def accumulate(
@@ -184,8 +185,13 @@ class Pipeline:
             shapes[keys.FORCES] = torch.zeros_like(positions_NC)
         if self.potential.stress:
             shapes[keys.STRESS] = torch.zeros_like(cell_B33)
+        for name in self.potential.model.other_labels:
+            label = keys.LABELS[name]
+            count = len(positions_NC) if label.per_atom else len(cell_B33)
+            shapes[name] = positions_NC.new_zeros(count, *label.shape)
+        here = made or {}
         return {
-            key: messages.all_reduce(zero if made is None else made[key].contiguous(), self.context, "pp")
+            key: messages.all_reduce(here[key].contiguous() if key in here else zero, self.context, "pp")
             for key, zero in shapes.items()
         }
 

@@ -20,6 +20,7 @@ from megagnn.launch.context import parallel_context
 from megagnn.models.potential import Potential
 from megagnn.models.statistics import Statistics
 from megagnn.objective.loss import Loss, label_counts
+from megagnn.objective.terms import TERMS
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import sum_over_dp
@@ -63,7 +64,7 @@ def evaluate(
     groupings = groupings or {}
     sums = ErrorSums(potential, context, groupings)
     # loss terms times their counts, and the counts, so that batches of unequal size add up exactly
-    totals = torch.zeros(2, 3, dtype=torch.float64, device=context.device)
+    totals = torch.zeros(2, len(TERMS), dtype=torch.float64, device=context.device)
     batches = loader.batches()
     if progress and context.is_main:
         batches = tqdm(
@@ -99,10 +100,10 @@ def _until(
 def _loss_totals(
     loss: Loss, outputs: dict[str, torch.Tensor], batch: dict[str, torch.Tensor], context: ParallelContext
 ) -> torch.Tensor:
-    """[[sum of each term], [its count]] of this rank's batch, (2, 3)."""
+    """[[sum of each term], [its count]] of this rank's batch, (2, T)."""
     counts = label_counts(batch, ParallelContext(device=context.device))
     _, shares = loss(outputs, batch, counts)
-    num = [getattr(counts, term) for term in loss.weights]
+    num = [counts.labels[term] for term in loss.weights]
     sums = [
         float(shares[term]) * n if term in shares else 0.0 for term, n in zip(loss.weights, num, strict=True)
     ]

@@ -12,13 +12,16 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.models.potential import Potential
-from megagnn.objective.loss import free_atoms
+from megagnn.objective.terms import free_atoms
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import gather_objects, sum_over_dp
 
 # Quantities whose absolute and squared values are summed, per group; the baselines know per-element energies
 # and zero forces ("elements"), or the mean energy per atom ("mean").
-QUANTITIES = ("energy", "energy_elements", "energy_mean", "forces", "forces_zero", "stress", "stress_zero")
+QUANTITIES = (
+    *("energy", "energy_elements", "energy_mean", "forces", "forces_zero", "stress", "stress_zero"),
+    *(word for name in keys.OTHER_LABELS for word in (name, f"{name}_zero")),
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,12 @@ class ErrorSums:
             error_B9 = (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].flatten(1)
             self._add("stress", error_B9, rows_BG[has_B])
             self._add("stress_zero", batch[keys.STRESS][has_B].flatten(1), rows_BG[has_B])
+        for name in filter(outputs.__contains__, keys.OTHER_LABELS):
+            has, rows, label = batch[keys.has(name)], rows_BG, batch[name]
+            if keys.LABELS[name].per_atom:
+                has, rows = has[batch[keys.BATCH]], rows[batch[keys.BATCH]]
+            self._add(name, (outputs[name] - label)[has], rows[has])
+            self._add(f"{name}_zero", label[has], rows[has])
 
     def _rows(self, batch: dict[str, Tensor]) -> Tensor:
         """(B, G) rows of `sums` that each structure belongs to: one of each division."""
@@ -142,6 +151,9 @@ _NAMES = {
     "stress": "stress_{}_mev_per_cubic_angstrom",
     "stress_zero": "baseline_stress_{}_mev_per_cubic_angstrom",
 }
+for _name in keys.OTHER_LABELS:
+    _NAMES[_name] = f"{_name}_{{}}_thousandths"
+    _NAMES[f"{_name}_zero"] = f"baseline_{_name}_{{}}_thousandths"
 
 
 _COLUMNS = (
@@ -152,6 +164,11 @@ _COLUMNS = (
     ("zero force", "meV/Å", "baseline_force_mae_mev_per_angstrom"),
     ("stress MAE", "meV/Å^3", "stress_mae_mev_per_cubic_angstrom"),
     ("zero stress", "meV/Å^3", "baseline_stress_mae_mev_per_cubic_angstrom"),
+    *(
+        (f"{word}{name}", f"m{keys.LABELS[name].unit}", _NAMES[name + end].format("mae"))
+        for name in keys.OTHER_LABELS
+        for word, end in (("", ""), ("zero ", "_zero"))
+    ),
 )
 
 

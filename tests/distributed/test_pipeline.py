@@ -132,9 +132,9 @@ def counts_of_a_micro_batch(patch: pytest.MonkeyPatch) -> None:
     """The loss of each micro-batch is over its own counts."""
     right = ModelWork._take_loss
 
-    def wrong(self: ModelWork, i: int, outputs: dict[str, Tensor]) -> Tensor:
+    def wrong(self: ModelWork, i: int, *arguments: Any) -> Tensor:
         self.counts = step_counts(self.micro_batches[i : i + 1], ParallelContext())
-        return right(self, i, outputs)
+        return right(self, i, *arguments)
 
     patch.setattr(ModelWork, "_take_loss", wrong)
 

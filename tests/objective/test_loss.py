@@ -10,7 +10,8 @@ from megagnn.config import config_from_dict
 from megagnn.data import keys
 from megagnn.data.batch import collate
 from megagnn.objective.config import LossConfig
-from megagnn.objective.loss import Loss, LossCounts, check_labels, label_counts, pointwise, weight_at
+from megagnn.objective.loss import Loss, LossCounts, check_labels, label_counts, weight_at
+from megagnn.objective.terms import pointwise
 from megagnn.parallel.context import ParallelContext
 from tests.data.conftest import make_crystal
 
@@ -213,9 +214,21 @@ def test_only_free_atoms_of_labelled_structures_count() -> None:
     batch[keys.HAS_FORCES][2] = False
     outputs[keys.FORCES] = batch[keys.FORCES] + torch.arange(1.0, 11).double().unsqueeze(1)
     counts = label_counts(batch, ParallelContext())
-    assert counts == LossCounts(energy=3, forces=12, stress=27, atoms=10, edges=0)
+    assert counts == LossCounts({"energy": 3, "forces": 12, "stress": 27}, atoms=10, edges=0)
     free = [1, 3, 6, 7]
     expected = sum(e * e for e in free) / 4
     only = {"energy_weight": 0.0, "force_weight": 1.0, "forces": "mse"}
     assert total(only, batch, outputs) == pytest.approx(expected, rel=1e-12)
     assert total({**only, "forces": "mae"}, batch, outputs) == pytest.approx(sum(free) / 4, rel=1e-12)
+
+
+def test_a_term_of_what_the_model_does_not_predict_is_refused() -> None:
+    batch, outputs = batch_and_outputs()
+    del outputs[keys.STRESS]
+    counts = label_counts(batch, ParallelContext())
+    with pytest.raises(
+        ValueError, match=r"stress_weight is 1 but the model predicts no stress, only energy, "
+    ):
+        Loss(LossConfig(stress_weight=1.0))(outputs, batch, counts)
+    _, shares = Loss(LossConfig(stress_weight=1.0))(outputs, batch, counts, ("energy",))
+    assert list(shares) == ["energy"]

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +267,7 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         fixed=fixed_atoms(atoms),
         notes=(*notes, quirks.FREE_ENERGY_TAKEN) if free else notes,
         converged=found.converged,
+        others=options.others(partial(_by_key, found)),
         **labels,
     )
 
@@ -296,7 +298,7 @@ def _check_labels(structure: Structure, found: Found, options: ReadOptions, path
         f"{', '.join(k for k in atoms.arrays if k not in ('numbers', 'positions')) or 'none'}; "
         f"results: {', '.join(found.results) or 'none'}"
     )
-    for name, key in options.label_keys.items():
+    for name, key in options.all_keys.items():
         if key not in (None, "none") and _by_key(found, key) is None:
             raise ValueError(f"{path}: there is no {name} key {key!r}; the first frame has {there}")
     if structure.energy is None and structure.forces is None and structure.converged:

@@ -42,6 +42,7 @@ class Frame:
         fixed: (N,) bool or None.
         notes: what was left out or changed so far.
         converged: False if the file says that the electronic steps did not converge.
+        others: labels of other kinds by their names, in the units of a store (`keys.LABELS`), or None.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Frame:
     fixed: NDArray[np.bool_] | None = None
     notes: tuple[str, ...] = ()
     converged: bool = True
+    others: Mapping[str, Any] = field(default_factory=dict)
 
 
 def assemble(frame: Frame, options: ReadOptions) -> Structure:
@@ -83,6 +85,7 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
         energy = _number(frame.energy, units.factor("energy", num_atoms))
         forces = _array(frame.forces, units.factor("forces"))
         stress, notes = _stress(frame, units, cell, pbc)
+        others = {k: np.asarray(v, dtype=np.float64) for k, v in frame.others.items() if v is not None}
         weights = _weights(frame.info)
     except (TypeError, ValueError) as error:
         raise UnreadableError(f"{frame.path}, frame {frame.index}: {error}") from error
@@ -110,6 +113,7 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
         fixed=frame.fixed,
         notes=(*frame.notes, *notes, *_ignored(frame.info)),
         weights=weights,
+        others=others,
         config_type=str(frame.info.get("config_type", "")),
         converged=frame.converged and not any(_says_no(frame.info.get(key)) for key in SIGNS_OF_FAILURE),
     )

@@ -116,5 +116,6 @@ def _structure(entry: dict[str, Any], options: ReadOptions, path: Path, frame: i
         info=entry,
         group=f"{empirical_formula(numbers)}, {trajectory_of(entry)}",
         level="PBE",
+        others=options.others(outputs.get),
     )
     return assemble(found, options)

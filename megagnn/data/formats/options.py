@@ -45,6 +45,7 @@ class ReadOptions:
         group_by: "auto", "formula", "file", "frame" or "info:KEY"; see `group_name`.
         energy_key, forces_key, stress_key, virial_key: names of the labels in the file; None takes the usual
             ones, "none" reads no such label.
+        other_keys: label of another kind (`keys.OTHER_LABELS`) -> its name in the file; others are not read.
         units: of the file, where they are not those of ASE (or those the format itself declares).
         species: names of species in the file -> elements.
         ase_format: ASE's name of the format; None leaves it to the file's name and content.
@@ -60,6 +61,7 @@ class ReadOptions:
     forces_key: str | None = None
     stress_key: str | None = None
     virial_key: str | None = None
+    other_keys: Mapping[str, str] = field(default_factory=dict)
     units: Units = field(default_factory=Units)
     species: Mapping[str, str] = field(default_factory=dict)
     ase_format: str | None = None
@@ -87,6 +89,15 @@ class ReadOptions:
             "stress": self.stress_key,
             "virial": self.virial_key,
         }
+
+    @property
+    def all_keys(self) -> dict[str, str | None]:
+        """The same with the labels of other kinds whose keys were given."""
+        return {**self.label_keys, **self.other_keys}
+
+    def others(self, find: Callable[[str], Any]) -> dict[str, Any]:
+        """Labels of other kinds, for `Frame.others`: what `find` finds of each key that was given."""
+        return {name: find(key) for name, key in self.other_keys.items()}
 
     @property
     def by_content(self) -> bool:

@@ -41,7 +41,7 @@ def read_store(path: Path, options: ReadOptions) -> Iterator[Structure]:
         ValueError: keys of labels, which a store does not have; see `Store.open`, `Store.verify`,
             `unpack_store`.
     """
-    given = [f"--{name}-key" for name, key in options.label_keys.items() if key is not None]
+    given = [f"--{name}-key" for name, key in options.all_keys.items() if key is not None]
     if given:
         raise ValueError(
             f"{path} is a store, whose labels have no names of their own; leave {', '.join(given)} out"
@@ -179,4 +179,5 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
             weights=tuple(map(float, s.get(keys.WEIGHTS, (1, 1, 1)))),  # type: ignore[arg-type]
             config_type=str(config_types[index]),
             file=str(files[index]),
+            others={name: np.asarray(s[name], np.float64) for name in keys.OTHER_LABELS if name in s},
         )

@@ -174,6 +174,7 @@ def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str,
         group=None if material is None else str(material),
         level=str(entry.get("functional") or "unknown"),
         notes=notes,
+        others=options.others(entry.get),
         **labels,
     )
 
@@ -185,7 +186,7 @@ def check_labels(structure: Structure, entry: Mapping[str, Any], options: ReadOp
         ValueError: no such key, or neither energy nor forces (an UnreadableError).
     """
     there = ", ".join(key for key in entry if key not in NOT_LABELS) or "none"
-    for name, key in options.label_keys.items():
+    for name, key in options.all_keys.items():
         if key not in (None, "none") and entry.get(key) is None:
             raise ValueError(f"{where}: there is no {name} key {key!r}; keys there are {there}")
     if structure.energy is None and structure.forces is None:

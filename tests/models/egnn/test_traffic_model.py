@@ -62,7 +62,7 @@ def counted(context: ParallelContext, potential: Potential) -> dict[str, tuple[T
             torch.autograd.grad(energy_B.sum(), inputs)
     bars = [torch.ones_like(t) for t in inputs]
     with context.traffic.measured() as pair_forward:
-        pair = potential.directional(b, *bars)
+        pair = potential.directional(b, *bars)[keys.ENERGY]
     with context.traffic.measured() as pair_backward:
         (pair.value.sum() + pair.tangent.sum()).backward()
     return {"value": (forward, backward), "pair": (pair_forward, pair_backward)}
