@@ -9,6 +9,7 @@
 `mae` (absolute), `rmse` and `mse` (squared); other names are training objectives.
 """
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -16,7 +17,8 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from megagnn.scaling.laws.record import RunRecord
 
@@ -26,18 +28,11 @@ def geometric_mean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-_NUMBERS = ("width", "depth", "parameters", "flops", "steps", "epochs", "learning_rate")
-_WHOLE = ("width", "depth", "parameters", "seed", "steps")
-_NEEDED = ("run", "recipe", "data", "losses", "seed", *_NUMBERS)
-_OPTIONAL = ("seconds", "memory_gib", "technique", "versions")
-
-
 def parse_record(line: str, where: str) -> RunRecord:
     """One line to a record; `where` (file and line) begins the messages.
 
     Raises:
-        ValueError: no JSON object, a field that is missing, unknown or not of its kind, or a number that is
-            not positive and finite.
+        ValueError: no JSON object, or a field that is missing, unknown or not of its kind; names it.
     """
     try:
         values = json.loads(line)
@@ -45,57 +40,17 @@ def parse_record(line: str, where: str) -> RunRecord:
         raise ValueError(f"{where}: not a JSON object ({error.msg}); each line holds one run") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where}: not a JSON object; each line holds one run")
-    missing = [name for name in _NEEDED if name not in values]
-    if missing:
-        raise ValueError(f"{where}: the field '{missing[0]}' is missing; a run needs {', '.join(_NEEDED)}")
-    unknown = sorted(set(values) - {*_NEEDED, *_OPTIONAL})
-    if unknown:
-        raise ValueError(
-            f"{where}: unknown field '{unknown[0]}'; a run has {', '.join((*_NEEDED, *_OPTIONAL))}"
-        )
-    data, losses = values.pop("data"), values.pop("losses")
-    for name in _NUMBERS:
-        values[name] = _number(values[name], f"{where}: {name}")
-    sizes = {
-        name: int(_number(_item(data, name, where, "data"), f"{where}: data.{name}"))
-        for name in ("structures", "atoms")
-    }
-    for name in _WHOLE:
-        values[name] = _whole(values[name], f"{where}: {name}")
-    for name in ("seconds", "memory_gib"):
-        if values.get(name) is not None:
-            values[name] = _number(values[name], f"{where}: {name}")
-    return RunRecord(**{**values, **sizes}, losses=_losses(losses, where))
-
-
-def _item(values: Any, name: str, where: str, what: str) -> Any:
-    if not isinstance(values, dict) or name not in values:
-        raise ValueError(f"{where}: {what} must be an object with '{name}', got {values!r}")
-    return values[name]
-
-
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise ValueError(f"{what} must be a positive, finite number, got {value!r}")
-    return float(value)
-
-
-def _whole(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or value < 0:
-        raise ValueError(f"{what} must be a whole number, not negative, got {value!r}")
-    return int(value)
-
-
-def _losses(values: Any, where: str) -> dict[str, tuple[float, str]]:
-    if not isinstance(values, dict) or not values:
-        raise ValueError(f'{where}: losses must be {{"name": {{"value": ..., "unit": ...}}}}, got {values!r}')
-    return {
-        name: (
-            _number(_item(loss, "value", where, f"losses.{name}"), f"{where}: losses.{name}.value"),
-            str(_item(loss, "unit", where, f"losses.{name}")),
-        )
-        for name, loss in values.items()
-    }
+    data = values.pop("data", None)
+    try:
+        return TypeAdapter(RunRecord).validate_python({**values, **(data if isinstance(data, dict) else {})})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        text = f"{first['msg']}, got {first['input']!r}"
+        if first["type"] in ("missing", "unexpected_keyword_argument"):
+            known = ", ".join(field.name for field in dataclasses.fields(RunRecord))
+            text = f"{first['msg']}; a run has {known} (structures and atoms in `data`)"
+        raise ValueError(f"{where}: field '{name}': {text}") from None
 
 
 def slug(recipe: str) -> str:

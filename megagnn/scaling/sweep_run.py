@@ -18,7 +18,7 @@ from megagnn.models.family import step_flops
 from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier, broadcast_object
-from megagnn.scaling.laws.record import RunRecord
+from megagnn.scaling.laws.record import Error, RunRecord
 from megagnn.scaling.records import append_line
 from megagnn.scaling.sweep import PlannedRun, Sweep
 from megagnn.train.evaluate import evaluate
@@ -92,7 +92,7 @@ def _measured(
     config, model = run.config, run.config.model
     checkpoint = open_checkpoint(trainer.best_path)
     potential = load_potential(checkpoint, context=context).to(context.device)
-    losses: dict[str, tuple[float, str]] = {}
+    losses: dict[str, Error] = {}
     for split in sweep.splits:
         dataset = open_split(config.data, model, split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)
@@ -132,16 +132,16 @@ def _measured(
     )
 
 
-def losses_of(per_source: dict[str, dict[str, float]], objective: float) -> dict[str, tuple[float, str]]:
+def losses_of(per_source: dict[str, dict[str, float]], objective: float) -> dict[str, Error]:
     """Errors as means over sources, each source alike, then those of each source where there are several."""
-    losses: dict[str, tuple[float, str]] = {}
+    losses: dict[str, Error] = {}
     for metric, (name, unit) in _METRICS.items():
         found = {source: m[metric] * 1e-3 for source, m in per_source.items() if metric in m}
         if found and all(value > 0 for value in found.values()):
-            losses[name] = sum(found.values()) / len(found), unit
+            losses[name] = Error(sum(found.values()) / len(found), unit)
             if len(found) > 1:
-                losses |= {f"{source}/{name}": (value, unit) for source, value in found.items()}
-    losses["objective"] = objective, "objective"
+                losses |= {f"{source}/{name}": Error(value, unit) for source, value in found.items()}
+    losses["objective"] = Error(objective, "objective")
     return losses
 
 

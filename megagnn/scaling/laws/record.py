@@ -2,36 +2,49 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
+from typing import Annotated, NamedTuple
+
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+class Error(NamedTuple):
+    """One loss of a run."""
+
+    value: Positive
+    unit: str
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RunRecord:
-    """What a run was, what it took, and what came of it."""
+    """What a run was, what it took, and what came of it; raises pydantic's ValidationError."""
 
     run: str
     """Name, unique in its sweep."""
     recipe: str
     """What is the same in all runs that may be compared: model family, optimizer, schedule."""
-    width: int
-    depth: int
-    parameters: int
-    structures: int
+    width: PositiveInt
+    depth: PositiveInt
+    parameters: PositiveInt
+    structures: PositiveInt
     """Training structures."""
-    atoms: int
+    atoms: PositiveInt
     """Atoms of the training structures."""
-    seed: int
-    learning_rate: float
-    flops: float
+    seed: NonNegativeInt
+    learning_rate: Positive
+    flops: Positive
     """Floating-point operations of the whole training, multiply-adds counted as 2."""
-    steps: int
-    epochs: float
+    steps: PositiveInt
+    epochs: Positive
     """Passes over the training structures."""
-    losses: Mapping[str, tuple[float, str]]
+    losses: Annotated[Mapping[str, Error], Field(min_length=1)]
     """Errors on the test split: {name: (value, unit)}."""
-    seconds: float | None = None
+    seconds: Positive | None = None
     """Duration of the training; None where a killed run left its time behind."""
-    memory_gib: float | None = None
+    memory_gib: Positive | None = None
     """Peak memory of a rank."""
     technique: str | None = None
     """How memory and time were saved, for the table of techniques."""
@@ -41,7 +54,7 @@ class RunRecord:
         """One line without its end."""
         values = {k: v for k, v in asdict(self).items() if v is not None}
         values["data"] = {"structures": values.pop("structures"), "atoms": values.pop("atoms")}
-        values["losses"] = {k: {"value": v, "unit": u} for k, (v, u) in self.losses.items()}
+        values["losses"] = {name: loss._asdict() for name, loss in self.losses.items()}
         return json.dumps(values, ensure_ascii=False)
 
 
