@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import reference
+from megagnn.ops.dispatch import linear_function
 from megagnn.ops.maximum import segment_max
 from megagnn.ops.segment import Segments, gather, segment_mean, segment_sum
 
@@ -138,31 +139,19 @@ class TorchSparseBackend(AggregationBackend):
         return largest_NK.masked_fill(empty_NK, 0).view(-1, *values.shape[1:])
 
 
-class _SparseSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        if values.numel() == 0:  # the library divides by the size
-            return values.new_zeros((segments.num_rows, *values.shape[1:]))
-        out_NK = torch.ops.torch_sparse.spmm_sum(
-            None, segments.ptr, _columns(segments), None, None, None, _flat(values.detach())
-        )
-        return out_NK.view(-1, *values.shape[1:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _SparseGather.apply(grads[0], ctx.segments), None
+def _sparse_sum(values: Tensor, segments: Segments) -> Tensor:
+    if values.numel() == 0:  # the library divides by the size
+        return values.new_zeros((segments.num_rows, *values.shape[1:]))
+    out_NK: Tensor = torch.ops.torch_sparse.spmm_sum(
+        None, segments.ptr, _columns(segments), None, None, None, _flat(values.detach())
+    )
+    return out_NK.view(-1, *values.shape[1:])
 
 
-class _SparseGather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, segments: Segments) -> Tensor:
-        ctx.segments = segments
-        return values.index_select(0, segments.index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _SparseSum.apply(grads[0], ctx.segments), None
+_SparseSum: Any = linear_function("_SparseSum", _sparse_sum, lambda: _SparseGather)
+_SparseGather: Any = linear_function(
+    "_SparseGather", lambda values, segments: values.index_select(0, segments.index), lambda: _SparseSum
+)
 
 
 def _columns(segments: Segments) -> Tensor:

@@ -1,6 +1,9 @@
-"""Which of kernels and reference an operation takes, and the checks that all operations make first."""
+"""Which of kernels and reference an operation takes, what all check first, and linear ones in autograd."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,3 +42,36 @@ def has_kernels(values: Tensor) -> bool:
     if extension.module is not None and not torch.compiler.is_compiling():
         extension.warn_reference(values.device.type)
     return False
+
+
+def kernel(name: str) -> Callable[..., Tensor]:
+    """A compiled operation of this name, below autograd."""
+
+    def run(*arguments: Any) -> Tensor:
+        with below_autograd():
+            out: Tensor = getattr(torch.ops.megagnn, name).default(*arguments)
+            return out
+
+    return run
+
+
+def linear_function(name: str, run: Callable[..., Tensor], conjugate: Callable[[], Any]) -> Any:
+    """A Function of (tensor, *where) that returns run(tensor, *where).
+
+    Its backward applies the Function that `conjugate()` gives, which autograd sees again; the tangent of a
+    linear map is the map.
+    """
+
+    def forward(ctx: Any, x: Tensor, *where: Any) -> Tensor:
+        ctx.where = where
+        return run(x, *where)
+
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return conjugate().apply(grads[0], *ctx.where), *(None for _ in ctx.where)
+
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return made.apply(tangents[0], *ctx.where)
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
+    made: Any = type(name, (torch.autograd.Function,), methods)
+    return made

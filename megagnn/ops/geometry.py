@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension
-from megagnn.ops.dispatch import below_autograd
+from megagnn.ops.dispatch import below_autograd, kernel, linear_function
 from megagnn.ops.segment import Segments, gather, segment_sum
 
 _OPS = torch.ops.megagnn
@@ -60,7 +60,8 @@ def lattice_shift(cell_B33: Tensor, shifts_EC: Tensor, structure_E: Tensor) -> T
     """
     if not _has_kernels(cell_B33) or shifts_EC.requires_grad:
         return lattice_shift_reference(cell_B33, shifts_EC, structure_E)
-    return _Translation.apply(cell_B33, shifts_EC, structure_E)
+    out: Tensor = _Translation.apply(cell_B33, shifts_EC, structure_E, cell_B33.shape[0])
+    return out
 
 
 def lattice_shift_reference(cell_B33: Tensor, shifts_EC: Tensor, structure_E: Tensor) -> Tensor:
@@ -101,35 +102,15 @@ class _Difference(torch.autograd.Function):
         return _Difference.apply(to, sender, tangents[2], ctx.destination, ctx.source)
 
 
-class _Translation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, cell: Tensor, shifts: Tensor, structure: Tensor) -> Tensor:
-        ctx.shifts, ctx.structure, ctx.num_cells = shifts, structure, cell.shape[0]
-        with below_autograd():
-            return _OPS.lattice_shift.default(cell, shifts, structure)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _CellGradient.apply(grads[0], ctx.shifts, ctx.structure, ctx.num_cells), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _Translation.apply(tangents[0], ctx.shifts, ctx.structure)
-
-
-class _CellGradient(torch.autograd.Function):
+def _cell_gradient(grad: Tensor, shifts: Tensor, structure: Tensor, num_cells: int) -> Tensor:
     """The transpose: sum over the edges of a structure of shifts[e, k] grad[e], (B, 3, 3)."""
+    outer = shifts.unsqueeze(-1) * grad.unsqueeze(-2)
+    return grad.new_zeros(num_cells, 3, 3).index_add_(0, structure, outer)
 
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor, shifts: Tensor, structure: Tensor, num_cells: int) -> Tensor:
-        ctx.shifts, ctx.structure, ctx.num_cells = shifts, structure, num_cells
-        outer = shifts.unsqueeze(-1) * grad.unsqueeze(-2)
-        return grad.new_zeros(num_cells, 3, 3).index_add_(0, structure, outer)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return _Translation.apply(grads[0], ctx.shifts, ctx.structure), None, None, None
+def _translated(cell: Tensor, shifts: Tensor, structure: Tensor, num_cells: int) -> Tensor:
+    return kernel("lattice_shift")(cell, shifts, structure)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        return _CellGradient.apply(tangents[0], ctx.shifts, ctx.structure, ctx.num_cells)
+
+_Translation: Any = linear_function("_Translation", _translated, lambda: _CellGradient)
+_CellGradient: Any = linear_function("_CellGradient", _cell_gradient, lambda: _Translation)

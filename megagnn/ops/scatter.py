@@ -1,4 +1,7 @@
-"""Scatter by unsorted indices, for where no Segments exist; `segment_sum` is faster where they do."""
+"""Scatter and gather by unsorted indices. No layer uses them: they serve the benchmarks of scatter kernels.
+
+Where Segments exist, `segment_sum` and `gather` are faster.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension, reference
-from megagnn.ops.dispatch import below_autograd, check_values, has_kernels
+from megagnn.ops.dispatch import check_values, has_kernels, kernel, linear_function
 
 _OPS = torch.ops.megagnn
 
@@ -47,7 +50,7 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
         return reference.gather(values, index)
     if torch.compiler.is_compiling():
         return _OPS.gather_rows(values, index)
-    return _GatherRows.apply(values, index)
+    return _GatherRows.apply(values, index, values.size(0))
 
 
 def _check_index(operation: str, index: Tensor, values: Tensor) -> None:
@@ -62,36 +65,12 @@ def _check_index(operation: str, index: Tensor, values: Tensor) -> None:
         )
 
 
-class _ScatterAdd(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, num_rows: int) -> Tensor:
-        ctx.index, ctx.num_rows = index, num_rows
-        with below_autograd():
-            return _OPS.scatter_add.default(values, index, num_rows)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _GatherRows.apply(grads[0], ctx.index), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _ScatterAdd.apply(tangents[0], ctx.index, ctx.num_rows)
+def _gathered(values: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    return kernel("gather_rows")(values, index)
 
 
-class _GatherRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
-        ctx.index, ctx.num_rows = index, values.size(0)
-        with below_autograd():
-            return _OPS.gather_rows.default(values, index)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _ScatterAdd.apply(grads[0], ctx.index, ctx.num_rows), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _GatherRows.apply(tangents[0], ctx.index)
+_ScatterAdd: Any = linear_function("_ScatterAdd", kernel("scatter_add"), lambda: _GatherRows)
+_GatherRows: Any = linear_function("_GatherRows", _gathered, lambda: _ScatterAdd)
 
 
 def _keep_index(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

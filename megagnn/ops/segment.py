@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megagnn.ops import extension, reference
-from megagnn.ops.dispatch import below_autograd, check_values, has_kernels
+from megagnn.ops.dispatch import check_values, has_kernels, kernel, linear_function
 
 _OPS = torch.ops.megagnn
 
@@ -139,28 +139,15 @@ def gather(values: Tensor, segments: Segments) -> Tensor:
 # dispatch passes through Python twice, which shows in a small batch's step. In eager mode the functions above
 # therefore enter by these Functions, which call the kernels below autograd; the formulas are the same.
 # Forward mode is known to the Functions alone.
-class _SegmentSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
-        ctx.segments = (index, ptr, perm)
-        with below_autograd():
-            return _OPS.segment_sum.default(values, index, ptr, perm)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _Gather.apply(grads[0], *ctx.segments), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _SegmentSum.apply(tangents[0], *ctx.segments)
+_SegmentSum: Any = linear_function("_SegmentSum", kernel("segment_sum"), lambda: _Gather)
+_Gather: Any = linear_function("_Gather", kernel("gather"), lambda: _SegmentSum)
 
 
 class _SegmentMean(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
         ctx.segments = (index, ptr, perm)
-        with below_autograd():
-            return _OPS.segment_mean.default(values, index, ptr, perm)
+        return kernel("segment_mean")(values, index, ptr, perm)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -169,22 +156,6 @@ class _SegmentMean(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
         return _SegmentMean.apply(tangents[0], *ctx.segments)
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
-        ctx.segments = (index, ptr, perm)
-        with below_autograd():
-            return _OPS.gather.default(values, index, ptr, perm)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _SegmentSum.apply(grads[0], *ctx.segments), None, None, None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _Gather.apply(tangents[0], *ctx.segments)
 
 
 def _over_counts(values: Tensor, ptr: Tensor) -> Tensor:

@@ -24,36 +24,14 @@ calls the collective inside `backward` where autograd does not see it, gives rig
 losses, and parameter gradients of a force loss that are wrong by tens of per cent.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megagnn.ops.dispatch import linear_function
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
-
-
-def linear_function(name: str, run: Callable[..., Tensor], conjugate: Callable[[], Any]) -> Any:
-    """A Function of (tensor, *where) that returns run(tensor, *where).
-
-    Its backward applies the Function that `conjugate()` gives, which autograd sees again; the tangent of a
-    linear map is the map.
-    """
-
-    def forward(ctx: Any, x: Tensor, *where: Any) -> Tensor:
-        ctx.where = where
-        return run(x, *where)
-
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return conjugate().apply(grads[0], *ctx.where), *(None for _ in ctx.where)
-
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return made.apply(tangents[0], *ctx.where)
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
-    made: Any = type(name, (torch.autograd.Function,), methods)
-    return made
 
 
 def copy(x: Tensor, context: ParallelContext, axis: str = "tp") -> Tensor:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megagnn.ops.dispatch import linear_function
 from megagnn.parallel import messages
-from megagnn.parallel.collectives import linear_function
 from megagnn.parallel.context import ParallelContext
 
 
