@@ -18,18 +18,7 @@ class MegaGNNCalculator(Calculator):
     `energies` (N,) are the atoms' shares, eV, and sum to the energy: constants of the elements and what the
     network adds. Works within `torch.no_grad` and `torch.inference_mode`, too.
 
-    Args:
-        checkpoint: path of a checkpoint, such as `runs/quickstart/checkpoints/best.safetensors` or the folder
-            `runs/quickstart/checkpoints/best`, or one loaded.
-        source: name of the training source whose reference energies to use; needed if the model has several.
-        level: name of the level of theory to predict; needed only if the training data of `source` had
-            several.
-        dtype: "float64" (default: forces are then derivatives of the energy to rounding) or "float32";
-            also of a model that was trained in bfloat16, whose energy would otherwise rise in steps.
-        device: "cpu", "cuda", "cuda:NUMBER", or "auto" for a GPU where there is one.
-
-    Raises:
-        ValueError: an unknown source, level or element, with the known ones, or a device that is not there.
+    Arguments and errors are those of `train.predictor.Predictor`; others are of ASE's Calculator.
     """
 
     implemented_properties: ClassVar[list[str]] = [  # type: ignore[misc] # as every ASE calculator does

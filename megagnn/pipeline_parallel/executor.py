@@ -12,10 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Channels, Expected, Incoming, Sent
-from megagnn.parallel.world import gather_along
 from megagnn.pipeline_parallel.actions import (
     Action,
     Message,
@@ -120,20 +118,6 @@ class Executor:
             torch.cuda.synchronize(self.context.device)
         self.events.append(Event(self.context.pp_rank, action, start, time.perf_counter()))
         return made
-
-    def timeline(self) -> list[Event]:
-        """The last batch's events of all pipeline ranks, from zero on, on each rank; a collective along pp.
-
-        The clocks are those of one machine. On a GPU times are those of launching, not of computing.
-        """
-        everything = [event for events in gather_along(self.events, self.context, "pp") for event in events]
-        first = min(event.start for event in everything)
-        shifted = [e._replace(start=e.start - first, end=e.end - first) for e in everything]
-        return sorted(shifted, key=lambda event: (event.start, event.rank))
-
-    def wait_for_all(self) -> None:
-        """A barrier along pp, so that a measured timeline begins for all at once."""
-        messages.all_reduce(torch.zeros(1, device=self.context.device), self.context, "pp")
 
 
 class _Ahead:

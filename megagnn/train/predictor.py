@@ -26,11 +26,13 @@ class Predictor:
     """The potential of a checkpoint for one source and one level of theory, in eval use.
 
     Args:
-        checkpoint: path of a checkpoint, or one loaded.
+        checkpoint: path of a checkpoint, such as `runs/quickstart/checkpoints/best.safetensors` or the folder
+            `runs/quickstart/checkpoints/best`, or one loaded.
         source: name of the training source whose reference energies to use; needed if the model has several.
         level: name of the level of theory; needed if the training data of `source` had several.
-        dtype: "float64" or "float32", of weights and geometry.
-        device: "auto", "cpu", "cuda" or "cuda:NUMBER".
+        dtype: "float64" (forces are then derivatives of the energy to rounding) or "float32", of weights and
+            geometry; of a bfloat16 model, too, whose energy would otherwise rise in steps.
+        device: "cpu", "cuda", "cuda:NUMBER", or "auto" for a GPU where there is one.
 
     Raises:
         ValueError: an unknown source or level, with the known ones; a type or a device that there is not.

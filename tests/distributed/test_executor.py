@@ -11,6 +11,7 @@ from torch import Tensor
 
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Expected, Incoming
+from megagnn.parallel.world import barrier
 from megagnn.pipeline_parallel.actions import (
     KINDS,
     Action,
@@ -26,6 +27,7 @@ from megagnn.pipeline_parallel.executor import Executor, proofs
 from megagnn.pipeline_parallel.schedules.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.schedules.ordinary import gpipe, interleaved, one_f_one_b, zb_h1
 from tests.distributed.spawn import spawn
+from tools.bench.pipeline import timeline_of
 
 SIZES = (3, 0, 5, 2, 1, 4, 0, 2)
 
@@ -77,13 +79,13 @@ def run_all(context: ParallelContext) -> list[Any]:
     for schedule in schedules(context.pp_size):
         executor = Executor(schedule, context)
         for _ in range(2):
-            executor.wait_for_all()
+            barrier(context)
             work = NamingWork(schedule)
             executor.run(work)
             assert work.done == list(schedule.rows[context.pp_rank])
         with pytest.raises(RuntimeError, match=rf"{schedule.name} on .* left thing 0, .* and 2 more"):
             executor.run(NamingWork(schedule, leave=7))
-        found.append((executor.timeline(), context.traffic.total("pp")))
+        found.append((timeline_of(executor, context), context.traffic.total("pp")))
     return found
 
 

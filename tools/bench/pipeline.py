@@ -29,6 +29,7 @@ from megagnn.objective.loss import Loss, step_counts
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.point_to_point import Expected
 from megagnn.parallel.spawn import spawn
+from megagnn.parallel.world import barrier, gather_along
 from megagnn.pipeline_parallel.actions import KINDS, Action, Kind, Message, Schedule, sends
 from megagnn.pipeline_parallel.executor import Executor
 from megagnn.pipeline_parallel.model_work import ModelWork
@@ -66,6 +67,14 @@ class SleepWork:
         return []
 
 
+def timeline_of(executor: Executor, context: ParallelContext) -> list[Event]:
+    """The last batch's events of all pipeline ranks, from zero on, on each rank of one machine."""
+    everything = [event for events in gather_along(executor.events, context, "pp") for event in events]
+    first = min(event.start for event in everything)
+    shifted = [e._replace(start=e.start - first, end=e.end - first) for e in everything]
+    return sorted(shifted, key=lambda event: (event.start, event.rank))
+
+
 def asleep(
     context: ParallelContext, names: Sequence[str], per_stage: int, unit: float, batches: int
 ) -> dict[str, list[list[Event]]]:
@@ -76,9 +85,9 @@ def asleep(
         executor = Executor(schedule, context)
         found[name] = []
         for _ in range(batches + 1):
-            executor.wait_for_all()
+            barrier(context)
             executor.run(SleepWork(schedule, unit))
-            found[name].append(executor.timeline())
+            found[name].append(timeline_of(executor, context))
     return found
 
 
@@ -103,10 +112,10 @@ def at_work(
         counts = step_counts(batches, context)
         found[name] = []
         for _ in range(arguments.batches + 1):
-            pipeline.executor.wait_for_all()
+            barrier(context)
             work = ModelWork(pipeline.potential, pipeline.stages, schedule, context, batches, loss, counts)
             pipeline.executor.run(work)
-            found[name].append(pipeline.executor.timeline())
+            found[name].append(timeline_of(pipeline.executor, context))
     return found
 
 
