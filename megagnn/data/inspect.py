@@ -15,7 +15,7 @@ from megagnn.data.baseline import Baseline, fit_baseline, given_references
 from megagnn.data.split import SPLITS
 from megagnn.data.store import Store
 
-LABELS = (keys.ENERGY, keys.FORCES, keys.STRESS)
+LABELS = tuple(keys.LABELS)
 COLUMNS = ("source", "split", "structures", "groups", "atoms", "max", *LABELS, "E rms", "F rms", "S rms")
 
 

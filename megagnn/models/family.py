@@ -200,7 +200,8 @@ class Model(nn.Module, ABC):
         forces_NC = self.direct_forces(batch, state)
         if forces_NC is not None:
             outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
-        return outputs | {name: head(state["h"]) for name, head in self.heads.items()}
+        geometry = self.precision.geometry
+        return outputs | {name: head(state["h"]).to(geometry) for name, head in self.heads.items()}
 
     def check_geometry(self, x_NC: Any) -> None:
         """Raises ValueError for positions of another type than the model's geometry."""
