@@ -25,7 +25,7 @@ back_ends() {
   python -W ignore -c '
 import torch
 from megagnn import ops
-from megagnn.ops.backends import installed_backends
+from tests.ops.installed import installed_backends
 print(f"   ops: {ops.backend()} {ops.build_info()}\n   torch {torch.__version__}, CUDA device: {torch.cuda.is_available()}")
 tested, missing = installed_backends()
 print("   aggregation back ends tested:", ", ".join(tested))

@@ -5,7 +5,7 @@
     python tools/pipeline_table.py --tables --plot timeline.png --trace trace.json --stages 4 --per-stage 3
 
 Every schedule is proved by the validator first. Costs are units of a forward's products (docs/forces.md);
-stages are equal, micro-batches too but for the table `order`, and messages take no time but for the table
+stages are equal, micro-batches too except in the table `order`, and messages take no time except in the table
 `latency`.
 """
 

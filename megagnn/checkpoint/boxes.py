@@ -38,14 +38,14 @@ class Box:
         return f"{name}[{','.join(f'{offset}:{offset + size}' for offset, size in ranges)}]"
 
     def overlap(self, other: Box) -> Box | None:
-        """What two boxes of one tensor have in common; None where there is nothing."""
+        """The common box of two boxes of one tensor; None where there is none."""
         begins = tuple(map(max, self.offsets, other.offsets))
         ends = (min(a, b) for a, b in zip(self._ends, other._ends, strict=True))
         sizes = tuple(end - begin for begin, end in zip(begins, ends, strict=True))
         return Box(begins, sizes) if min(sizes, default=1) > 0 else None
 
     def slices_in(self, outer: Box) -> tuple[slice, ...]:
-        """Where this box lies in a tensor that holds another one around it."""
+        """The slices of this box in a tensor that holds a box around it."""
         places = zip(self.offsets, self.sizes, outer.offsets, strict=True)
         return tuple(slice(a - first, a - first + size) for a, size, first in places)
 

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from megagnn.checkpoint.boxes import parts_by_name
 from megagnn.checkpoint.manifest import NAME, Manifest, complaints, parse_manifest
-from megagnn.checkpoint.progress import Progress
-from megagnn.checkpoint.random_state import set_random_state
+from megagnn.checkpoint.progress import Progress, set_random_state
 from megagnn.checkpoint.reader import load_parts, load_whole
 from megagnn.config import RunConfig
 from megagnn.models.statistics import Statistics
@@ -49,7 +48,7 @@ class FolderCheckpoint:
 
     @property
     def progress(self) -> Progress:
-        """Where that run stood."""
+        """Position of that run."""
         return self.manifest.progress
 
     def load(self, pieces: Sequence[Piece]) -> None:
@@ -116,7 +115,7 @@ def open_folder(folder: Path) -> FolderCheckpoint:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """What saves and removals that were killed left behind."""
+    """Remove what killed saves and removals left behind."""
     if folder.is_dir():
         for entry in folder.iterdir():
             if _LEFTOVER.fullmatch(entry.name):
@@ -150,7 +149,7 @@ def point_links(folder: Path, progress: Progress) -> None:
 
 
 def follow(path: Path) -> Path:
-    """Where a link leads, or a file in a link's place (`point_links`)."""
+    """The path that a link leads to, or a file in a link's place (`point_links`)."""
     path = path.resolve()
     if path.name in LINKS and path.is_file():
         name = path.read_bytes()[:_LONGEST_NAME].decode(errors="replace").strip()
@@ -175,7 +174,7 @@ def rotate(folder: Path, keep: int) -> None:
 
 
 def way_out(path: Path) -> str:
-    """What to give instead of a path at which there is no checkpoint, as the end of a sentence."""
+    """A hint at checkpoints near a path that is none, as the end of a sentence."""
     found = _near(path)
     if found:
         return f"did you mean {' or '.join(map(str, found[:_MAX_NAMES]))}?"

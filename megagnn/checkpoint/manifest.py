@@ -54,7 +54,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """See the module."""
+    """The content of a checkpoint's manifest."""
 
     config: RunConfig
     statistics: Statistics
@@ -118,7 +118,7 @@ def parse_manifest(text: bytes, where: Path) -> Manifest:
 
 
 def complaints(folder: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """What is wrong with these files, each named; nothing if they are what was written."""
+    """Errors of these files, by name; empty if they are what was written."""
     found = []
     for name in names:
         entry, path = manifest.files[name], folder / name

@@ -39,8 +39,7 @@ from megagnn.checkpoint.folder import (
     rotate,
 )
 from megagnn.checkpoint.manifest import FileEntry, Manifest, TensorEntry, parse_manifest
-from megagnn.checkpoint.progress import Progress
-from megagnn.checkpoint.random_state import random_state
+from megagnn.checkpoint.progress import Progress, random_state
 from megagnn.config import RunConfig
 from megagnn.models.statistics import Statistics
 from megagnn.optim.pieces import Piece
@@ -260,7 +259,7 @@ class CheckpointStore:
         rotate(self.folder, self.keep)
 
     def _markers(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """What all ranks say of their files, by rank."""
+        """The markers of all ranks' files, by rank."""
         names = [self._rank_name(rank) for rank in range(self.context.world_size)]
         found: dict[str, dict[str, Any]] = {}
         deadline, pause = time.monotonic() + WAIT_SECONDS, 0.002

@@ -66,7 +66,7 @@ def open_store(meeting: Rendezvous, seconds: float = JOIN_SECONDS, first: bool =
 
 
 def fingerprint_of(config: Mapping[str, Any], world_size: int) -> dict[str, Any]:
-    """What must be the same on every rank: a flat configuration, versions, the number of ranks."""
+    """Values that must be the same on every rank: a flat configuration, versions, the number of ranks."""
     versions = {"megagnn": megagnn.__version__, "torch": torch.__version__, "number of ranks": world_size}
     shared = {key: v for key, v in config.items() if Change.LOCAL not in change_of(RunConfig, key)}
     return {**versions, **shared}
@@ -120,7 +120,7 @@ def _wait_for(key: str, store: dist.Store, ranks: range, deadline: float, second
 
 
 def missing_ranks(ranks: list[int], seconds: float) -> str:
-    """What to say when ranks have not come."""
+    """The message about ranks that did not start."""
     return (
         f"{len(ranks)} of the ranks did not start within {seconds:g} s: {reprlib.repr(ranks)}; "
         "their own output may say why"

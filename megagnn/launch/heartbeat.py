@@ -1,4 +1,4 @@
-"""What a rank knows of others: who they are, whether their processes run, and whether they were heard of.
+"""A rank's knowledge of others: who they are, whether their processes run, and when they were last heard of.
 
 Every `interval` a rank counts its heartbeat up and looks at that of the next rank: a constant number of
 messages per rank. It also looks at the process of another rank of its machine, which shows at once that this
@@ -189,7 +189,7 @@ class Heartbeat(threading.Thread):
         self.join(seconds)
 
     def decide(self, verdict: Verdict) -> None:
-        """What this rank acts on from now."""
+        """Make a verdict the one that this rank acts on; the first stays."""
         self.verdict = self.verdict or verdict
         self.decided.set()
 

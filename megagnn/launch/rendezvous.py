@@ -1,4 +1,4 @@
-"""Where the ranks meet: what the launcher says about this process, as a value.
+"""A launcher's words about this process, as a value: its rank, and the address at which the ranks meet.
 
 torchrun, Open MPI, MPICH and Intel MPI, and Slurm's srun each tell a process its number in environment
 variables of their own; the first of this order that speaks decides. A batch script's own shell, where Slurm

@@ -57,7 +57,7 @@ class Watcher:
         self._guard.start()
 
     def explain(self, error: BaseException) -> PeerLostError | None:
-        """What to raise instead of an error that a lost rank caused. An error of this rank's own is told to
+        """The error to raise instead of one that a lost rank caused. An error of this rank's own is told to
         the others, and None returned. Watches no longer after that."""
         beat, times = self.heartbeat, self.times
         if is_broken_connection(error):

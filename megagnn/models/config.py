@@ -1,4 +1,4 @@
-"""What the section [model] of a configuration holds for every model family."""
+"""The section [model] of a configuration: keys of every model family."""
 
 import difflib
 from collections.abc import Mapping
@@ -79,5 +79,5 @@ class ModelConfig:
         """Raises ValueError where the model cannot be trained with parameters of this type."""
 
     def technique(self) -> list[str]:
-        """How the model's edge work is computed and what it keeps, in words for tables of results."""
+        """Words for tables of results: how edges are computed and what is kept."""
         return ["layers recomputed"] if self.recompute_layers else []

@@ -1,4 +1,4 @@
-"""What a model family gives, and all that the rest of the project knows of it.
+"""The interface of a model family: all that the rest of the project knows of it.
 
 A family is a folder under models/ with a configuration (a subclass of `models.config.ModelConfig`), a model
 (a subclass of `Model`) and a line in models/registry.py. Pipelines, ZeRO, tensor parallelism, checkpoints,
@@ -51,7 +51,7 @@ class Work(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """What a pipeline rank holds of a model, under the names that it has in the whole."""
+    """The part of a model that a pipeline rank holds, under the names that it has in the whole."""
 
     layers: tuple[int, ...]
     """Numbers of the layers, rising."""
@@ -131,7 +131,7 @@ class Model(nn.Module, ABC):
 
     @abstractmethod
     def graph(self, batch: dict[str, Any]) -> Any:
-        """What the layers share about the edges of a batch; made once for layers that follow one another."""
+        """Edges of a batch as the layers share them; made once for layers that follow one another."""
 
     @staticmethod
     @abstractmethod
@@ -190,7 +190,7 @@ class Model(nn.Module, ABC):
         return num_parameters(self)
 
     def outputs(self, batch: dict[str, Any], state: State) -> dict[str, Any]:
-        """What the model predicts, from the state behind the last layer."""
+        """The model's predictions, from the state behind the last layer."""
         assert self.energy_head is not None
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
         energy_N = self.energy_head(state["h"]).double() * self.statistics.output_scale

@@ -1,4 +1,4 @@
-"""What layers of several families are made of: the edges of a batch, distances, initial weights and rates.
+"""Parts of layers for several families: the edges of a batch, distances, initial weights and rates.
 
 [Note: maximal update] Adam's steps have the size of the rate whatever the gradient is, so one learning rate
 for all widths F moves a sum over F inputs by F times the rate: no rate suits both a Linear of F inputs and

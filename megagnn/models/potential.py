@@ -93,7 +93,7 @@ class Potential(nn.Module):
 
 
 def differentiable(batch: dict[str, Tensor], stress: bool) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The batch with positions, and with `stress` a strain of zero, that want gradients; and these."""
+    """The batch with positions, and with `stress` a strain of zero, that require grad; and these."""
     positions_NC = batch[keys.POSITIONS].detach().requires_grad_()
     moved = {**batch, keys.POSITIONS: positions_NC}
     if not stress:

@@ -14,7 +14,7 @@ GEOMETRY_TYPES = ("float32", "float64")
 
 @dataclass(frozen=True)
 class Precision:
-    """What is computed in what, and what it costs in memory (docs/precision.md).
+    """Types of a run's numbers, and their cost in memory (docs/precision.md).
 
     | quantity | type |
     |---|---|
@@ -27,7 +27,7 @@ class Precision:
     | Adam's moments, and the weights that its steps add up in | `gradients`, `master` |
 
     Bytes that N parameters take, with their gradients and the optimizer's state, on each of P data-parallel
-    ranks (`bytes_per_parameter`), by ZeRO stage:
+    ranks, by ZeRO stage:
 
     | parameters | 0 | 1 | 2 | 3 |
     |---|---|---|---|---|
@@ -68,7 +68,7 @@ class Precision:
 
     @property
     def sums(self) -> torch.dtype:
-        """What sums of activations are made in: float32 for bfloat16, else the type of the parameters."""
+        """Type in which activations are summed: float32 for bfloat16, else the type of the parameters."""
         return accumulator_type(self.parameters)
 
     @property
@@ -80,19 +80,6 @@ class Precision:
     def master(self) -> torch.dtype | None:
         """Type of the weights that steps add up in, where it is not that of the parameters."""
         return self.sums if self.sums != self.parameters else None
-
-    def bytes_per_parameter(self, zero_stage: int, dp_size: int) -> float:
-        """Bytes of weight, gradient, two moments and master weight on each of `dp_size` ranks; see the class.
-
-        A moving average of the weights (`optim.ema_decay`) takes another `gradients.itemsize` in every stage,
-        and what one layer gathers in stage 3 comes on top. Raises ValueError for a stage but 0 to 3.
-        """
-        if zero_stage not in range(4):
-            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {zero_stage}")
-        state = 2 * self.gradients.itemsize + (self.master.itemsize if self.master else 0)
-        parts = (state, self.gradients.itemsize, self.parameters.itemsize)  # in the order of the stages
-        divided = sum(parts[:zero_stage])
-        return sum(parts) - divided + divided / dp_size
 
 
 def type_name(dtype: torch.dtype) -> str:

@@ -67,7 +67,7 @@ class _PlanesEnvelope(torch.autograd.Function):
 
 
 class DistanceFeature(nn.Module):
-    """What messages see of distances (E,), tensors or Dual numbers: `distance_features` with its constants.
+    """Features of distances (E,), tensors or Dual numbers: `distance_features` with its constants.
 
     `bessel`: frequencies n pi / cutoff, n = 1..R. Its values are those of the published basis times
     cutoff^(3/2)/sqrt(2); without that factor they are near 0.2, and at the start of training the network
@@ -98,7 +98,7 @@ class DistanceFeature(nn.Module):
 def distance_features(
     kind: str, d_E: Tensor, squared_E: Tensor | None, centres_R: Tensor | None, cutoff: float, spread: float
 ) -> Tensor:
-    """What the messages see of the distance d = sqrt(|r|^2 + eps^2), Å: (E,) to (E, R).
+    """Features that messages see of the distance d = sqrt(|r|^2 + eps^2), Å: (E,) to (E, R).
 
     bessel: sin(k_n d) c/d, Gasteiger et al., ICLR 2020, eq. 7, times c^(3/2)/sqrt(2); gaussian: exp(-(d -
     mu_n)^2 / (2 w^2)), Schütt et al., NeurIPS 2017, section 4.1; distance: d; squared: |r|^2.

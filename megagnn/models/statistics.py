@@ -1,4 +1,4 @@
-"""What a model takes from its training split before the first step: elements, references, scales; its fit."""
+"""Statistics of a training split that a model is built on: elements, references, scales; their fit."""
 
 from collections import Counter
 from collections.abc import Iterable

@@ -8,7 +8,7 @@ backward uses the closed form of the second derivative.
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from megagnn.ops.dispatch import accumulator_type
@@ -59,10 +59,3 @@ def silu(x: Tensor) -> Tensor:
     """x s(x), (...) -> (...), cheap to differentiate twice."""
     y: Tensor = _SiLU.apply(x)
     return y
-
-
-class SiLU(nn.Module):
-    """`silu` as a module."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return silu(x)

@@ -33,7 +33,7 @@ class AggregationBackend:
 
     name = ""
     library: str | None = None
-    """What must be importable, if anything."""
+    """Module that must be importable, if any."""
     sums_bfloat16_in: torch.dtype = torch.float32
 
     def __init__(self) -> None:
@@ -187,15 +187,3 @@ def aggregation_backend(name: str) -> AggregationBackend:
     if name not in BACKENDS:
         raise ValueError(f"aggregation back end: must be one of {list(BACKENDS)}, got '{name}'")
     return BACKENDS[name]()
-
-
-def installed_backends() -> tuple[list[str], dict[str, str]]:
-    """Names of the back ends that are here, and why each of the others is not."""
-    installed, missing = [], {}
-    for name in BACKENDS:
-        try:
-            aggregation_backend(name)
-            installed.append(name)
-        except ValueError as error:
-            missing[name] = str(error)
-    return installed, missing

@@ -21,7 +21,7 @@ ABSENT = torch.empty(0, device="cpu")
 
 
 def accumulator_type(dtype: torch.dtype) -> torch.dtype:
-    """What sums of a type are made in: float32 for bfloat16 and float16, else the type itself."""
+    """The type in which a type is summed: float32 for bfloat16 and float16, else the type itself."""
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 

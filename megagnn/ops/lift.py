@@ -44,7 +44,7 @@ def lift(function: Callable[..., Any]) -> Callable[..., Any]:
 def value_and_tangent(
     function: Callable[..., Any], values: Sequence[Any], tangents: Sequence[Tensor | None]
 ) -> tuple[Any, list[Any]]:
-    """What the function returns, and a list of the tangents of it, None for None.
+    """The function's results, and a list of their tangents, None for None.
 
     By the double-backward trick: the gradient g(u) = J^T u of <u, y> in x is linear in the dummy u, so the
     gradient of <g, x'> in u is J x'. tangents: None for what has none.

@@ -119,7 +119,7 @@ class _NormLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> Any:
-        inverse, *tensors = ctx.saved_tensors  # once: a layer that is computed again is computed here
+        inverse, *tensors = ctx.saved_tensors  # once: a recomputed layer is computed here
         used = used_gradients(ctx, tensors)
         if torch.is_grad_enabled():
             gradients = _by_autograd(
@@ -152,7 +152,7 @@ class _SiLULinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor) -> Any:
-        z, *tensors = ctx.saved_tensors  # once: a layer that is computed again is computed here
+        z, *tensors = ctx.saved_tensors  # once: a recomputed layer is computed here
         h_bar = bars[0] if ctx.has_h else None
         used = used_gradients(ctx, (*tensors, h_bar))[:-1]
         if torch.is_grad_enabled():

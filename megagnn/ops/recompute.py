@@ -1,8 +1,8 @@
-"""Layers that are computed again in the backward, and what the edge operation does in each pass.
+"""Layers that are recomputed in the backward, and what the edge operation does in each pass.
 
-A layer under `recomputed` keeps its inputs alone; the backward runs it again and then goes through it. With
+A layer under `recomputed` keeps its inputs alone; the backward recomputes it and then goes through it. With
 `spec.memory = "save"` the edge operation keeps nothing the first time and its pre-activations the second.
-With "recompute" its backward makes its blocks again anyway: the first pass then leaves the operation's
+With "recompute" its backward recomputes its blocks anyway: the first pass then leaves the operation's
 outputs, a few numbers per atom, and the second takes them instead of running the edges once more. So both
 together cost no more products than either.
 """
@@ -45,7 +45,7 @@ _tape: ContextVar[Tape | None] = ContextVar("megagnn_tape", default=None)
 
 
 def current_tape() -> Tape | None:
-    """The tape of the layer that is running, if it will be, or is being, computed again."""
+    """The tape of the layer that is running, if it will be, or is being, recomputed."""
     return _tape.get()
 
 
@@ -65,7 +65,7 @@ class _Use:
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`, whose intermediates are made again in the backward.
+    """`function(*arguments)`, whose intermediates are recomputed in the backward.
 
     The function must give the same numbers again; it may hold collectives, which run again, too.
     """

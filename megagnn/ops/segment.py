@@ -169,17 +169,8 @@ def _keep_segments(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(index, ptr, perm)
 
 
-def _segment_sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return _OPS.gather(grad, *ctx.saved_tensors), None, None, None
-
-
 def _segment_mean_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    grad = _over_counts(grad, ctx.saved_tensors[1])
-    return _OPS.gather(grad, *ctx.saved_tensors), None, None, None
-
-
-def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    return _OPS.segment_sum(grad, *ctx.saved_tensors), None, None, None
+    return _OPS.gather(_over_counts(grad, ctx.saved_tensors[1]), *ctx.saved_tensors), None, None, None
 
 
 def _reduced(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -> Tensor:
@@ -192,9 +183,9 @@ def _gathered(values: Tensor, index: Tensor, ptr: Tensor, perm: Tensor | None) -
 
 if extension.module is not None:
     for _name, _fake, _backward in (
-        ("segment_sum", _reduced, _segment_sum_backward),
+        ("segment_sum", _reduced, lambda ctx, g: (_OPS.gather(g, *ctx.saved_tensors), None, None, None)),
         ("segment_mean", _reduced, _segment_mean_backward),
-        ("gather", _gathered, _gather_backward),
+        ("gather", _gathered, lambda ctx, g: (_OPS.segment_sum(g, *ctx.saved_tensors), None, None, None)),
     ):
         torch.library.register_fake(f"megagnn::{_name}", _fake)
         torch.library.register_autograd(f"megagnn::{_name}", _backward, setup_context=_keep_segments)

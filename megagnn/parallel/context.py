@@ -48,7 +48,7 @@ class Traffic:
 
     @contextmanager
     def measured(self) -> Iterator["Traffic"]:
-        """What is sent within the context, as a Traffic of its own, complete when the context ends."""
+        """The traffic within the context, complete when the context ends."""
         elements, sizes, inside = Counter(self.elements), Counter(self.bytes), Traffic()
         yield inside
         inside.elements = self.elements - elements
@@ -69,7 +69,7 @@ class ParallelContext:
     groups: Mapping[str, weakref.ref[Any]] = field(default_factory=dict, compare=False)
     """Process group along each axis and of the "world", [Note: groups that end]."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)
-    """What this rank has sent."""
+    """Elements and bytes that this rank has sent."""
 
     def __post_init__(self) -> None:
         for axis in ("dp", "pp", "tp"):

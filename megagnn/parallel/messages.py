@@ -1,4 +1,4 @@
-"""What ranks say to one another: collectives on buffers, outside of autograd; nothing is sent on one rank.
+"""Collectives on buffers, outside of autograd; nothing is sent on one rank.
 
 Every call counts what it sends (`context.Traffic`). Tensors must be contiguous: gloo reduces a strided view
 wrongly and overwrites the memory beside it. A tensor without elements is no message.
@@ -33,7 +33,7 @@ class Pending:
 
 
 def done(tensor: Tensor) -> Pending:
-    """What is there already."""
+    """A message that has arrived already."""
     return Pending(None, lambda: tensor)
 
 
@@ -120,9 +120,9 @@ def start_fill_rows(rows: Tensor, context: ParallelContext, axis: str) -> Pendin
 def start_sum_rows(rows: Tensor, context: ParallelContext, axis: str) -> Pending:
     """Row r becomes the sum over ranks on rank r, in place: (ranks, n), rows that each lie in one piece.
 
-    A reduce-scatter that needs no memory but for what arrives: rows leave from where they are, and must not
-    be written before the result is there. The result is this rank's row; the others are as they were. Over
-    gloo point to point, added up in the ranks' order: no bit depends on how the whole is cut into messages.
+    A reduce-scatter that needs memory for what arrives only: rows leave from where they are, and must not be
+    written before the result is there. The result is this rank's row; the others are as they were. Over gloo
+    point to point, added up in the ranks' order: no bit depends on how the whole is cut into messages.
     """
     ranks, rank = context.size(axis), getattr(context, f"{axis}_rank")
     if rows.ndim != 2 or rows.shape[0] != ranks:

@@ -125,7 +125,7 @@ def initialise(module: nn.Module, seed: int) -> None:
 
 
 def initial_values(name: str, parameter: Parameter, seed: int) -> Tensor:
-    """What this rank's slice of a parameter begins with, float32."""
+    """Initial values of this rank's slice of a parameter, float32."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     whole = torch.empty(parameter.sharding.full_shape, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What all ranks, or the data-parallel ones, tell each other outside of a model; no-ops on one rank."""
+"""Collectives of all ranks or of an axis outside of a model; no-ops on one rank."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -26,7 +26,7 @@
    begins at the last stage from sum(u E) + sum(E'). The loss's denominators are counts of labels over all
    micro-batches and data-parallel ranks, known before the first action. Where layers leave coordinates where
    they are, x and x' are x0 and its seed and do not travel twice.
-5. f keeps what b needs, and b frees it; parameters want no gradient then. F keeps what B, or I and W, need. I
+5. f keeps what b needs, and b frees it; parameters require no grad then. F keeps what B, or I and W, need. I
    (input part) sends the cotangent on and keeps what W (weight part) needs. Gradients of parameters are
    added up over micro-batches in the order of the row, so a schedule's result does not depend on timing;
    two schedules differ by rounding. Random numbers of f and F of one micro-batch are the same.

@@ -85,12 +85,12 @@ class Executor:
         self.events = []
         place, stages = self.schedule.placement, self.schedule.num_stages
         sent: dict[Message, Sent] = {}
-        at_hand: dict[Message, Sequence[Tensor]] = {}
+        arrived: dict[Message, Sequence[Tensor]] = {}
         coming = _Ahead(self.ops, self.schedule, self.channels, work)
         made: Sequence[Tensor] = ()
         for index, op in enumerate(self.ops):
             if isinstance(op, Receive):
-                at_hand[op.message] = coming.take(op.message)
+                arrived[op.message] = coming.take(op.message)
                 for message in self._proofs.get(index, ()):
                     sent.pop(message).wait()
             elif isinstance(op, Send):
@@ -98,13 +98,13 @@ class Executor:
                 sent[op.message] = self.channels.send(made, op.message.kind, target)
             else:
                 needed = receives(op.action, stages)
-                made = self._timed(work, op.action, at_hand.pop(needed[0]) if needed else ())
+                made = self._timed(work, op.action, arrived.pop(needed[0]) if needed else ())
                 for message in sends(op.action, stages):
                     if place[message.target] == self.context.pp_rank:
-                        at_hand[message] = [t.detach() for t in made]
+                        arrived[message] = [t.detach() for t in made]
         for each in sent.values():
             each.wait()
-        left = [f"message {message}" for message in at_hand] + list(work.kept())
+        left = [f"message {message}" for message in arrived] + list(work.kept())
         if left:
             raise RuntimeError(
                 f"schedule {self.schedule.name} on {self.context} left {', '.join(left[:5])}"

@@ -1,4 +1,4 @@
-"""What the actions of a schedule do to a model of any family: the messages of [Note: executor]."""
+"""The actions of a schedule on a model of any family, and the messages of [Note: executor]."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Batch = dict[str, Tensor]
 
 
 class Kept(NamedTuple):
-    """What a forward keeps for its backward."""
+    """Tensors that a forward keeps for its backward."""
 
     inputs: list[Tensor]
     """Leaves: the fields of the state that came, none at the first stage."""
@@ -36,7 +36,7 @@ class Kept(NamedTuple):
 
 
 class Split(NamedTuple):
-    """What a backward to the inputs (I) keeps for that to the weights (W)."""
+    """Tensors that a backward to the inputs (I) keeps for that to the weights (W)."""
 
     inputs: list[Tensor]
     outputs: list[Tensor]
@@ -44,7 +44,7 @@ class Split(NamedTuple):
 
 
 class Sharding(NamedTuple):
-    """What an optimizer that frees parameters (ZeRO stage 3) needs of split backwards."""
+    """Needs of an optimizer that frees parameters (ZeRO stage 3) in split backwards."""
 
     inputs_only: Callable[[], AbstractContextManager[None]] = nullcontext
     """Around I: gradients of no parameter are complete after it."""
@@ -179,7 +179,7 @@ class ModelWork:
         else:
             count = len(outputs)
             energy_B, bars, so_far = received[-1], list(received[:count]), received[count:-1]
-        with frozen(self.model):  # layers that are run again are run as they were
+        with frozen(self.model):  # recomputed layers run as they did
             found = torch.autograd.grad(
                 outputs, [*leaves, *sources], bars, allow_unused=True, materialize_grads=True
             )

@@ -122,7 +122,7 @@ class Pipeline:
 
         Args:
             before_last: called before the last backward, such as a reducer's `start`.
-            sharding: for an optimizer that lets parameters go.
+            sharding: for an optimizer that frees parameters.
 
         Raises:
             ValueError: another number of micro-batches than the schedule has.
@@ -160,7 +160,7 @@ class Pipeline:
         return result
 
     def predict(self, micro_batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-        """What the potential says of each micro-batch, on every rank along pp; see `Potential.forward`."""
+        """Predictions for each micro-batch, on every rank along pp; see `Potential.forward`."""
         schedule = forward_only(self.schedule, len(micro_batches), self._is_conservative)
         work = ModelWork(self.potential, self.stages, schedule, self.context, micro_batches)
         with torch.no_grad():

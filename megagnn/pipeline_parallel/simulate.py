@@ -11,7 +11,7 @@ from megagnn.pipeline_parallel.actions import Action, Kind, Schedule, needs
 # Units of a forward's products. Conservative forces: docs/forces.md, Cost.
 ORDINARY: Mapping[Kind, float] = {"F": 1, "B": 2, "I": 1, "W": 1}
 CONSERVATIVE: Mapping[Kind, float] = {"f": 1, "b": 1, "R": 0, "F": 2, "B": 4, "I": 2, "W": 2}
-# Layers run again: each backward makes its forward once more, 11 units.
+# Recomputed layers: each backward computes its forward once more, 11 units.
 RECOMPUTED: Mapping[Kind, float] = {"f": 1, "b": 2, "R": 0, "F": 2, "B": 6, "I": 4, "W": 2}
 # create_graph: f, b, then down through the graph of b and up through that of f, 6 units (JanusPipe's four
 # phases).

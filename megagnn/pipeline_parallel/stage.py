@@ -128,7 +128,7 @@ def stages_of_sizes(sizes: Sequence[int], num_layers: int, num_stages: int) -> l
 
 
 def part_of(stages: Sequence[Stage], placement: Sequence[int], pp_rank: int) -> Part:
-    """What a rank holds: its stages' layers, and what goes with the first and the last."""
+    """The part of a model that a rank holds: its stages' layers, the embedding and the head with theirs."""
     own = [stage for stage, rank in zip(stages, placement, strict=True) if rank == pp_rank]
     layers = tuple(layer for stage in own for layer in stage.layers)
     return Part(layers, any(s.is_first for s in own), any(s.is_last for s in own))

@@ -1,4 +1,4 @@
-"""What each layer costs, measured, and the stages of a run."""
+"""Measured costs of layers, and the stages of a run."""
 
 from __future__ import annotations
 

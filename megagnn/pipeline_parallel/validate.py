@@ -83,11 +83,6 @@ def validate(
                 )
 
 
-def holds(schedule: Schedule, semantics: Semantics) -> bool:
-    """Whether a (proved) schedule runs to its end under other semantics."""
-    return not find_deadlock(schedule, lower(schedule), semantics)
-
-
 def _check_actions(schedule: Schedule) -> dict[Action, tuple[int, int]]:
     """Each action that the step needs is there once, on the rank of its stage; where each is."""
     places: dict[Action, tuple[int, int]] = {}

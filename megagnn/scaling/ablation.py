@@ -1,4 +1,4 @@
-"""What the parts of a recipe do: recipes between two others, each at the best of its learning rates."""
+"""Effect of the parts of a recipe: recipes between two others, each at the best of its learning rates."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What all figures of scaling studies share: a figure with its caption, axes, colours, files."""
+"""Common parts of figures of scaling studies: a figure with its caption, axes, colours, files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

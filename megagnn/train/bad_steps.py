@@ -35,10 +35,10 @@ ENOUGH = 20  # steps before which it says little
 
 @dataclass(frozen=True)
 class Judgement:
-    """What all ranks decided about a step."""
+    """The decision of all ranks about a step."""
 
     fault: str = ""
-    """What is wrong with the step; empty for a good one."""
+    """The fault of the step; empty for a good one."""
     stop: bool = False
     """Whether a signal asked any rank to stop."""
 
@@ -81,7 +81,7 @@ def judge(
 
 
 def advance(progress: Progress, config: RunConfig, fault: str, norm: Tensor) -> Progress:
-    """Where the run stands after a step that was taken, or after a bad one that was left out."""
+    """Progress of the run after a step that was taken, or after a bad one that was left out."""
     recent = progress.recent_norms
     if not fault and config.optim.spike_factor is not None:
         recent = [*recent, float(norm)][-WINDOW:]
@@ -155,7 +155,7 @@ def _write(path: Path, batch: dict[str, Tensor], metadata: dict[str, str]) -> No
 
 
 def end_of_run(fault: str, progress: Progress, train: TrainConfig, where: str, kept: str) -> str:
-    """What to tell a user whose run ends: why, what is kept, and the ways out."""
+    """The message of a run that ends: why, what is kept, and the ways out."""
     if train.on_bad_step == "skip":
         fault += f", after {progress.bad_in_a_row} bad steps in a row (train.max_bad_steps)"
     way_out = (

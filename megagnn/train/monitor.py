@@ -1,4 +1,4 @@
-"""What a run shows on its main rank: a progress bar, TensorBoard and lines of JSON."""
+"""Progress of a run, shown by its main rank: a progress bar, TensorBoard and lines of JSON."""
 
 import json
 import math

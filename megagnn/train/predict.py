@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass
 class Tally:
-    """What was predicted and what left out, for the last line."""
+    """Counts of what was predicted and what left out, for the last line."""
 
     file: Path
     frames: int = 0

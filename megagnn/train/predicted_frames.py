@@ -106,8 +106,9 @@ def output_format(out: Path, name: str | None) -> str:
 
 
 def check_format(out: Path, format: str, has_forces: bool, has_stress: bool) -> list[str]:
-    """What files of a format do not keep of a model's energy, forces, stress and atomic energies, found by
-    writing one such frame and reading it.
+    """Names of a model's energy, forces, stress and atomic energies that files of a format do not keep.
+
+    They are found by writing one such frame and reading it.
 
     Raises:
         ValueError: neither energies nor forces are kept, or ASE cannot write such a file.

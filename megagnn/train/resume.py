@@ -82,7 +82,7 @@ def judges_anew(checkpoint: FolderCheckpoint, config: RunConfig, judged_by: str)
 
 
 def fingerprint_of(dataset: StructureDataset) -> str:
-    """What tells a split of some stores from another: its structures and their labels, wherever they lie."""
+    """A hash of a split of some stores: of its structures and their labels, wherever they lie."""
     digest = hashlib.sha256()
     for store in dataset.stores:
         digest.update(json.dumps(sorted(store.header.sha256.items())).encode())
@@ -118,7 +118,7 @@ def _same_new_data(then: Statistics, now: Statistics) -> bool:
 
 
 def _same_data(then: Statistics, now: Statistics, has_forces: bool) -> bool:
-    """Equal but for the rounding of a fit on another machine.
+    """Equal except for the rounding of a fit on another machine.
 
     References and what belongs to them follow from the data by rules that may be told otherwise at a resume;
     the run keeps its own. Without forces the output scale is of what references leave over.

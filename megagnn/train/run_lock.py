@@ -49,7 +49,7 @@ def locked(folder: Path, context: ParallelContext, or_else: str = OTHER_FOLDER) 
 
 
 def _forget(folder: Path, made: bool) -> Callable[..., None]:
-    """What to do at the end with a folder that was `made` for this run."""
+    """A clean-up that removes a folder `made` for this run if the run failed and left it empty."""
 
     def forget(kind: type[BaseException] | None, *_: Any) -> None:
         if kind is not None and made and [path.name for path in folder.iterdir()] == [NAME]:
@@ -60,7 +60,7 @@ def _forget(folder: Path, made: bool) -> Callable[..., None]:
 
 
 def _take(number: int, folder: Path, or_else: str) -> str:
-    """What is in the way; empty if nothing is."""
+    """Take the lock; a complaint about who holds it, or empty."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:

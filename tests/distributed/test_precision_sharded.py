@@ -21,6 +21,7 @@ from megagnn.parallel.context import ParallelContext
 from tests.distributed.parity import CUTOFF, structures
 from tests.distributed.sharded import whole_parameters
 from tests.distributed.spawn import spawn
+from tests.models.parameter_bytes import bytes_per_parameter
 from tests.models.physics import STATISTICS, model_config
 
 SHARES = ((0, 1, 2, 3), (4, 5))
@@ -80,7 +81,7 @@ def found() -> dict[tuple[str, int], dict[str, Any]]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_bytes_are_those_of_the_policy(found: dict[tuple[str, int], dict[str, Any]], stage: int) -> None:
     for name in ("bfloat16", "float32"):
-        assert found[name, stage]["bytes"] == precision_of(name).bytes_per_parameter(stage, 2)
+        assert found[name, stage]["bytes"] == bytes_per_parameter(precision_of(name), stage, 2)
 
 
 @pytest.mark.parametrize("stage", STAGES)

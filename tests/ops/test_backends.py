@@ -16,9 +16,10 @@ from megagnn.config import config_from_dict
 from megagnn.ops import Segments, backends, reference
 from megagnn.ops.backends import AggregationBackend, aggregation_backend
 from tests.ops.helpers import random_segments
+from tests.ops.installed import installed_backends
 from tests.tolerances import RELATIVE, assert_close
 
-INSTALLED, MISSING = backends.installed_backends()
+INSTALLED, MISSING = installed_backends()
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 OPERATIONS = ["segment_sum", "segment_mean", "segment_max", "gather"]
 

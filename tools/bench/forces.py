@@ -1,7 +1,7 @@
 """Memory and time of a training step: what is kept for the backward, and how a force loss is differentiated.
 
 Each variant takes the same step (forward, loss, backward, AdamW) of one model: the fused edge operation that
-keeps its pre-activations (`save`), makes its blocks again (`recompute`), makes whole layers again (`layers`)
+keeps its pre-activations (`save`), recomputes its blocks (`recompute`), recomputes whole layers (`layers`)
 or `both`, and the unfused one without and with torch's checkpoint around each layer; conservative forces by
 one backward and by `create_graph`. Losses and all gradients are compared first, then all are timed in turns.
 

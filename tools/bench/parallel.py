@@ -147,7 +147,7 @@ def print_table(records: list[dict[str, Any]]) -> None:
     """Markdown, sizes in MB, and each as a share of one rank's."""
     first = {row["recompute"]: row for row in records}
     first |= {row["recompute"]: row for row in reversed(records) if row["tp"] == records[0]["tp"]}
-    print("| tp | plan | made again | weights, gradients, moments, MB | peak of the step, MB | sent, MB |")
+    print("| tp | plan | recomputed | weights, gradients, moments, MB | peak of the step, MB | sent, MB |")
     print("|---|---|---|---|---|---|")
     for row in records:
         base = first[row["recompute"]]

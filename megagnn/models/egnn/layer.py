@@ -30,7 +30,7 @@ from megagnn.tensor_parallel.layers import ColumnLinear, RMSNorm, RowLinear, gat
 
 @dataclass(frozen=True)
 class Edges:
-    """What all layers share about the edges of a batch."""
+    """The edges of a batch as all layers share them."""
 
     partition: EdgePartition
     """Receiver i (edges are sorted by it) and sender j of this rank's edges."""

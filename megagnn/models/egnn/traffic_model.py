@@ -10,7 +10,7 @@ phi_x), D (hidden of phi_h), R distance features:
     edge, forward     P (N-n) H/t + u P N H + u P n M + u W     with phi_x also  3 (t-1) P n
     edge, backward    P (N-n) M/t + u P n H + u P N H + 2 u W   and P (N-n) H/t + u P N H recomputed
 
-W are the weights of the edge products, M H + K M + H R and biases. A layer that is run again sends its
+W are the weights of the edge products, M H + K M + H R and biases. A recomputed layer sends its
 forward once more, except the last scatter of F; together with `recompute` blocks only its atoms' part.
 """
 

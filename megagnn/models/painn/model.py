@@ -33,7 +33,7 @@ from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_chann
 
 @dataclass(frozen=True)
 class Edges:
-    """What all layers share about the edges of a batch, in the type of the features."""
+    """The edges of a batch as all layers share them, in the type of the features."""
 
     destination: Segments
     source: Segments

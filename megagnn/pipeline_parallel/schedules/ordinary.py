@@ -1,6 +1,6 @@
 """Schedules of an ordinary step: GPipe, 1F1B, interleaved 1F1B, ZB-H1.
 
-Bubble share of p ranks and m micro-batches of equal cost (tests hold the simulator against these):
+Bubble share of p ranks and m micro-batches of equal cost (tests compare the simulator with these):
 
     GPipe, 1F1B           (p-1) / (m + p-1)                     Huang et al. 2019; Narayanan et al. 2019
     interleaved, v chunks (p-1) / (v m + p-1)                   Narayanan et al. 2021, Megatron-LM

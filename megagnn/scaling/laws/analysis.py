@@ -27,7 +27,7 @@ DATA_UNITS = ("structures", "atoms")
 # Laws whose AICc differs by less than this are both reported (Burnham and Anderson 2002, section 2.6).
 UNDECIDED = 4.0
 
-# Exponents that others found, to hold ours against. They belong to their losses, models and data.
+# Exponents that others found, to compare ours with. They belong to their losses, models and data.
 PUBLISHED = (
     ("equivariant potentials, data or size", 0.26, "Frey et al. 2023"),
     ("EGNN, model size a", 0.39, "Ngo and Ravanbakhsh 2025"),

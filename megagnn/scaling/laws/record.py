@@ -20,7 +20,7 @@ class Error(NamedTuple):
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RunRecord:
-    """What a run was, what it took, and what came of it; raises pydantic's ValidationError."""
+    """Settings, cost and losses of a run; raises pydantic's ValidationError."""
 
     run: str
     """Name, unique in its sweep."""

@@ -9,9 +9,10 @@ from torch import Tensor
 from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import Potential
-from megagnn.ops.backends import TorchBackend, installed_backends
+from megagnn.ops.backends import TorchBackend
 from megagnn.ops.segment import Segments
 from tests.models.physics import ethanol, model_config, randomised
+from tests.ops.installed import installed_backends
 from tests.tolerances import PARITY, assert_close
 
 OTHERS = [name for name in installed_backends()[0] if name != "own"]

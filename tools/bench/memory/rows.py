@@ -53,7 +53,7 @@ class Row:
     unfused: bool = True
     """Every intermediate of the edges is a tensor, as the usual code has it."""
     blocks_again: bool = False
-    """The blocks of edges are made again in the backward."""
+    """The blocks of edges are recomputed in the backward."""
     layers_again: bool = False
     """Of a layer its inputs are kept, and it runs again in the backward."""
     method: str = "create_graph"

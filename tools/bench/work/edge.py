@@ -279,21 +279,21 @@ def check_equal(steps: dict[str, TrainingStep], tolerance: float = 1e-4) -> floa
 # Products of edge rows that a training step takes, in units of those of one forward pass.
 #   Direct forces, or none: forward 1, backward to inputs 1 and to weights 1.
 #   One backward, in blocks: forward 1, backward to positions 1, pair forward 2, pair backward 4; where blocks
-#   or layers are made again, 1 more for the first backward and 2 for the other.
+#   or layers are recomputed, 1 more for the first backward and 2 for the other.
 #   One backward, each intermediate a tensor: the pair's tangent is a derivative of the backward, so that the
 #   backward is made once more: 1. Made again as a layer 16, for that derivative runs within the layer.
 #   create_graph, each intermediate a tensor: forward 1, backward to positions 1, and the backward through
-#   both, to inputs and weights of each, 4; a layer is made again by each of the two backwards, 2.
+#   both, to inputs and weights of each, 4; a layer is recomputed by each of the two backwards, 2.
 #   create_graph, in blocks: nothing of the first backward is kept, so that the backward through it makes
-#   value and tangent again, 2, for its 4; then the backward of the forward, 2. Blocks made again 2 more.
+#   value and tangent again, 2, for its 4; then the backward of the forward, 2. Recomputed blocks 2 more.
 UNITS = {
     "direct": dict(zip(("plain", *MEMORY), (3, 3, 4, 4, 4, 3, 4), strict=True)),
     "one_backward": dict(zip(MEMORY, (8, 11, 11, 11, 9, 16), strict=True)),
     "create_graph": dict(zip(("plain", *MEMORY), (6, 10, 12, 12, 12, 6, 8), strict=True)),
 }
-# The same of atom rows, which only a layer makes again, and of which no backward drops anything.
+# The same of atom rows, which only a layer recomputes, and of which no backward drops anything.
 ATOM_UNITS = {"direct": (3, 4), "one_backward": (8, 11), "create_graph": (6, 8)}
-# Products of distance features beyond UNITS: a block is kept without its first layer, which is made again.
+# Products of distance features beyond UNITS: a block is kept without its first layer, which is recomputed.
 RADIAL_AGAIN = {"direct": 1, "one_backward": 3, "create_graph": 2}
 
 
@@ -317,7 +317,7 @@ def step_flops(
 
 
 def radial_again(name: str, forces: str, width: int, num_edges: int, num_layers: int = DEPTH) -> float:
-    """Of `step_flops` the products of distance features that kept blocks make again."""
+    """Of `step_flops` the products of distance features that kept blocks recompute."""
     memory, method = variant(name)
     if memory not in ("save", "layers"):
         return 0.0

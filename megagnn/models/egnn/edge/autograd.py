@@ -42,7 +42,7 @@ class _EdgeMessage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *bars: Tensor | None) -> Any:
-        saved = ctx.saved_tensors  # once: a layer that is computed again is computed here
+        saved = ctx.saved_tensors  # once: a recomputed layer is computed here
         if all(bar is None for bar in bars):
             return (None,) * len(ctx.needs_input_grad)
         num_inputs = NUM_INPUTS * (2 if ctx.pair else 1)

@@ -6,7 +6,7 @@
 for edges e from j to i, sorted by i; with `bounded`, tanh(w_e) in place of w_e. Blocks of edges go through
 the stages one after another and stay in the cache; the backward recomputes them (`memory = "recompute"`) or
 reads c = W2 act(a) and g = W3 m kept by the forward (`"save"`). The derivation is in docs/kernels.md.
-Runners of megagnn/tensor_parallel divide it over ranks.
+The runners of plan_channel.py and plan_rows.py divide it over ranks.
 """
 
 from __future__ import annotations

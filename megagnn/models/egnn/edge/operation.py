@@ -13,8 +13,8 @@ from megagnn.data import keys
 from megagnn.models.egnn.edge import reference as edge_reference
 from megagnn.models.egnn.edge.message import EdgePair, edge_message, edge_message_pair, pair_reference
 from megagnn.models.egnn.edge.plan_channel import ChannelRunner
-from megagnn.models.egnn.edge.plan_reference import channel_edge_message, rows_edge_message
 from megagnn.models.egnn.edge.plan_rows import RowsRunner, WeightRing
+from megagnn.models.egnn.edge.reference import channel_edge_message, rows_edge_message
 from megagnn.models.egnn.edge.runner import SERIAL, EdgeRunner, has_kernels
 from megagnn.models.egnn.edge.types import EdgeGraph, EdgeSpec, EdgeWeights
 from megagnn.ops import Segments

@@ -83,7 +83,7 @@ class WeightRing:
         return EdgeWeights(*whole)  # type: ignore[arg-type]
 
 
-_NUM_KEPT = 2  # of the edges, c and g; after them p and q, which would cost messages to make again
+_NUM_KEPT = 2  # of the edges, c and g; after them p and q, which would cost messages to recompute
 
 
 def _atoms(whole: Call) -> list[Tensor]:
@@ -119,7 +119,7 @@ class RowsRunner:
             self.ring.start(self.index + 1)
         whole = self._whole_call(call, weights)
         outputs, kept = SERIAL.forward(whole, save)
-        if call.spec.memory == "save":  # what runs again must keep as many tensors as it will then
+        if call.spec.memory == "save":  # a recomputed layer must keep as many tensors each time
             kept += [t if save else t.new_empty(0) for t in _atoms(whole)]
         return self._outputs(outputs), kept
 

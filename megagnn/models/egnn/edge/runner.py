@@ -44,7 +44,7 @@ _GEOMETRY = ("r", "f", "tangent of r", "tangent of f")
 
 
 class Call(NamedTuple):
-    """What a pass is of. `tensors`: p, q, r, f, of pairs their tangents, and the eight weights."""
+    """Arguments of a pass. `tensors`: p, q, r, f, of pairs their tangents, and the eight weights."""
 
     graph: EdgeGraph
     spec: EdgeSpec
@@ -106,7 +106,7 @@ def has_kernels(values: Tensor) -> bool:
 
 
 def edge_type(p_NH: Tensor) -> torch.dtype:
-    """What the kernels compute in: float64 for a p in float64, else float32."""
+    """The type in which the kernels compute: float64 for a p in float64, else float32."""
     return accumulator_type(p_NH.dtype)
 
 
@@ -197,7 +197,7 @@ def compiled_arguments(call: Call) -> tuple[Any, ...]:
 
 
 def _check_rows(graph: EdgeGraph, p_NH: Tensor | None, q_NH: Tensor | None) -> None:
-    """What the kernels cannot see: they know the edges' ends, and not how many atoms the graph has."""
+    """Checks rows of p and q, which the kernels cannot: they do not know how many atoms the graph has."""
     for name, tensor, segments in (("p", p_NH, graph.destination), ("q", q_NH, graph.source)):
         if tensor is None or tensor.dim() != 2 or tensor.shape[0] != segments.num_rows:
             got = "None" if tensor is None else f"shape {tuple(tensor.shape)}"
@@ -208,7 +208,7 @@ def _check_rows(graph: EdgeGraph, p_NH: Tensor | None, q_NH: Tensor | None) -> N
 
 
 def or_none(tensor: Tensor) -> Tensor | None:
-    """How the compiled operations mark what is absent."""
+    """The tensor, or None for the empty one by which the compiled operations mark an absent tensor."""
     return None if tensor.dim() == 1 and tensor.shape[0] == 0 else tensor
 
 

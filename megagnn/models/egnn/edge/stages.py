@@ -263,7 +263,7 @@ class Awaited(Protocol):
 
 
 class Links(Protocol):
-    """What ranks must do together between the stages of a block; each call starts it."""
+    """Collectives between the stages of a block; each call starts one."""
 
     def product(self, x: Tensor, y: Tensor, out: Tensor) -> Awaited:
         """x y written to out; over ranks, x y summed and scattered by columns."""

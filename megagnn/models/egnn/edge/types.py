@@ -1,4 +1,4 @@
-"""What the edge operation is made of: its parts by name, its weights, and the graph cut into blocks."""
+"""Parts of the edge operation by name, its weights, and the graph cut into blocks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class EdgeSpec:
     spread: float = 1.0
     """w of the Gaussian basis, Å."""
     memory: Literal["recompute", "save"] = "recompute"
-    """Make the blocks again in the backward, or keep what their products gave: (M + K) numbers per edge."""
+    """Recompute the blocks in the backward, or keep what their products gave: (M + K) numbers per edge."""
     block_edges: int | None = None
     """Edges of a block; None takes what fits the cache."""
 
