@@ -1,7 +1,5 @@
 """Folders of sharded checkpoints: names, links, what stays and what goes; see [Note: folders]."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -7,8 +7,6 @@ whatever has that name is whole. The manifest holds the size and the SHA-256 of 
 SHA-256 of its own text: a bit that changes anywhere is seen. No part of it is a pickle.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

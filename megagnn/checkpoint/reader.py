@@ -7,8 +7,6 @@ the headers of all files to learn what is where, and has no checksums. Who write
 (`boxes.share_of`), so no collective runs beside those of training.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path

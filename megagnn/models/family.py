@@ -6,8 +6,6 @@ sweeps and benchmarks read the interface below and nothing else, so a new family
 once (docs/extending.md).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The types of a run's numbers: weights and activations, geometry, and what the optimizer keeps."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

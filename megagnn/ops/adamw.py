@@ -1,7 +1,5 @@
 """AdamW over flat buffers, in one pass over memory, and the gradient norm that goes with it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

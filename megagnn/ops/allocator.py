@@ -6,8 +6,6 @@ far longer than writing to memory in use. Training frees and takes the same size
 memory is kept: no mmap, no trimming, growth in large pieces. The process holds its peak until it ends.
 """
 
-from __future__ import annotations
-
 import ctypes
 import platform
 import sys

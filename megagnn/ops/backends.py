@@ -9,8 +9,6 @@ The maximum of a row without entries is zero. At a tie the derivative goes to on
 shared among them, as the library has it: any of these is a subgradient.
 """
 
-from __future__ import annotations
-
 import importlib
 import math
 from functools import cache

@@ -1,7 +1,5 @@
 """Which of kernels and reference an operation takes, what all check first, and linear ones in autograd."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

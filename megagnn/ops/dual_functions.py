@@ -4,8 +4,6 @@ What a chain of products of `Dual` numbers would walk term by term, a dozen oper
 bars of the comments are cotangents: b of the value, b' of the tangent.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Loads the compiled operations, or remembers why they are not there."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

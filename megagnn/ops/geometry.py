@@ -4,8 +4,6 @@ As chains of gathers, products and sums each writes and reads (E, 3) three to fi
 model's step shows beside the edge operation. Both are linear, so their derivatives are sums and they again.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ passes, the second through the first, which autograd has for all that it can dif
 about three times the memory and time of the function.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

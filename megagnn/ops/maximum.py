@@ -3,8 +3,6 @@
 No layer uses it: it serves the benchmarks of scatter kernels.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

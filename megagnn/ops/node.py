@@ -6,8 +6,6 @@ The kernels are csrc/node.cpp; anything else takes the chains, `norm_linear_refe
 `silu_linear_reference`, which also answer where gradients are differentiated again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -7,8 +7,6 @@ outputs, a few numbers per atom, and the second takes them instead of running th
 together cost no more products than either.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar, Token
 from typing import Any

@@ -1,7 +1,5 @@
 """The operations in plain PyTorch: what the kernels are tested against, and what runs without them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

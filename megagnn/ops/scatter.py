@@ -3,8 +3,6 @@
 Where Segments exist, `segment_sum` and `gather` are faster.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

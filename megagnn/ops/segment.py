@@ -5,8 +5,6 @@ forward mode. Sums are deterministic: on a CPU the order in which a row is summe
 not on the number of threads.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weighted sum of gathered rows in one pass: the messages are never written to memory."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

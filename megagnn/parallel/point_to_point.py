@@ -1,7 +1,5 @@
 """Messages along the pipeline axis: several tensors at a time, in the order of a channel."""
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 It knows nothing of models: what an action computes, and what its messages look like, a `Work` says.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """The actions of a schedule on a model of any family, and the messages of [Note: executor]."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple

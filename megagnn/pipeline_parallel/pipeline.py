@@ -1,7 +1,5 @@
 """A potential whose layers are divided over ranks: gradients of a step's micro-batches, and predictions."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property

@@ -1,7 +1,5 @@
 """A schedule's time, bubble and memory from costs, without processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple

@@ -6,8 +6,6 @@ whole model, so initial weights, checkpoints and weight decay need to know nothi
 in two stages: what tensor-parallel ranks replicate lies within one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple

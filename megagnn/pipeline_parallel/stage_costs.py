@@ -1,7 +1,5 @@
 """Measured costs of layers, and the stages of a run."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Timelines of a step, planned and measured, as pictures and Chrome traces (chrome://tracing, Perfetto)."""
 
-from __future__ import annotations
-
 import json
 import socket
 import time

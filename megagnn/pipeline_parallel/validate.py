@@ -8,8 +8,6 @@ How a program's sends and receives meet (`Semantics`):
     rendezvous  each send waits for its receive, one after another, as blocking sends without buffers do.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

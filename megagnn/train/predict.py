@@ -1,7 +1,5 @@
 """The command `megagnn predict`: energies, forces, stress and atomic energies of the frames of a file."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import warnings

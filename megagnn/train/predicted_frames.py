@@ -1,7 +1,5 @@
 """Frames with predictions: what becomes of the labels that were there, and files of any format ASE writes."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -7,8 +7,6 @@ Bubble share of p ranks and m micro-batches of equal cost (tests compare the sim
     ZB-H1                 (p-1)(F+I-W) / (m (F+I+W) + (p-1)(F+I-W)),  m >= p;  Qi et al. 2023
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from megagnn.pipeline_parallel.actions import Action, Kind, Schedule

@@ -7,8 +7,6 @@ respect to bar it is the pair operation's tangent output. So the operation's dou
 Where a runner divides the work over ranks, the same holds of the whole, and so of its parts.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

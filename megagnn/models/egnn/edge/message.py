@@ -9,8 +9,6 @@ reads c = W2 act(a) and g = W3 m kept by the forward (`"save"`). The derivation 
 The runners of plan_channel.py and plan_rows.py divide it over ranks.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from torch import Tensor

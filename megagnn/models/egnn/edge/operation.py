@@ -1,7 +1,5 @@
 """A layer's edge operation on tensors or Dual ones, by one process or divided over tensor-parallel ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial

@@ -5,8 +5,6 @@ all-gather brings the cotangents of all channels to each rank's product. Two blo
 while the message of one travels, the other computes.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -6,8 +6,6 @@ which each rank holds a slice, are gathered just in time, are not kept, and are 
 backward, while the layer before is still at work (`WeightRing`); their gradients are reduce-scattered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -3,8 +3,6 @@
 For one process, and for both plans of tensor parallelism by collectives that autograd sees.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

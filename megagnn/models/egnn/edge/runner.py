@@ -10,8 +10,6 @@ bfloat16, or narrows float64 geometry beside float32, for as long as it runs; wh
 has the type of p, and every result and gradient that of what it belongs to.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from functools import cache

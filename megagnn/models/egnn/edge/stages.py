@@ -21,8 +21,6 @@ weights are those of the shard; that of b4 is whole on every rank; those of r an
 over ranks at the end. What vec gives to r and f is whole on every rank: one rank alone adds it (`first`).
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple, Protocol

@@ -1,7 +1,5 @@
 """Parts of the edge operation by name, its weights, and the graph cut into blocks."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
