@@ -1,6 +1,6 @@
 """Readers: from files of other programs to a stream of `Structure` records.
 
-A reader yields one record for every frame it can read, in order, and does not judge it (see validate.py); it
+A reader yields one record for every frame it can read, in order, and does not judge it (see record.py); it
 raises only where the file itself cannot be understood.
 """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,31 +12,19 @@ import ase.db
 from ase.db.row import AtomsRow
 from ase.io.jsonio import read_json
 
-from megagnn.data.formats.options import ReadOptions, UnreadableError
+from megagnn.data.formats.options import ReadOptions, UnreadableError, cannot_read
 from megagnn.data.formats.units import Units
 
 DB_FORMATS = {"db": "db", "json": "json"}
 """ASE's name of the format -> the type of the database."""
 
 
-@dataclass(frozen=True)
-class Database:
-    """What a database says of all its rows.
+def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Units, frozenset[str]]:
+    """A database, read-only, and what its metadata say of all its rows: units, and names of labels.
 
-    Attributes:
-        units: of its labels and lengths where its metadata declare them.
-        declared: properties whose units are declared; these are labels under their usual names, too.
-    """
-
-    units: Units = field(default_factory=Units)
-    declared: frozenset[str] = frozenset()
-
-
-def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Database]:
-    """A database, read-only, and what its metadata say.
-
-    SchNetPack writes `_property_unit_dict` and `_distance_unit`; a unit of a label that is read must be known
-    here, or be given by the user.
+    Properties whose units are declared are labels under their usual names, beside ASE's own. SchNetPack
+    writes `_property_unit_dict` and `_distance_unit`; a unit of a label that is read must be known here, or
+    be given by the user.
 
     Raises:
         UnreadableError: not a database of ASE.
@@ -47,7 +34,7 @@ def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Dat
         database = ase.db.connect(str(path), type=DB_FORMATS[name], create_indices=False, serial=True)
         metadata = dict(database.metadata)
     except Exception as error:
-        raise UnreadableError(f"cannot read {path}, frame 0: {error}; is it a database of ASE?") from error
+        raise cannot_read(path, 0, error, hint="is it a database of ASE?") from error
     declared = metadata.get("_property_unit_dict")
     declared = declared if isinstance(declared, dict) else {}
     wanted = {
@@ -58,7 +45,7 @@ def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Dat
     if metadata.get("_distance_unit") and "length" not in options.units.of:
         wanted["length"] = str(metadata["_distance_unit"])
     try:
-        return database, Database(Units(wanted), frozenset(declared))
+        return database, Units(wanted), frozenset(declared)
     except ValueError as error:
         raise ValueError(
             f"{path} declares units that are not known here ({error}); give them with --units"
@@ -82,14 +69,14 @@ def iterate_rows(
                 atoms = row.toatoms()
                 extra = {**dict(row.data), **dict(row.key_value_pairs)}
             except Exception as error:
-                options.unreadable(_unreadable(path, index, error))
+                options.unreadable(cannot_read(path, index, error))
                 continue
             atoms.info = {**extra, **atoms.info}
             yield index, atoms, extra
     except UnreadableError:
         raise
     except Exception as error:
-        options.unreadable(_unreadable(path, num_rows, error, last=num_rows))
+        options.unreadable(cannot_read(path, num_rows, error, last=num_rows))
 
 
 def _rows(path: Path, database: Any) -> Iterator[Callable[[], AtomsRow]]:
@@ -108,8 +95,3 @@ def _rows(path: Path, database: Any) -> Iterator[Callable[[], AtomsRow]]:
 
 def _json_row(entries: dict[int, Any], number: int) -> AtomsRow:
     return AtomsRow(entries[number])
-
-
-def _unreadable(path: Path, index: int, error: Exception, last: int | None = None) -> UnreadableError:
-    reason = str(error) or type(error).__name__
-    return UnreadableError(f"cannot read {path}, frame {index}: {reason}; is the file whole?", last)

@@ -19,12 +19,12 @@ from ase.io.formats import open_with_compression
 from numpy.typing import NDArray
 
 from megagnn.data.formats import quirks
-from megagnn.data.formats.ase_db import DB_FORMATS, Database, iterate_rows, open_database
+from megagnn.data.formats.ase_db import DB_FORMATS, iterate_rows, open_database
 from megagnn.data.formats.ase_formats import ase_format, nothing_found
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
 from megagnn.data.formats.lammps_dump import iterate_dump
-from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
+from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError, cannot_read
 from megagnn.data.formats.units import Units, convert_frame
 from megagnn.data.record import Structure
 
@@ -140,73 +140,54 @@ def _frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
         for index, atoms, notes in iterate_dump(path, options):
             yield Found(index, atoms, notes=notes)
     elif name in DB_FORMATS and path.suffix.lower() in (".db", ".json"):
-        rows, database = open_database(path, name, options)
+        rows, units, declared = open_database(path, name, options)
         for index, atoms, extra in iterate_rows(path, rows, options):
-            yield Found(index, atoms, labels=_declared(extra, database), units=database.units)
-    elif name == "aims-output":
-        yield from _aims_frames(path, options)
+            labels = {key: value for key, value in extra.items() if key in declared}
+            yield Found(index, atoms, labels=labels, units=units)
     else:
         yield from _other_frames(path, name, options)
 
 
-def _declared(extra: Mapping[str, Any], database: Database) -> dict[str, Any]:
-    return {name: value for name, value in extra.items() if name in database.declared}
-
-
 def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
-    """Frames through `ase.io.iread`; whatever its parser raises becomes an error naming the frame."""
-    index = 0
+    """Frames by ASE's own readers; whatever they raise becomes an error naming the frame.
+
+    Their warnings are silenced: they repeat what the program wrote into its output.
+    """
+    frames = _aims_frames(path) if name == "aims-output" else _ase_frames(path, name)
+    num_read = 0
     try:
-        mender = quirks.Mender(path, name)
-        converged = quirks.converged_frames(path, name)
-        for atoms in _silent(ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True)):
-            ended = mender.converged(atoms) and (index >= len(converged) or converged[index])
-            yield Found(index, atoms, notes=mender.mend(atoms), units=mender.units, converged=ended)
-            index += 1
-    except GeneratorExit:
-        raise
+        while True:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                found = next(frames, None)
+            if found is None:
+                return
+            yield found
+            num_read += 1
     except Exception as error:
-        options.unreadable(_cannot_read(path, index, error))
+        reason = f"unknown name {error} (of an element?)" if isinstance(error, KeyError) else error
+        hint = "is the file whole and its format known to ASE (--ase-format)?"
+        options.unreadable(cannot_read(path, num_read, reason, num_read, hint))
 
 
-def _silent(frames: Iterator[ase.Atoms]) -> Iterator[ase.Atoms]:
-    """The same without the warnings of ASE's readers, which repeat what the program wrote into its output."""
-    while True:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            atoms = next(frames, None)
-        if atoms is None:
-            return
-        yield atoms
+def _ase_frames(path: Path, name: str) -> Iterator[Found]:
+    mender = quirks.Mender(path, name)
+    converged = quirks.converged_frames(path, name)
+    frames = ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True)
+    for index, atoms in enumerate(frames):
+        ended = mender.converged(atoms) and (index >= len(converged) or converged[index])
+        yield Found(index, atoms, notes=mender.mend(atoms), units=mender.units, converged=ended)
 
 
-def _aims_frames(path: Path, options: ReadOptions) -> Iterator[Found]:
+def _aims_frames(path: Path) -> Iterator[Found]:
     """Frames of FHI-aims, also of a run that did not end, whose last frame counts if its labels are there."""
-    index = 0
-    try:
-        with open_with_compression(str(path), "r") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            header = ase.io.aims.get_header_chunk(file)
-            chunks = list(ase.io.aims.get_aims_out_chunks(file, header))
-            if header.is_relaxation and chunks:
-                chunks = chunks[:-1]  # the last is what follows the last step
-            for index, chunk in enumerate(chunks):
-                yield Found(index, chunk.atoms, converged=quirks.aims(chunk.lines))
-    except GeneratorExit:
-        raise
-    except Exception as error:
-        options.unreadable(_cannot_read(path, index, error))
-
-
-def _cannot_read(path: Path, index: int, error: Exception) -> UnreadableError:
-    reason = str(error) or type(error).__name__
-    if isinstance(error, KeyError):
-        reason = f"unknown name {reason} (of an element?)"
-    return UnreadableError(
-        f"cannot read {path}, frame {index}: {reason}; is the file whole and its format known to ASE "
-        "(--ase-format)?",
-        last=index,
-    )
+    with open_with_compression(str(path), "r") as file:
+        header = ase.io.aims.get_header_chunk(file)
+        chunks = list(ase.io.aims.get_aims_out_chunks(file, header))
+        if header.is_relaxation and chunks:
+            chunks = chunks[:-1]  # the last is what follows the last step
+        for index, chunk in enumerate(chunks):
+            yield Found(index, chunk.atoms, converged=quirks.aims(chunk.lines))
 
 
 def _usual(found: Found, label: str, ase_name: str = "") -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats, open_with_compression
 
-from megagnn.data.formats.options import UnreadableError
+from megagnn.data.formats.options import UnreadableError, cannot_read
 
 SIGNATURES = {
     "aims-output": ("FHI-aims", "Self-consistency cycle converged", "| Number of spin channels"),
@@ -54,7 +54,7 @@ def ase_format(path: Path, given: str | None) -> str:
             raise UnreadableError(f"cannot read {path}, frame 0: the file is empty") from error
         name = ""
     except (OSError, EOFError) as error:
-        raise UnreadableError(f"cannot read {path}, frame 0: {error}; is the file whole?") from error
+        raise cannot_read(path, 0, error) from error
     if name in ioformats:
         return name
     if _head(path).split("\n")[0].strip().isdigit():

@@ -11,7 +11,7 @@ import numpy as np
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
-from megagnn.data.formats.groups import content_name, group_name
+from megagnn.data.formats.groups import group_name
 from megagnn.data.formats.options import ReadOptions, UnreadableError
 from megagnn.data.formats.units import Units
 from megagnn.data.record import Structure
@@ -103,8 +103,9 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
             path=frame.path,
             frame=frame.index,
             numbers=numbers,
+            positions=positions,
+            cell=cell,
             info=frame.info,
-            content=content_name(numbers, positions, cell) if options.by_content else "",
             file_content=options.file_content,
             auto=frame.group,
         ),

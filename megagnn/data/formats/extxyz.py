@@ -19,8 +19,8 @@ import numpy as np
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 from ase.io.formats import open_with_compression
 
-from megagnn.data.formats.options import ReadOptions, UnreadableError
-from megagnn.data.formats.species import number_of, unknown_species
+from megagnn.data.formats.options import ReadOptions, UnreadableError, cannot_read
+from megagnn.data.formats.species import numbers_of
 
 TENSORS = ("stress", "virial")
 UNREADABLE_STRESS = "stress that is no tensor"
@@ -45,27 +45,19 @@ def iterate_extxyz(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.
             for frame in _split(_Lines(file)):
                 index += 1
                 if isinstance(frame, _Lost):
-                    options.unreadable(_unreadable(path, index - 1, frame.reason, frame.is_last))
+                    last = index - 1 if frame.is_last else None
+                    options.unreadable(cannot_read(path, index - 1, frame.reason, last))
                     continue
                 try:
                     atoms = _atoms(frame, options.species)
                 except Exception as error:
-                    options.unreadable(_unreadable(path, index - 1, error))
+                    options.unreadable(cannot_read(path, index - 1, error))
                     continue
                 yield index - 1, atoms
     except UnreadableError:
         raise
     except (OSError, EOFError, ValueError) as error:
-        options.unreadable(_unreadable(path, index, error, is_last=True))
-
-
-def _unreadable(path: Path, index: int, error: Exception | str, is_last: bool = False) -> UnreadableError:
-    if isinstance(error, UnreadableError):
-        return UnreadableError(f"cannot read {path}, frame {index}: {error}")
-    reason = str(error) or type(error).__name__
-    return UnreadableError(
-        f"cannot read {path}, frame {index}: {reason}; is the file whole?", index if is_last else None
-    )
+        options.unreadable(cannot_read(path, index, error, last=index))
 
 
 @dataclass(frozen=True)
@@ -165,19 +157,11 @@ def _atoms(lines: list[str], species: Mapping[str, str]) -> ase.Atoms:
         atom_lines = lines[2 : 2 + num_atoms]
         rows = [line.split(None, column + 1) for line in atom_lines]
         names = [row[column] if len(row) > column else "" for row in rows]
-        known = {name: number_of(name, species) for name in set(names)}
-        unknown = [name for name in names if known[name] is None]
-        if unknown:
-            raise UnreadableError(unknown_species(unknown))
-        if any(name in species for name in known):
-            lines = (
-                lines[:2]
-                + [
-                    " ".join([*row[:column], species.get(row[column], row[column]), *row[column + 1 :]])
-                    for row in rows
-                ]
-                + lines[2 + num_atoms :]
-            )
+        numbers_of(names, species)
+        if any(name in species for name in names):
+            for row, name in zip(rows, names, strict=True):
+                row[column : column + 1] = [species.get(name, name)]
+            lines = [*lines[:2], *map(" ".join, rows), *lines[2 + num_atoms :]]
     (atoms,) = read_xyz(io.StringIO("".join(_ended(lines))), slice(0, 1), properties_parser=parse_comment)
     return atoms
 

@@ -30,8 +30,9 @@ def group_name(
     path: Path,
     frame: int,
     numbers: NDArray[np.integer],
+    positions: NDArray[np.floating],
+    cell: NDArray[np.floating],
     info: Mapping[str, Any],
-    content: str,
     file_content: str = "",
     auto: str | None = None,
 ) -> str:
@@ -51,19 +52,18 @@ def group_name(
         group_by: "auto", "formula", "file" (every file is one trajectory), "frame" (no frame is related to
             any other), or "info:KEY" (the value of KEY).
         path, frame: where the structure was read, for messages.
-        numbers: (N,) atomic numbers.
+        numbers: (N,) atomic numbers; positions: (N, 3), Å; cell: (3, 3), Å.
         info: what the file says about the frame, for "info:KEY".
-        content: of the frame, see `content_name`.
-        file_content: the same of all frames of the file.
+        file_content: name of all frames of the file by their content, or empty.
         auto: the format's own idea of a group, or None.
 
     Raises:
         ValueError: the frame has no KEY.
     """
     if group_by == "file":
-        return f"file {file_content or content}"
+        return f"file {file_content or content_name(numbers, positions, cell)}"
     if group_by == "frame":
-        return FRAME_PREFIX + content
+        return FRAME_PREFIX + content_name(numbers, positions, cell)
     if group_by.startswith("info:"):
         key = group_by[5:]
         if key not in info:

@@ -18,8 +18,8 @@ from ase.io.formats import open_with_compression
 from ase.io.lammpsrun import read_lammps_dump_text
 from numpy.typing import NDArray
 
-from megagnn.data.formats.options import ReadOptions, UnreadableError
-from megagnn.data.formats.species import number_of, unknown_species
+from megagnn.data.formats.options import ReadOptions, UnreadableError, cannot_read
+from megagnn.data.formats.species import numbers_of
 
 NO_ENERGY = "energy left out: a LAMMPS dump holds none"
 UNITS_ASSUMED = "lengths and forces taken to be in LAMMPS units metal, Å and eV/Å (--units for others)"
@@ -42,16 +42,11 @@ def iterate_dump(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.At
                 try:
                     atoms, notes = _atoms(lines, style, options)
                 except Exception as error:
-                    reason = str(error) or type(error).__name__
-                    if not isinstance(error, UnreadableError):
-                        reason = f"{reason}; is the file whole?"
-                    options.unreadable(UnreadableError(f"cannot read {path}, frame {index}: {reason}"))
+                    options.unreadable(cannot_read(path, index, error))
                     continue
                 yield index, atoms, notes
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        options.unreadable(
-            UnreadableError(f"cannot read {path}, frame {index}: {error}; is the file whole?", last=index)
-        )
+        options.unreadable(cannot_read(path, index, error, last=index))
 
 
 def _split(file: IO[str]) -> Iterator[tuple[list[str], str | None]]:
@@ -111,21 +106,14 @@ def _numbers(
     columns: list[str], rows: list[list[str]], options: ReadOptions
 ) -> tuple[NDArray[np.int64], tuple[str, ...]]:
     """(N,) atomic numbers in the order of lines."""
-    names: list[str] = []
     if "element" in columns:
-        names = [row[columns.index("element")] for row in rows]
-    elif "type" in columns and options.species:
-        names = [row[columns.index("type")] for row in rows]
-    elif "mass" in columns:
+        return numbers_of([row[columns.index("element")] for row in rows], options.species), ()
+    if "type" in columns and options.species:
+        types = [row[columns.index("type")] for row in rows]
+        return numbers_of(types, options.species, "--type-map"), ()
+    if "mass" in columns:
         return _from_masses(np.array([float(row[columns.index("mass")]) for row in rows]), columns)
-    else:
-        raise UnreadableError(_no_elements(columns, rows))
-    numbers = {name: number_of(name, options.species) for name in set(names)}
-    unknown = sorted(name for name, number in numbers.items() if number is None)
-    if unknown:
-        flag = "--species" if "element" in columns else "--type-map"
-        raise UnreadableError(unknown_species(unknown, flag))
-    return np.array([numbers[name] for name in names], dtype=np.int64), ()
+    raise UnreadableError(_no_elements(columns, rows))
 
 
 def _from_masses(

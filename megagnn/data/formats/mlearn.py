@@ -14,19 +14,21 @@ vacancies, surfaces) give no means to tell, so no order is right for a file one 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ase.io.formats import open_with_compression
 
-from megagnn.data.formats.assemble import Frame, assemble
+from megagnn.data.formats.assemble import Frame
 from megagnn.data.formats.groups import empirical_formula
-from megagnn.data.formats.options import ReadOptions, UnreadableError
-from megagnn.data.formats.pymatgen_json import JSON_ENDINGS, check_labels, structure_fields
+from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
+from megagnn.data.formats.pymatgen_json import JSON_ENDINGS, Entry, frame_of_entry, read_entries
 from megagnn.data.record import Structure
+
+STRESSES = (*USUAL_NAMES["stress"], *USUAL_NAMES["virial"])
 
 
 def is_mlearn(path: Path) -> bool:
@@ -54,7 +56,7 @@ def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
 
     Raises:
         ValueError: a file that is not such a list, naming the entry, the key of a stress or virial, which is
-            not read, or labels that are not there (see `check_labels`, `ReadOptions.check_label_keys`).
+            not read, or labels that are not there (see `ReadOptions.check_label_keys`).
     """
     for name in ("stress", "virial"):
         if (key := options.label_keys[name]) not in (None, "none"):
@@ -63,32 +65,8 @@ def read_mlearn(path: Path, options: ReadOptions) -> Iterator[Structure]:
                 "another order in the files of other elements (see megagnn/data/formats/mlearn.py); leave it "
                 "out, or prepare this file apart from those it is meant for"
             )
-    try:
-        with open_with_compression(str(path), "rb") as file:
-            entries = json.loads(file.read())
-    except (ValueError, OSError, EOFError, RecursionError) as error:
-        raise UnreadableError(f"cannot read {path}: {error}; is the file whole?") from error
-    if not isinstance(entries, list):
-        raise UnreadableError(
-            f"cannot read {path}: expected a list of structures, got {type(entries).__name__}"
-        )
-    for frame, entry in enumerate(entries):
-        try:
-            structure = _structure(entry, options, path, frame)
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            reason = f"{type(error).__name__} {error}"
-            options.unreadable(
-                UnreadableError(
-                    f"cannot read {path}, frame {frame}: not an entry of the mlearn form ({reason})"
-                )
-            )
-            continue
-        except UnreadableError as error:
-            options.unreadable(error)
-            continue
-        if frame == 0 and options.on_unreadable is None:
-            check_labels(structure, entry["outputs"], options, f"{path}, frame {frame}")
-        yield structure
+    form = "not an entry of the mlearn form"
+    yield from read_entries(path, options, partial(_frame, options, path), form)
 
 
 def trajectory_of(entry: dict[str, Any]) -> str:
@@ -99,23 +77,12 @@ def trajectory_of(entry: dict[str, Any]) -> str:
     return f"{kind}: {re.sub(r'^Snapshot [0-9]+ of [0-9]+ of ', '', str(entry.get('description', '')))}"
 
 
-def _structure(entry: dict[str, Any], options: ReadOptions, path: Path, frame: int) -> Structure:
-    outputs = entry["outputs"]
-    where = f"{path}, frame {frame}"
-    numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, where)
-    options.check_label_keys({k: k for k in ("energy", "forces") if k in outputs}, where)
-    found = Frame(
-        path=path,
-        index=frame,
-        numbers=numbers,
-        positions=positions,
-        cell=cell,
-        pbc=pbc,
-        energy=outputs.get(options.energy_key or "energy"),
-        forces=outputs.get(options.forces_key or "forces"),
-        info=entry,
-        group=f"{empirical_formula(numbers)}, {trajectory_of(entry)}",
-        level="PBE",
-        others=options.others(outputs.get),
-    )
-    return assemble(found, options)
+def _frame(options: ReadOptions, path: Path, entry: Entry) -> tuple[Frame, dict[str, Any]]:
+    if entry.keys:
+        raise UnreadableError(f"cannot read {entry.where}: expected a list of structures, got dict")
+    outputs = entry.content["outputs"]
+    labels = {name: value for name, value in outputs.items() if name not in STRESSES}
+    frame, _ = frame_of_entry(options, path, entry._replace(content={**entry.content, **labels}))
+    frame.group = f"{empirical_formula(frame.numbers)}, {trajectory_of(entry.content)}"
+    frame.level = "PBE"
+    return frame, outputs

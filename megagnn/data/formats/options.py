@@ -35,6 +35,15 @@ class UnreadableError(ValueError):
         self.last = last
 
 
+def cannot_read(
+    path: Path, frame: int, error: Exception | str, last: int | None = None, hint: str = "is the file whole?"
+) -> UnreadableError:
+    """The error of a frame whose parser raised one; one that says what to do gets no hint beside it."""
+    reason = str(error) or type(error).__name__
+    end = "" if isinstance(error, UnreadableError) else f"; {hint}"
+    return UnreadableError(f"cannot read {path}, frame {frame}: {reason}{end}", last)
+
+
 @dataclass(frozen=True)
 class ReadOptions:
     """Options of `read_structures`.
@@ -99,12 +108,6 @@ class ReadOptions:
         """Labels of other kinds, for `Frame.others`: what `find` finds of each key that was given."""
         return {name: find(key) for name, key in self.other_keys.items()}
 
-    @property
-    def by_content(self) -> bool:
-        """Whether the group of a frame is named by its structure."""
-        return self.group_by in ("frame", "file")
-
-    @property
     def foreign_keys(self) -> list[str]:
         """Labels named by a key that is not their usual name: they may be of another method than the rest."""
         return [

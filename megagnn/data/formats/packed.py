@@ -14,7 +14,7 @@ import numpy as np
 
 from megagnn.data import keys
 from megagnn.data.formats.assemble import usable_stress
-from megagnn.data.formats.groups import content_name, group_name
+from megagnn.data.formats.groups import group_name
 from megagnn.data.formats.options import ReadOptions
 from megagnn.data.record import Structure
 from megagnn.data.store import Store
@@ -150,9 +150,6 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
         group = f"{own} {store.group[index]}" if names is None else names[store.group[index]]
         stress = s[keys.STRESS].astype(np.float64) if keys.STRESS in s else None
         stress, notes = usable_stress(stress, s[keys.PBC])
-        content = ""
-        if options.by_content:
-            content = content_name(s[keys.ATOMIC_NUMBERS], s[keys.POSITIONS], s[keys.CELL])
         yield Structure(
             atomic_numbers=np.array(s[keys.ATOMIC_NUMBERS]),
             positions=s[keys.POSITIONS].astype(np.float64),
@@ -166,8 +163,9 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
                 path=path,
                 frame=index,
                 numbers=s[keys.ATOMIC_NUMBERS],
+                positions=s[keys.POSITIONS],
+                cell=s[keys.CELL],
                 info={},
-                content=content,
                 file_content=options.file_content,
                 auto=group,
             ),

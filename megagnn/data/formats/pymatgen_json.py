@@ -12,9 +12,10 @@ xx, yy, zz, yz, xz, xy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,20 @@ MPTRJ_NAMES = {"energy": ("uncorrected_total_energy",), "forces": ("force",)}
 MPTRJ_UNITS = Units({"stress": "-kBar"})
 STRESS_UNDECLARED = "stress left out: the file does not say its sign and order; --units stress=-kBar reads it"
 NOT_LABELS = ("structure", "matpes_id")
+
+
+class Entry(NamedTuple):
+    """One frame of a JSON file."""
+
+    where: str
+    """The file and the number of the frame, for messages."""
+    number: int
+    content: Any
+    keys: tuple[str, ...]
+    """Those under which it stands: none in a list, material and frame in files of MPtrj's form."""
+
+
+FrameOf = Callable[[Entry], tuple[Frame, Mapping[str, Any]]]
 
 
 def is_pymatgen_json(path: Path) -> bool:
@@ -56,24 +71,33 @@ def read_pymatgen_json(path: Path, options: ReadOptions) -> Iterator[Structure]:
         ValueError: a file of another form or a damaged one, naming the entry, labels that are not there (see
             `ReadOptions.check_label_keys`).
     """
-    for index, (name, entry, of_mptrj) in enumerate(_entries(path)):
-        where = f"{path}, entry {index}{f' ({name})' if name else ''}"
+    form = "no structure as pymatgen writes it"
+    yield from read_entries(path, options, partial(frame_of_entry, options, path), form)
+
+
+def read_entries(path: Path, options: ReadOptions, frame_of: FrameOf, form: str) -> Iterator[Structure]:
+    """Yield the structures of the entries of a JSON file.
+
+    Args:
+        frame_of: from an entry to its frame and the table of its labels.
+        form: what an entry is not of which `frame_of` makes none, for the message.
+
+    Raises:
+        ValueError: see `read_pymatgen_json`.
+    """
+    for index, entry in enumerate(_entries(path)):
         try:
-            frame = _frame(entry, options, path, index, where, of_mptrj)
-            if of_mptrj and frame.group is None:
-                frame.group = name.rsplit("/")[0]
+            frame, labels = frame_of(entry)
             structure = assemble(frame, options)
         except UnreadableError as error:
             options.unreadable(error)
             continue
         except (KeyError, TypeError, IndexError, AttributeError) as error:
             reason = f"{type(error).__name__} {error}"
-            options.unreadable(
-                UnreadableError(f"cannot read {where}: no structure as pymatgen writes it ({reason})")
-            )
+            options.unreadable(UnreadableError(f"cannot read {entry.where}: {form} ({reason})"))
             continue
         if index == 0 and options.on_unreadable is None:
-            check_labels(structure, entry, options, where)
+            _check_labels(structure, labels, options, entry.where)
         yield structure
 
 
@@ -89,10 +113,9 @@ def structure_fields(
     """
     lattice = None if structure.get("@class") == "Molecule" else structure["lattice"]
     sites = structure["sites"]
-    names = [_species_of(site, where) for site in sites]
     try:
-        numbers = numbers_of(names, species)
-    except ValueError as error:
+        numbers = numbers_of([_species_of(site) for site in sites], species)
+    except UnreadableError as error:
         raise UnreadableError(f"{where}: {error}") from error
     if lattice is None:
         cell, pbc = np.zeros((3, 3)), np.zeros(3, dtype=bool)
@@ -117,42 +140,48 @@ def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str) -> NDArr
     return numbers
 
 
-def _species_of(site: Mapping[str, Any], where: str) -> str:
+def _species_of(site: Mapping[str, Any]) -> str:
     species = site["species"]
     if len(species) != 1 or species[0].get("occu", 1) != 1:
-        raise UnreadableError(f"{where}: a site is shared by several species; ordered structures are needed")
+        raise UnreadableError("a site is shared by several species; ordered structures are needed")
     return str(species[0]["element"])
 
 
-def _entries(path: Path) -> Iterator[tuple[str, Any, bool]]:
-    """(name, entry, whether it is of MPtrj's form) of each frame of a file."""
-    num_read = 0
+def _entries(path: Path) -> Iterator[Entry]:
+    """The entry of each frame of a file."""
+    number = 0
     try:
         for key, value in iterate_entries(path):
-            if isinstance(value, dict) and "structure" not in value and key is not None:
-                for name, entry in value.items():
-                    num_read += 1
-                    yield f"{key}/{name}", entry, True
-            else:
-                num_read += 1
-                yield key or "", value, False
+            keys = () if key is None else (key,)
+            of_mptrj = isinstance(value, dict) and "structure" not in value and key is not None
+            found = {(*keys, name): entry for name, entry in value.items()} if of_mptrj else {keys: value}
+            for names, content in found.items():
+                label = f" ({'/'.join(names)})" if names else ""
+                where = f"{path}, frame {number}{label}"
+                yield Entry(where, number, content, names)
+                number += 1
     except (ValueError, OSError, EOFError) as error:
-        raise UnreadableError(f"cannot read {path}: {error}; is the file whole?", last=num_read) from error
+        raise UnreadableError(f"cannot read {path}: {error}; is the file whole?", last=number) from error
 
 
-def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str, of_mptrj: bool) -> Frame:
-    numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, where)
-    usual = dict(USUAL_NAMES)
-    if of_mptrj:
-        usual |= MPTRJ_NAMES
-    found = {
-        name: next((n for n in names if entry.get(n) is not None), None) for name, names in usual.items()
+def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Frame, dict[str, Any]]:
+    """The frame of an entry, in the units of the file, and the table of its labels.
+
+    Raises:
+        ValueError: see `structure_fields`, `ReadOptions.check_label_keys`.
+    """
+    entry, of_mptrj = found.content, len(found.keys) == 2
+    numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, found.where)
+    usual = USUAL_NAMES | (MPTRJ_NAMES if of_mptrj else {})
+    named = {
+        label: next((name for name in names if entry.get(name) is not None), None)
+        for label, names in usual.items()
     }
-    usual_names = {label: name for label, name in found.items() if name is not None and label != "virial"}
-    options.check_label_keys(usual_names, where)
+    usual_names = {label: name for label, name in named.items() if name is not None and label != "virial"}
+    options.check_label_keys(usual_names, found.where)
     labels: dict[str, Any] = {}
     for name, key in options.label_keys.items():
-        labels[name] = None if key == "none" else entry.get(key or found[name])
+        labels[name] = None if key == "none" else entry.get(key or named[name])
     notes: tuple[str, ...] = ()
     if options.virial_key is None:
         labels["virial"], notes = options.usual_virial(labels["virial"])
@@ -160,11 +189,13 @@ def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str,
     if undeclared and options.stress_key is None and labels["stress"] is not None:
         labels["stress"], notes = None, (*notes, STRESS_UNDECLARED)
     provenance = entry.get("provenance")
-    material = provenance.get("original_mp_id") if isinstance(provenance, dict) else None
+    material = found.keys[0] if of_mptrj else None
+    if isinstance(provenance, dict) and provenance.get("original_mp_id") is not None:
+        material = provenance["original_mp_id"]
     charge = entry["structure"].get("charge")
-    return Frame(
+    frame = Frame(
         path=path,
-        index=index,
+        index=found.number,
         numbers=numbers,
         positions=positions,
         cell=cell,
@@ -177,14 +208,11 @@ def _frame(entry: Any, options: ReadOptions, path: Path, index: int, where: str,
         others=options.others(entry.get),
         **labels,
     )
+    return frame, entry
 
 
-def check_labels(structure: Structure, entry: Mapping[str, Any], options: ReadOptions, where: str) -> None:
-    """Refuse a file whose first entry lacks what was asked for by name, or has nothing to learn from.
-
-    Raises:
-        ValueError: no such key, or neither energy nor forces (an UnreadableError).
-    """
+def _check_labels(structure: Structure, entry: Mapping[str, Any], options: ReadOptions, where: str) -> None:
+    """Refuse a file whose first entry lacks what was asked for by name, or has nothing to learn from."""
     there = ", ".join(key for key in entry if key not in NOT_LABELS) or "none"
     for name, key in options.all_keys.items():
         if key not in (None, "none") and entry.get(key) is None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase.data import atomic_numbers
 from numpy.typing import NDArray
+
+from megagnn.data.formats.options import UnreadableError
 
 ISOTOPES = {"D": "H", "T": "H"}
 
@@ -44,29 +46,30 @@ def number_of(name: str, species: Mapping[str, str]) -> int | None:
     return None if number is None else int(number)
 
 
-def numbers_of(names: Sequence[str], species: Mapping[str, str]) -> NDArray[np.int64]:
+def numbers_of(
+    names: Sequence[str], species: Mapping[str, str], flag: str = "--species"
+) -> NDArray[np.int64]:
     """(N,) atomic numbers of species by their names in the file.
 
     Raises:
-        ValueError: names that are no elements, with the way out.
+        UnreadableError: (a ValueError) names that are no elements, with the way out by `flag`.
     """
-    numbers = [number_of(name, species) for name in names]
-    unknown = [name for name, number in zip(names, numbers, strict=True) if number is None]
+    numbers = {name: number_of(name, species) for name in dict.fromkeys(names)}
+    unknown = [name for name, number in numbers.items() if number is None]
     if unknown:
-        raise ValueError(unknown_species(unknown))
-    return np.array(numbers, dtype=np.int64)
+        raise UnreadableError(_unknown_species(unknown, flag))
+    return np.array([numbers[name] for name in names], dtype=np.int64)
 
 
-def unknown_species(names: Iterable[str], what: str = "--species") -> str:
+def _unknown_species(unknown: list[str], flag: str) -> str:
     """What to say about species that are no elements, with the way out."""
-    unknown = list(dict.fromkeys(names))
     isotopes = [name for name in unknown if name in ISOTOPES]
     example = ",".join(f"{name}={ISOTOPES.get(name, _likely(name))}" for name in unknown[:4])
     reason = "numbers are not taken for elements, for they may be types" if unknown[0].isdigit() else ""
     reason = "isotopes are not told apart from their element" if isotopes else reason
     return (
         f"unknown species {', '.join(unknown)}{f' ({reason})' if reason else ''}; say which elements they "
-        f"are, as in {what} {example}"
+        f"are, as in {flag} {example}"
     )
 
 
@@ -78,10 +81,7 @@ def _likely(name: str) -> str:
     letters = "".join(c for c in name if c.isalpha())
     for length in (2, 1):
         symbol = letters[:length].capitalize()
-        if (
-            len(letters) >= length
-            and (length == 1 or letters[1:2].islower())
-            and atomic_numbers.get(symbol, 0) > 0
-        ):
+        likely = len(letters) >= length and (length == 1 or letters[1:2].islower())
+        if likely and atomic_numbers.get(symbol, 0) > 0:
             return symbol
     return "C"

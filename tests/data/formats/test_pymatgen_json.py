@@ -106,9 +106,9 @@ def test_other_keys_and_molecules(tmp_path):
     sites = [{"species": [{"element": "D", "occu": 1}], "xyz": [0, 0, k * 0.7]} for k in range(2)]
     entry = {"structure": {"@class": "Molecule", "charge": 1, "sites": sites}, "E": -0.5, "F": FORCES}
     path = write(tmp_path / "a.json", [entry])
-    with pytest.raises(ValueError, match=r"entry 0: unknown species D .*--species D=H"):
+    with pytest.raises(ValueError, match=r"frame 0: unknown species D .*--species D=H"):
         list(read_structures(path))
-    with pytest.raises(ValueError, match="entry 0: no energy or forces found; keys there are E, F"):
+    with pytest.raises(ValueError, match="frame 0: no energy or forces found; keys there are E, F"):
         list(read_structures(path, ReadOptions(species={"D": "H"})))
     options = ReadOptions(species={"D": "H"}, energy_key="E", forces_key="F", units=parse_units("energy=Ha"))
     (read,) = read_structures(path, options)
@@ -121,13 +121,13 @@ def test_other_keys_and_molecules(tmp_path):
 
 def test_a_bad_entry_and_a_file_cut_short(tmp_path):
     path = write(tmp_path / "a.json", [plain(), {"structure": {"sites": []}}, plain(-6.0), plain(-5.0)])
-    with pytest.raises(ValueError, match="entry 1: no structure as pymatgen writes it"):
+    with pytest.raises(ValueError, match="frame 1: no structure as pymatgen writes it"):
         list(read_structures(path))
     path.write_text(path.read_text()[:-50])
     told = []
     read = list(read_structures(path, ReadOptions(on_unreadable=told.append)))
     assert [s.energy for s in read] == [-7.0, -6.0]
-    assert [("entry 1" in str(t), "is the file whole" in str(t)) for t in told] == [
+    assert [("frame 1" in str(t), "is the file whole" in str(t)) for t in told] == [
         (True, False),
         (False, True),
     ]
@@ -149,7 +149,7 @@ def test_a_bad_entry_and_a_file_cut_short(tmp_path):
 )
 def test_a_structure_of_another_shape_is_named_and_can_be_skipped(tmp_path, change, message):
     path = write(tmp_path / "a.json", [plain(), {**plain(), "structure": structure(**change)}, plain(-6.0)])
-    with pytest.raises(ValueError, match=f"entry 1: .*{message}"):
+    with pytest.raises(ValueError, match=f"frame 1: .*{message}"):
         list(read_structures(path))
     told = []
     read = list(read_structures(path, ReadOptions(on_unreadable=told.append)))
