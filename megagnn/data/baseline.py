@@ -7,7 +7,7 @@ MACE (Batatia et al., NeurIPS 2022, scale and shift). Fitted references hold it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from megagnn.data import keys
 from megagnn.data.reference_file import References, absurd_references
-from megagnn.data.references import NUM_ELEMENTS, ROWS_AT_ONCE, ReferenceFit, fit_references
+from megagnn.data.references import NUM_ELEMENTS, ReferenceFit, blocks, fit_references
 from megagnn.data.store import Store
 
 Part = tuple[Store, NDArray[np.int64], NDArray[np.int64]]
@@ -67,7 +67,7 @@ def fit_baseline(
     """
     alone = [store.isolated_atoms() for store, *_ in parts] if isolated is None else isolated
     rows = [_Rows(*part, found) for part, found in zip(parts, alone, strict=True)]
-    elements = _elements(rows, len(sources))
+    elements = elements_of(parts, len(sources))
     fixed = np.full((len(sources), NUM_ELEMENTS), np.nan)
     told: list[str] = []
     for index, source in enumerate(sources):
@@ -125,7 +125,7 @@ class _Rows:
     def __init__(
         self, store: Store, chosen: NDArray[np.int64], numbers: NDArray[np.int64], alone: NDArray[np.bool_]
     ) -> None:
-        self.store, self.chosen, self._numbers = store, chosen, numbers
+        self.store, self._numbers = store, numbers
         self.isolated: NDArray[np.bool_] = alone[chosen]
         labelled = store.labelled(keys.ENERGY, chosen)
         self.fitted, self.atoms = labelled[~alone[labelled]], labelled[alone[labelled]]
@@ -135,22 +135,17 @@ class _Rows:
 
     def numbers(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Atomic numbers of structures, one after the other; in blocks, for an index is of 8 bytes."""
-        found = [self.store.of_atoms("atomic_numbers", block) for block in _blocks(rows)]
+        found = [self.store.of_atoms("atomic_numbers", rows[block]) for block in blocks(len(rows))]
         return np.concatenate([np.zeros(0, dtype=np.uint8), *found])
 
 
-def _blocks(rows: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        yield rows[start : start + ROWS_AT_ONCE]
-
-
-def _elements(rows: Sequence[_Rows], num_sources: int) -> list[NDArray[np.int64]]:
-    """Atomic numbers that the training structures of each source hold, ascending."""
+def elements_of(parts: Sequence[Part], num_sources: int) -> list[NDArray[np.int64]]:
+    """Atomic numbers that the structures of each source hold, ascending."""
     seen = np.zeros((num_sources, NUM_ELEMENTS), dtype=np.bool_)
-    for part in rows:
-        for block in _blocks(part.chosen):
-            source = np.repeat(part.source_of(block), part.store.num_atoms[block])
-            seen[source, part.numbers(block)] = True
+    for store, chosen, numbers in parts:
+        for rows in blocks(len(chosen)):
+            source = np.repeat(numbers[store.source[chosen[rows]]], store.num_atoms[chosen[rows]])
+            seen[source, store.of_atoms("atomic_numbers", chosen[rows])] = True
     return [np.flatnonzero(row) for row in seen]
 
 
@@ -162,12 +157,12 @@ def _summed(
 ) -> NDArray[np.float64]:
     """(S,) sum of the references of the atoms of each structure, eV."""
     found = [np.zeros(0)]
-    for block in _blocks(np.arange(len(sources))):
-        first, last = block[0], block[-1] + 1
-        lengths = np.diff(offsets[first : last + 1])
-        energies = references[np.repeat(sources[block], lengths), numbers[offsets[first] : offsets[last]]]
-        rows = np.repeat(np.arange(len(block)), lengths)
-        found.append(np.bincount(rows, energies, minlength=len(block)).astype(np.float64))
+    for block in blocks(len(sources)):
+        lengths = np.diff(offsets[block.start : block.stop + 1])
+        atoms = slice(offsets[block.start], offsets[block.stop])
+        energies = references[np.repeat(sources[block], lengths), numbers[atoms]]
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        found.append(np.bincount(rows, energies, minlength=len(lengths)).astype(np.float64))
     return np.concatenate(found)
 
 

@@ -90,7 +90,7 @@ def collate(graphs: Sequence[Mapping[str, Any]], dtype: torch.dtype = torch.floa
         keys.SOURCE_PERM: source_perm,
         **{name: _label(graphs, name, counts, real) for name in keys.LABELS},
         **{keys.has(name): _has(graphs, name) for name in keys.LABELS},
-        keys.WEIGHTS: _weights(graphs, real),
+        keys.WEIGHTS: _stack(graphs, keys.WEIGHTS, (3,), real, missing=1),
         keys.FIXED: _per_atom(graphs, keys.FIXED, counts, (), np.bool_),
         keys.SOURCE: np.array([g.get(keys.SOURCE, 0) for g in graphs], dtype=np.int64),
         keys.LEVEL: np.array([g.get(keys.LEVEL, 0) for g in graphs], dtype=np.int64),
@@ -135,10 +135,10 @@ def _concatenate(
 
 
 def _stack(
-    graphs: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, ...], dtype: DTypeLike
+    graphs: Sequence[Mapping[str, Any]], key: str, shape: tuple[int, ...], dtype: DTypeLike, missing: int = 0
 ) -> NDArray[Any]:
-    """(B, *shape), zero where a graph has no such entry."""
-    stacked = np.zeros((len(graphs), *shape), dtype=dtype)
+    """(B, *shape), `missing` where a graph has no such entry."""
+    stacked = np.full((len(graphs), *shape), missing, dtype=dtype)
     for i, graph in enumerate(graphs):
         value = graph.get(key)
         if value is not None:
@@ -159,12 +159,6 @@ def _label(
 
 def _has(graphs: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.bool_]:
     return np.array([graph.get(name) is not None for graph in graphs], dtype=np.bool_)
-
-
-def _weights(graphs: Sequence[Mapping[str, Any]], dtype: DTypeLike) -> NDArray[Any]:
-    """(B, 3), one where a graph has none."""
-    rows = [g.get(keys.WEIGHTS, (1.0, 1.0, 1.0)) for g in graphs]
-    return np.array(rows, dtype=dtype).reshape(len(graphs), 3)
 
 
 def _per_atom(

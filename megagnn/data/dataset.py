@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megagnn.data import keys
-from megagnn.data.baseline import Baseline, fit_baseline, given_references
+from megagnn.data.baseline import Baseline, Part, elements_of, fit_baseline, given_references
 from megagnn.data.batch import Graph, build_graph, collate
 from megagnn.data.isolated import ISOLATED_DISTANCE
 from megagnn.data.reference_file import References
@@ -180,11 +180,7 @@ class StructureDataset(Dataset[Graph]):
 
     def source_elements(self) -> tuple[NDArray[np.int64], ...]:
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
-        seen = np.zeros((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)
-        for k, store, rows in self._row_blocks():
-            source = self._source_maps[k][store.source[rows]]
-            seen[np.repeat(source, store.num_atoms[rows]), store.of_atoms("atomic_numbers", rows)] = True
-        return tuple(np.flatnonzero(row) for row in seen)
+        return tuple(elements_of(self._parts(), len(self.sources)))
 
     def with_other_elements(self, known: Sequence[Collection[int]]) -> NDArray[np.bool_]:
         """(S,) whether a structure holds an atomic number that is not among those of its source."""
@@ -219,8 +215,7 @@ class StructureDataset(Dataset[Graph]):
 
     def _row_blocks(self) -> Iterator[tuple[int, Store, NDArray[np.int64]]]:
         """Structures of this split as (number of the store, store, rows in it), ROWS_AT_ONCE at a time."""
-        for k, store in enumerate(self.stores):
-            mine = self._index_in_store[self._store_of == k]
+        for k, (store, mine, _) in enumerate(self._parts()):
             for start in range(0, len(mine), ROWS_AT_ONCE):
                 yield k, store, mine[start : start + ROWS_AT_ONCE]
 
@@ -252,11 +247,12 @@ class StructureDataset(Dataset[Graph]):
         Args:
             given: reference energies by source, before those that the stores hold.
         """
+        known = given_references(self.stores, given)
+        return fit_baseline(self._parts(), self.sources, known, self._isolated_of_stores())
+
+    def _parts(self) -> list[Part]:
         mine = [self._index_in_store[self._store_of == k] for k in range(len(self.stores))]
-        parts = list(zip(self.stores, mine, self._source_maps, strict=True))
-        return fit_baseline(
-            parts, self.sources, given_references(self.stores, given), self._isolated_of_stores()
-        )
+        return list(zip(self.stores, mine, self._source_maps, strict=True))
 
     def isolated_atoms(self) -> NDArray[np.bool_]:
         """(S,) bool, which structures of this split are isolated atoms."""

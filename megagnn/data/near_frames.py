@@ -209,11 +209,11 @@ def slopes(pairs: list[Pair], per: str = "") -> tuple[Slope | None, Slope | None
     result: list[Slope | None] = [None, None]
     if not used:
         return None, None
-    found, residual = _least_absolute(columns[:, used], energy)
+    found, residual = least_absolute(columns[:, used], energy)
     for k in {0, 1} & set(used):
         position, without = used.index(k), energy
         if len(used) > 1:
-            without = _least_absolute(columns[:, [j for j in used if j != k]], energy)[1]
+            without = least_absolute(columns[:, [j for j in used if j != k]], energy)[1]
         rows = columns[:, k] != 0
         scale = float(np.median(np.abs(without[rows])))
         if scale > 0:
@@ -243,19 +243,25 @@ def _jackknife(columns: NDArray[np.float64], values: NDArray[np.float64], positi
     if len(values) < FOLDS + columns.shape[1]:
         return float("inf")
     folds = np.arange(len(values)) % FOLDS
-    found = [_least_absolute(columns[folds != k], values[folds != k])[0][position] for k in range(FOLDS)]
+    found = [least_absolute(columns[folds != k], values[folds != k])[0][position] for k in range(FOLDS)]
     return float(np.std(found) * np.sqrt(FOLDS - 1))
 
 
-def _least_absolute(
-    columns: NDArray[np.float64], values: NDArray[np.float64]
+def least_absolute(
+    columns: NDArray[np.float64], values: NDArray[np.float64], floor: float | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Coefficients of the smallest sum of absolute residuals, by reweighted least squares; and residuals."""
+    """Coefficients of the smallest sum of absolute residuals, by reweighted least squares; and residuals.
+
+    Args:
+        columns: (S, k); values: (S,).
+        floor: smaller residuals weigh as if they were of this size; 1e-6 of the median if not given.
+    """
     sizes = np.median(np.abs(columns), axis=0)
     sizes = np.where(sizes > 0, sizes, np.abs(columns).max(axis=0))
     sizes = np.where(sizes > 0, sizes, 1.0)
     scaled = columns / sizes
-    floor = 1e-6 * float(np.median(np.abs(values))) + 1e-12
+    if floor is None:
+        floor = 1e-6 * float(np.median(np.abs(values))) + 1e-12
     weights = 1.0 / np.maximum(np.abs(values), floor)  # large differences would rule the first guess
     found = np.zeros(columns.shape[1])
     for _ in range(60):

@@ -6,8 +6,6 @@ any order and the strain derivative come out right.
 
 from __future__ import annotations
 
-from itertools import product
-
 import numpy as np
 import vesin
 from numpy.typing import ArrayLike, NDArray
@@ -52,29 +50,6 @@ def neighbour_list(
         shifts = np.concatenate([shifts, np.zeros((len(points), 3), dtype=np.int64)])
     order = _sort_order(edge_index, shifts, len(points))
     return edge_index[:, order], shifts[order]
-
-
-def brute_force_neighbour_list(
-    positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float, self_edges: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The same list by trying every pair and every image: the oracle of the tests, O(N^2 images)."""
-    points = np.asarray(positions, dtype=np.float64)
-    periodic = np.asarray(pbc, dtype=bool)
-    box = _check(points, np.asarray(cell, dtype=np.float64), periodic, cutoff)
-    reach = _image_reach(points, box, periodic, cutoff)
-    edges, shifts = [], []
-    for shift in product(*(range(-n, n + 1) for n in reach)):
-        vectors = points[None, :, :] + np.asarray(shift) @ box - points[:, None, :]
-        near = np.linalg.norm(vectors, axis=-1) < cutoff
-        if shift == (0, 0, 0):
-            np.fill_diagonal(near, self_edges)
-        pairs = np.argwhere(near)
-        edges.append(pairs)
-        shifts.append(np.broadcast_to(shift, (len(pairs), 3)))
-    edge_index = np.concatenate(edges).T.astype(np.int64)
-    shift_array = np.concatenate(shifts).astype(np.int64)
-    order = np.lexsort((*shift_array.T[::-1], edge_index[1], edge_index[0]))
-    return edge_index[:, order], shift_array[order]
 
 
 def periodic_cell(cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -134,18 +109,3 @@ def _sort_order(
     for column in shifts.T:
         key = key * width + column  # columns differ by less than width, so negative ones keep the order too
     return np.argsort(key)
-
-
-def _image_reach(
-    points: NDArray[np.float64], box: NDArray[np.float64], periodic: NDArray[np.bool_], cutoff: float
-) -> list[int]:
-    """How many images to try along each vector: enough for atoms lying anywhere."""
-    reach = [0, 0, 0]
-    if not len(points) or not periodic.any():
-        return reach
-    used = np.flatnonzero(periodic)
-    dual = np.linalg.pinv(box[used])  # (3, k): fractional coordinates along the periodic vectors
-    spread = np.ptp(points @ dual, axis=0)
-    for k, axis in enumerate(used):
-        reach[axis] = int(np.ceil(cutoff * np.linalg.norm(dual[:, k]) + spread[k])) + 1
-    return reach

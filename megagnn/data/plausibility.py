@@ -21,7 +21,7 @@ from megagnn.data.atomic_energies import all_electron_energy
 from megagnn.data.copies import Places
 from megagnn.data.formats.groups import empirical_formula
 from megagnn.data.formats.units import TOLERANCE, Units, explain_factor, explain_size
-from megagnn.data.near_frames import NearFrames, Pair, Slope, slopes
+from megagnn.data.near_frames import NearFrames, Pair, Slope, least_absolute, slopes
 from megagnn.data.record import Structure
 from megagnn.data.samples import LONG, Lengths, TwoMethods
 
@@ -380,14 +380,5 @@ def _robust_elements(
     chosen = indices[rows]
     shares = counts[np.ix_(chosen, present)] / sizes[chosen, None]
     values = energies[rows] / sizes[chosen]
-    weights, found = np.ones(len(rows)), np.zeros(len(present))
-    for _ in range(30):
-        root = np.sqrt(weights)[:, None]
-        before, (found, *_) = (
-            found,
-            np.linalg.lstsq(shares * root, values * root[:, 0], rcond=None),
-        )
-        if np.allclose(before, found, rtol=1e-5):
-            break
-        weights = 1.0 / np.maximum(np.abs(values - shares @ found), 1e-3)
+    found, _ = least_absolute(shares, values, floor=1e-3)
     return (counts[:, present] @ found / sizes)[indices]

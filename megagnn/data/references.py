@@ -42,8 +42,8 @@ def fit_references(
     sources: NDArray[np.integer],
     num_sources: int,
     *,
+    elements: Sequence[NDArray[np.int64]],
     fixed: NDArray[np.float64] | None = None,
-    elements: Sequence[NDArray[np.integer]] | None = None,
 ) -> ReferenceFit:
     """Least squares E_s ~ sum over atoms of e[source, z], source by source, in float64.
 
@@ -57,36 +57,32 @@ def fit_references(
         energies: (S,) total energies, eV.
         sources: (S,) source of each structure, 0..num_sources - 1.
         num_sources: rows of the result.
+        elements: atomic numbers of each source, ascending, also those that only structures without energy
+            hold.
         fixed: (num_sources, 119) references that are known, eV, NaN for those to be fitted.
-        elements: atomic numbers of each source, with those that only structures without energy hold; those
-            of the energies if not given.
 
     Raises:
         ValueError: lengths that differ, energies not finite, an empty structure, or a source out of range.
     """
     _check(atomic_numbers, offsets, energies, sources, num_sources)
     num_atoms = np.diff(offsets)
-    present = _elements(atomic_numbers, offsets, sources, num_sources)
-    if elements is not None:
-        pairs = zip(present, elements, strict=True)
-        present = [np.union1d(seen, extra).astype(np.int64) for seen, extra in pairs]
-    equations = [_Equations(len(seen)) for seen in present]
-    for rows in _blocks(len(num_atoms)):
+    equations = [_Equations(len(seen)) for seen in elements]
+    for rows in blocks(len(num_atoms)):
         numbers = atomic_numbers[offsets[rows.start] : offsets[rows.stop]]
         row_of_atom = np.repeat(np.arange(rows.stop - rows.start), num_atoms[rows])
         for source in np.unique(sources[rows]):
             mine = np.flatnonzero(sources[rows] == source)
             atoms = sources[rows][row_of_atom] == source
             row = np.searchsorted(mine, row_of_atom[atoms])
-            column = np.searchsorted(present[source], numbers[atoms])
-            width = len(present[source])
+            column = np.searchsorted(elements[source], numbers[atoms])
+            width = len(elements[source])
             counts = np.bincount(row * width + column, minlength=len(mine) * width)
             of_rows = num_atoms[rows][mine]
             shares = counts.reshape(len(mine), width) / of_rows[:, None]
             equations[source].add(shares, energies[rows][mine] / of_rows)
     references = np.zeros((num_sources, NUM_ELEMENTS))
     unspanned = []
-    for source, seen in enumerate(present):
+    for source, seen in enumerate(elements):
         known = np.full(len(seen), np.nan) if fixed is None else fixed[source, seen]
         references[source, seen], open_rows = _fit(equations[source], seen, known)
         full = np.zeros((len(open_rows), NUM_ELEMENTS))
@@ -125,24 +121,10 @@ class _Equations:
         return self._rows[:, :-1], self._rows[:, -1]
 
 
-def _blocks(num_structures: int) -> Iterator[slice]:
+def blocks(num_structures: int) -> Iterator[slice]:
+    """Slices of at most ROWS_AT_ONCE structures, to bound the memory of what is computed of atoms."""
     for start in range(0, num_structures, ROWS_AT_ONCE):
         yield slice(start, min(start + ROWS_AT_ONCE, num_structures))
-
-
-def _elements(
-    atomic_numbers: NDArray[np.integer],
-    offsets: NDArray[np.integer],
-    sources: NDArray[np.integer],
-    num_sources: int,
-) -> list[NDArray[np.int64]]:
-    """Atomic numbers that each source holds, ascending."""
-    seen = np.zeros((num_sources, NUM_ELEMENTS), dtype=np.bool_)
-    for rows in _blocks(len(sources)):
-        lengths = np.diff(offsets[rows.start : rows.stop + 1])
-        numbers = atomic_numbers[offsets[rows.start] : offsets[rows.stop]]
-        seen[np.repeat(sources[rows], lengths), numbers] = True
-    return [np.flatnonzero(row) for row in seen]
 
 
 def _fit(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 Batch = NDArray[np.int64]
 
 
+@dataclass(eq=False)
 class BudgetSampler:
     """Plans index arrays, one for each micro-batch and rank.
 
@@ -42,26 +44,21 @@ class BudgetSampler:
         ValueError: a structure larger than the budget, or arguments out of range.
     """
 
-    def __init__(
-        self,
-        num_atoms: NDArray[np.int64],
-        num_edges: NDArray[np.int64],
-        *,
-        max_atoms: int,
-        max_edges: int,
-        dp_size: int = 1,
-        dp_rank: int = 0,
-        seed: int = 0,
-        shuffle: bool = True,
-        max_structures: int | None = None,
-        per_step: int = 1,
-    ) -> None:
-        self.num_atoms = np.asarray(num_atoms, dtype=np.int64)
-        self.num_edges = np.asarray(num_edges, dtype=np.int64)
-        self.max_atoms, self.max_edges = int(max_atoms), int(max_edges)
-        self.dp_size, self.dp_rank = dp_size, dp_rank
-        self.seed, self.shuffle = seed, shuffle
-        self.max_structures, self.per_step = max_structures, per_step
+    num_atoms: NDArray[np.int64]
+    num_edges: NDArray[np.int64]
+    _: KW_ONLY
+    max_atoms: int
+    max_edges: int
+    dp_size: int = 1
+    dp_rank: int = 0
+    seed: int = 0
+    shuffle: bool = True
+    max_structures: int | None = None
+    per_step: int = 1
+
+    def __post_init__(self) -> None:
+        self.num_atoms = np.asarray(self.num_atoms, dtype=np.int64)
+        self.num_edges = np.asarray(self.num_edges, dtype=np.int64)
         self._check()
         self._plan: tuple[tuple[int, int], list[list[Batch]]] | None = None
 
@@ -117,17 +114,7 @@ class BudgetSampler:
 
     def on_ranks(self, dp_size: int) -> BudgetSampler:
         """The sampler of the first of another number of ranks."""
-        return BudgetSampler(
-            self.num_atoms,
-            self.num_edges,
-            max_atoms=self.max_atoms,
-            max_edges=self.max_edges,
-            max_structures=self.max_structures,
-            per_step=self.per_step,
-            dp_size=dp_size,
-            seed=self.seed,
-            shuffle=self.shuffle,
-        )
+        return replace(self, dp_size=dp_size, dp_rank=0)
 
     def plan(self, epoch: int, first: int = 0) -> list[list[Batch]]:
         """Batches of an epoch without its `first` structures, each a list of one for each rank."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 
 from megagnn.data import keys
 
@@ -48,7 +51,7 @@ for _name in keys.OTHER_LABELS:
 ALL_ARRAYS = ARRAYS | OPTIONAL_ARRAYS
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class StoreHeader:
     """What header.json says.
 
@@ -110,12 +113,11 @@ class StoreHeader:
                 f"{directory} is a store of version {version}, this code reads version {VERSION}"
             )
         try:
-            record["sources"], record["levels"] = tuple(record["sources"]), tuple(record["levels"])
-            for name in ("config_types", "files", "warnings"):
-                record[name] = tuple(record.get(name, ()))  # headers made before these were known lack them
-            return cls(**record)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); prepare the data again") from error
+            return cls(**record)  # what headers lack that were made before it was known has a default
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise ValueError(f"{path} is damaged ({reason}); prepare the data again") from error
 
     def array_shape(self, name: str) -> tuple[int, ...]:
         """Full shape of one of the arrays."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -66,11 +67,7 @@ def write_store(
         ValueError: path exists, no structure, a structure no store can hold, splits of the wrong length or
             value, or one group on two sides of the split.
     """
-    target = Path(path)
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_store(Path(path), overwrite) as work:
         with _Writer(work) as writer:
             for index, structure in enumerate(structures):
                 check_structure(structure, where=f"structure {index}")
@@ -79,16 +76,29 @@ def write_store(
             header = replace(header, isolated_distance=isolated_distance)
             header.references.update({source: dict(row) for source, row in (references or {}).items()})
         (work / HEADER_FILE).write_text(header.to_json(), encoding="utf-8")
-        work.chmod(0o755)
-        move_into_place(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return header
 
 
-def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it is a store (or an empty directory) that may be overwritten."""
+@contextmanager
+def new_store(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A directory to be filled, which takes its place as `target` in the end; on any error nothing remains.
+
+    Raises:
+        ValueError: `target` exists, unless it is a store or an empty directory that may be overwritten.
+    """
+    _check_target(target, overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield work
+        work.chmod(0o755)
+        _move_into_place(work, target)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
@@ -99,7 +109,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         StoreHeader.read(target)  # refuses to replace anything that is not a store
 
 
-def move_into_place(work: Path, target: Path) -> None:
+def _move_into_place(work: Path, target: Path) -> None:
     """Rename a finished directory to its place; a store that is there already goes only after that worked."""
     if target.exists():
         old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))

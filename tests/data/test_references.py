@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 
 from megagnn.data import references
-from megagnn.data.references import fit_references
+from megagnn.data.references import ReferenceFit
 
 TRUE = {0: {1: -13.6, 6: -1030.0, 8: -2040.0}, 2: {1: -0.5, 6: -3.0, 8: 4.0}}
+
+
+def fitted(atomic_numbers, offsets, energies, sources, num_sources, **known) -> ReferenceFit:
+    """The fit with the elements that the structures hold, unless others are given."""
+    if "elements" not in known:
+        of_atoms = np.repeat(sources, np.resize(np.diff(offsets), len(sources)))[: len(atomic_numbers)]
+        seen = [atomic_numbers[: len(of_atoms)][of_atoms == k] for k in range(num_sources)]
+        known["elements"] = [np.unique(numbers) for numbers in seen]
+    return references.fit_references(atomic_numbers, offsets, energies, sources, num_sources, **known)
 
 
 def data(noise=0.0, num_structures=60):
@@ -27,7 +36,7 @@ def data(noise=0.0, num_structures=60):
 
 
 def test_recovers_the_references_of_each_source():
-    result = fit_references(*data(), num_sources=3).energies
+    result = fitted(*data(), num_sources=3).energies
     assert result.shape == (3, 119)
     assert result.dtype == np.float64
     for source, energies in TRUE.items():
@@ -38,7 +47,7 @@ def test_recovers_the_references_of_each_source():
 
 def test_equals_the_weighted_normal_equations():
     numbers, offsets, energies, sources = data(noise=0.3)
-    result = fit_references(numbers, offsets, energies, sources, 3).energies
+    result = fitted(numbers, offsets, energies, sources, 3).energies
     for source in (0, 2):
         rows = np.flatnonzero(sources == source)
         counts = np.array(
@@ -67,7 +76,7 @@ def water(energy, num_structures=4):
     ],
 )
 def test_constant_composition_takes_references_of_usual_size(energy, hydrogen, oxygen, tolerance):
-    fit = fit_references(*water(energy), 1)
+    fit = fitted(*water(energy), 1)
     assert 2 * fit.energies[0, 1] + fit.energies[0, 8] == pytest.approx(energy, abs=1e-8)
     assert fit.energies[0, [1, 8]] == pytest.approx([hydrogen, oxygen], abs=tolerance)
     (direction,) = fit.unspanned[0]
@@ -77,7 +86,7 @@ def test_constant_composition_takes_references_of_usual_size(energy, hydrogen, o
 
 
 def test_an_element_without_energy_is_open_and_takes_a_usual_value():
-    fit = fit_references(*water(-2079.0), 1, elements=[np.array([1, 6, 8])])
+    fit = fitted(*water(-2079.0), 1, elements=[np.array([1, 6, 8])])
     assert len(fit.unspanned[0]) == 2
     assert fit.energies[0, 6] == pytest.approx(-1029.0, rel=0.02)
 
@@ -85,7 +94,7 @@ def test_an_element_without_energy_is_open_and_takes_a_usual_value():
 def test_known_references_stay_and_determine_the_others():
     fixed = np.full((1, 119), np.nan)
     fixed[0, 1] = -13.6
-    fit = fit_references(*water(-2079.0), 1, fixed=fixed)
+    fit = fitted(*water(-2079.0), 1, fixed=fixed)
     assert fit.energies[0, 1] == -13.6
     assert fit.energies[0, 8] == pytest.approx(-2079.0 + 27.2, abs=1e-9)
     assert len(fit.unspanned[0]) == 0
@@ -93,7 +102,7 @@ def test_known_references_stay_and_determine_the_others():
 
 def test_determined_references_are_those_of_plain_least_squares():
     numbers, offsets, energies, sources = data(noise=0.3)
-    fit = fit_references(numbers, offsets, energies, sources, 3)
+    fit = fitted(numbers, offsets, energies, sources, 3)
     rows = np.flatnonzero(sources == 2)
     counts = np.array([np.bincount(numbers[offsets[r] : offsets[r + 1]], minlength=9) for r in rows])
     shares = counts[:, [1, 6, 8]] / counts.sum(axis=1, keepdims=True)
@@ -112,9 +121,9 @@ def test_blocks_give_the_same_as_all_at_once(monkeypatch, elements):
         )
         groups = [np.concatenate([group, [6], [9, 1, 1] * (k % 4)]) for k, group in enumerate(groups)]
         numbers, offsets = np.concatenate(groups).astype(int), np.cumsum([0, *map(len, groups)])
-    whole = fit_references(numbers, offsets, energies, sources, 3)
+    whole = fitted(numbers, offsets, energies, sources, 3)
     monkeypatch.setattr(references, "ROWS_AT_ONCE", 16)
-    blocks = fit_references(numbers, offsets, energies, sources, 3)
+    blocks = fitted(numbers, offsets, energies, sources, 3)
     assert np.allclose(blocks.energies, whole.energies, rtol=0, atol=1e-9)
     for one, other in zip(blocks.unspanned, whole.unspanned, strict=True):
         assert one.shape == other.shape
@@ -124,7 +133,7 @@ def test_blocks_give_the_same_as_all_at_once(monkeypatch, elements):
 
 def test_no_structures():
     empty = np.zeros(0, dtype=int)
-    assert not fit_references(empty, np.zeros(1, dtype=int), np.zeros(0), empty, 2).energies.any()
+    assert not fitted(empty, np.zeros(1, dtype=int), np.zeros(0), empty, 2).energies.any()
 
 
 @pytest.mark.parametrize(
@@ -145,23 +154,23 @@ def test_refuses(change, message):
         **change,
     }
     with pytest.raises(ValueError, match=message):
-        fit_references(**arguments, num_sources=2)
+        fitted(**arguments, num_sources=2)
 
 
 def test_sources_with_little_or_nothing():
     """One structure of one element fixes it; a source without energies leaves its elements open."""
-    one = fit_references(np.array([1, 1]), np.array([0, 2]), np.array([-4.0]), np.array([0]), 1)
+    one = fitted(np.array([1, 1]), np.array([0, 2]), np.array([-4.0]), np.array([0]), 1)
     assert one.energies[0, 1] == pytest.approx(-2.0)
     assert one.unspanned[0].shape == (0, 119)
     numbers, offsets, energies, sources = data()
     elements = [np.array([1, 6, 8]), np.array([1, 8]), np.array([1, 6, 8])]
-    fit = fit_references(numbers, offsets, energies, sources, 3, elements=elements)
+    fit = fitted(numbers, offsets, energies, sources, 3, elements=elements)
     assert not fit.energies[1].any()
     assert np.argwhere(fit.unspanned[1]).tolist() == [[0, 1], [1, 8]]
 
 
 def test_one_structure_of_two_elements_leaves_one_direction():
-    fit = fit_references(*water(-14.2, num_structures=1), 1)
+    fit = fitted(*water(-14.2, num_structures=1), 1)
     (direction,) = fit.unspanned[0]
     assert direction[[1, 8]] @ [2, 1] == pytest.approx(0, abs=1e-12)
 
@@ -179,4 +188,4 @@ def test_atoms_beyond_the_last_structure_are_refused():
     numbers, offsets, energies, sources = data()
     for wrong in (numbers[:-1], np.append(numbers, 1)):
         with pytest.raises(ValueError, match="offsets are of 60 structures"):
-            fit_references(wrong, offsets, energies, sources, 3)
+            fitted(wrong, offsets, energies, sources, 3)

@@ -92,12 +92,7 @@ class ReadOptions:
     @property
     def label_keys(self) -> dict[str, str | None]:
         """Label -> its key, None where none was given."""
-        return {
-            "energy": self.energy_key,
-            "forces": self.forces_key,
-            "stress": self.stress_key,
-            "virial": self.virial_key,
-        }
+        return {label: getattr(self, f"{label}_key") for label in USUAL_NAMES}
 
     @property
     def all_keys(self) -> dict[str, str | None]:
@@ -108,6 +103,7 @@ class ReadOptions:
         """Labels of other kinds, for `Frame.others`: what `find` finds of each key that was given."""
         return {name: find(key) for name, key in self.other_keys.items()}
 
+    @property
     def foreign_keys(self) -> list[str]:
         """Labels named by a key that is not their usual name: they may be of another method than the rest."""
         return [

@@ -19,7 +19,7 @@ from megagnn.data.formats.options import ReadOptions
 from megagnn.data.record import Structure
 from megagnn.data.store import Store
 from megagnn.data.store_format import ARRAYS, GROUPS_FILE, HEADER_FILE, OPTIONAL_ARRAYS, StoreHeader
-from megagnn.data.store_writer import check_target, move_into_place
+from megagnn.data.store_writer import new_store
 
 ARCHIVE_SUFFIX = ".tar.xz"
 MEMBERS = (HEADER_FILE, *(f"{name}.npy" for name in sorted(ARRAYS)))
@@ -108,17 +108,9 @@ def unpack_store(archive: str | Path, directory: str | Path, overwrite: bool = F
     source, target = Path(archive), Path(directory)
     if not source.is_file():
         raise ValueError(f"{source} is not a file; give an archive made by tools/pack_store.py")
-    check_target(target, overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with new_store(target, overwrite) as work:
         _extract(source, work)
-        work.chmod(0o755)
         Store.open(work).verify()
-        move_into_place(work, target)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
     return Store.open(target)
 
 
