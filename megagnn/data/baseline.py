@@ -7,7 +7,7 @@ MACE (Batatia et al., NeurIPS 2022, scale and shift). Fitted references hold it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,17 +177,16 @@ def _isolated_energies(rows: Sequence[_Rows], source: int) -> dict[int, list[flo
 
 def _told_of_fixed(
     source: str, given: dict[str, float], of_atoms: dict[int, list[float]], elements: NDArray[np.int64]
-) -> list[str]:
-    told = []
+) -> Iterator[str]:
     for z, energies in sorted(of_atoms.items()):
         symbol = chemical_symbols[z]
         if max(energies) - min(energies) > SAME_ATOM_ENERGY:
-            told.append(
+            yield (
                 f"{source}: isolated atoms of {symbol} have energies from {min(energies):.6g} to "
                 f"{max(energies):.6g} eV; the lowest is taken for the reference"
             )
         if symbol in given and abs(given[symbol] - min(energies)) > SAME_ATOM_ENERGY:
-            told.append(
+            yield (
                 f"{source}: the reference energy given for {symbol}, {given[symbol]:.6g} eV, is not that of "
                 f"its isolated atom, {min(energies):.6g} eV; the one given is taken"
             )
@@ -195,32 +194,28 @@ def _told_of_fixed(
         chemical_symbols[z] for z in elements if chemical_symbols[z] not in given and z not in of_atoms
     ]
     if given and missing:
-        told.append(
-            f"{source}: reference energies are given, but none for {', '.join(missing)}, which are fitted"
-        )
+        yield f"{source}: reference energies are given, but none for {', '.join(missing)}, which are fitted"
     present = {s: e for s, e in given.items() if atomic_numbers[s] in elements}
     alone = {chemical_symbols[z]: min(e) for z, e in of_atoms.items() if chemical_symbols[z] not in given}
     for symbol, energy in absurd_references({**alone, **present}).items():
-        told.append(
+        yield (
             f"{source}: the reference energy of {symbol}, {energy:.6g} eV, is not that of any atom; check "
             "its unit"
         )
-    return told
 
 
 def _told_of_open(
     source: str, fit: ReferenceFit, index: int, has_energies: bool, elements: NDArray[np.int64]
-) -> list[str]:
+) -> Iterator[str]:
     directions = fit.unspanned[index]
     if not len(directions):
-        return []
+        return
     if not has_energies and len(directions) == len(elements):
-        return [
-            f"{source}: no training structure has an energy, so the energies of a model are without a zero"
-        ]
+        yield f"{source}: no training structure has an energy, so the energies of a model are without a zero"
+        return
     symbols = ", ".join(chemical_symbols[z] for z in np.flatnonzero(np.abs(directions).max(axis=0) > 1e-8))
-    return [
+    yield (
         f"{source}: the energies do not determine the reference energies of {symbols}, which come in one "
         "proportion only or without energy; values of usual size are taken, and energies of other "
         "compositions mean little. Give reference energies (--reference-energies FILE) or isolated atoms"
-    ]
+    )

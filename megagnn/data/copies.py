@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import zlib
 from array import array
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -74,13 +75,12 @@ class Copies:
         self._energies.append(np.nan if s.energy is None else s.energy / s.num_atoms)
         self._places.add(file, frame)
 
-    def in_training(self, sides: NDArray[np.integer], isolated: NDArray[np.bool_]) -> list[str]:
+    def in_training(self, sides: NDArray[np.integer], isolated: NDArray[np.bool_]) -> Iterator[str]:
         """Validation and test structures that are copies of training structures of their source, in words.
 
         Args:
             sides: (S,) index into SPLITS; isolated: (S,) isolated atoms, which are no test of anything.
         """
-        told = []
         found = self._pairs()
         sources, names = np.array(self._sources), list(self._names)
         for side in (1, 2):
@@ -93,29 +93,26 @@ class Copies:
             for index in dict.fromkeys(of_copies.tolist()):
                 total = int(((sources == index) & (sides == side) & ~isolated).sum())
                 count, source = int((of_copies == index).sum()), names[index]
-                told.append(
+                yield (
                     f"{source}: {count:,} of {total:,} {SPLITS[side]} structures are copies of training "
                     "structures, so errors there are not those of new structures; leave them out, or group "
                     "copies together (--group-by)"
                 )
-        return told
 
-    def with_two_energies(self) -> list[str]:
+    def with_two_energies(self) -> Iterator[str]:
         """Copies whose energies differ by more than WRONG_ENERGY per atom, in words."""
-        told = []
         energies = np.array(self._energies)
         bad = [(a, b) for a, b in self._pairs() if abs(energies[a] - energies[b]) > WRONG_ENERGY]
         names = list(self._names)
         for index in dict.fromkeys(self._sources[a] for a, _ in bad):
             mine, source = [(a, b) for a, b in bad if self._sources[a] == index], names[index]
             a, b = mine[0]
-            told.append(
+            yield (
                 f"{source}: {len(mine):,} pairs of copies of one structure have energies that differ by "
                 f"more than {WRONG_ENERGY:g} eV per atom, such as "
                 f"{self._places.name(a)} with {energies[a]:.6g} and "
                 f"{self._places.name(b)} with {energies[b]:.6g} eV per atom"
             )
-        return told
 
     def _pairs(self) -> list[tuple[int, int]]:
         """Pairs of copies; of many copies of one structure each with the next ones."""

@@ -11,18 +11,18 @@ from __future__ import annotations
 import math
 from array import array
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megagnn.data.atomic_energies import all_electron_energy
 from megagnn.data.copies import Places
 from megagnn.data.formats.groups import empirical_formula
 from megagnn.data.formats.units import TOLERANCE, Units, explain_factor, explain_size
 from megagnn.data.near_frames import NearFrames, Pair, Slope, least_absolute, slopes
 from megagnn.data.record import Structure
+from megagnn.data.references import all_electron_energy
 from megagnn.data.samples import LONG, Lengths, TwoMethods
 
 LARGE_STRESS, IMPOSSIBLE_STRESS = 1.0, 10.0
@@ -127,57 +127,47 @@ class LabelCheck:
     def faults(self) -> list[Fault]:
         """What is wrong, the sure faults first."""
         found = [*self._absent(), *self._sizes(), *self._differences(), *self._totals(), *self._outliers()]
-        found += [self._fault(text, False) for text in [*self._lengths.told(), *self._methods.told()]]
-        return sorted(found, key=lambda fault: not fault.sure)
+        found += [Fault(text, False) for text in [*self._lengths.told(), *self._methods.told()]]
+        doubt = f"; declared: {self.declared}, perhaps that is what is wrong" if self.declared else ""
+        told = []
+        for fault in found:
+            text = fault.text + (doubt if "--units" in fault.text else "")
+            told.append(Fault(f"{self.source}: {text}", fault.sure))
+        return sorted(told, key=lambda fault: not fault.sure)
 
-    def _fault(self, text: str, sure: bool) -> Fault:
-        if self.declared and "--units" in text:
-            text += f"; declared: {self.declared}, perhaps that is what is wrong"
-        return Fault(f"{self.source}: {text}", sure)
-
-    def _absent(self) -> list[Fault]:
+    def _absent(self) -> Iterator[Fault]:
         """Energies of 0 that a program wrote because it had none, as converters of LAMMPS dumps do."""
-        if len(self._energies) < MIN_ZEROS or self._forces.rms == 0.0 or np.any(self._energies):
-            return []
-        text = (
-            f"all {len(self._energies):,} energies are 0 while the forces are not: the file has no energies"
-        )
-        return [self._fault(f"{text}; leave them out with --energy-key none", True)]
+        count = len(self._energies)
+        if count >= MIN_ZEROS and self._forces.rms != 0.0 and not np.any(self._energies):
+            text = f"all {count:,} energies are 0 while the forces are not: the file has no energies"
+            yield Fault(f"{text}; leave them out with --energy-key none", True)
 
-    def _sizes(self) -> list[Fault]:
-        found = []
+    def _sizes(self) -> Iterator[Fault]:
         stress, forces = self._stress.rms, self._forces.rms
         if stress > LARGE_STRESS:
             names = explain_size(stress, "stress", 0.3)
             units = " or ".join(f"--units stress={name}" for name in names)
-            sure = stress > IMPOSSIBLE_STRESS or self._virial.rms > IMPOSSIBLE_VIRIAL
-            found.append(
-                self._fault(
-                    f"the stress is {stress:.3g} eV/Å^3 (root mean square), {160 * stress:.3g} GPa"
-                    + (f"; declare its unit, perhaps {units}" if units else "")
-                    + "; virials (eV) are named by --virial-key; --stress-key none leaves it out",
-                    sure,
-                )
+            yield Fault(
+                f"the stress is {stress:.3g} eV/Å^3 (root mean square), {160 * stress:.3g} GPa"
+                + (f"; declare its unit, perhaps {units}" if units else "")
+                + "; virials (eV) are named by --virial-key; --stress-key none leaves it out",
+                sure=stress > IMPOSSIBLE_STRESS or self._virial.rms > IMPOSSIBLE_VIRIAL,
             )
         if forces > LARGE_FORCE:
             names = explain_size(forces, "forces", LARGE_FORCE)
             units = " or ".join(f"--units forces={name}" for name in names)
-            found.append(
-                self._fault(
-                    f"the forces are {forces:.3g} eV/Å (root mean square), far more than of thermal motion; "
-                    f"check their unit{', perhaps ' + units if units else ''}",
-                    False,
-                )
+            yield Fault(
+                f"the forces are {forces:.3g} eV/Å (root mean square), far more than of thermal motion; "
+                f"check their unit{', perhaps ' + units if units else ''}",
+                sure=False,
             )
-        return found
 
-    def _differences(self) -> list[Fault]:
+    def _differences(self) -> Iterator[Fault]:
         """Energies against forces and stress of near frames."""
         pairs = self._frames.pairs()
         of_forces, of_stress = slopes(pairs)
-        found = []
         if of_forces is not None:
-            found += self._of_forces(of_forces, pairs)
+            yield from self._of_forces(of_forces, pairs)
         if of_stress is not None and _is_wrong(of_stress):
             virial = slopes(pairs, per="volume")[1]
             if virial is not None and _is_clean(virial) and 0.7 < abs(virial.value) < 1.4:
@@ -187,41 +177,34 @@ class LabelCheck:
             else:
                 texts = explain_factor(of_stress.value, "stress", self._stress.rms, _room(of_stress))
                 reason = self._reason(_per_atom_first(texts, pairs, 1))
-            found.append(
-                self._fault(
-                    f"energies change with the cell {of_stress.value:.3g} times as the stress says "
-                    f"({of_stress.num_pairs} pairs of near frames), {reason}",
-                    True,
-                )
+            yield Fault(
+                f"energies change with the cell {of_stress.value:.3g} times as the stress says "
+                f"({of_stress.num_pairs} pairs of near frames), {reason}",
+                sure=True,
             )
-        return found
 
-    def _of_forces(self, slope: Slope, pairs: list[Pair]) -> list[Fault]:
-        if not (_is_wrong(slope) or self._is_bohr(slope)):
-            near = [pair for pair in pairs if pair.displacement < LOST_DISPLACEMENT and pair.of_forces]
-            lost = None
-            if len(near) >= LOST_PAIRS and np.median([abs(pair.of_forces) for pair in near]) > LOST_ENERGY:
-                lost = slopes(near)[0]
-            if lost is not None and lost.misfit > LOST_MISFIT and abs(lost.value) < RIGHT_SLOPES[0]:
-                return [
-                    self._fault(
-                        f"energies of {len(near)} pairs of near frames do not change as the forces say; "
-                        "check that energies and forces are of one calculation, that energies do not hold "
-                        "the kinetic energy, and that atoms are in one order",
-                        False,
-                    )
-                ]
-            return []
-        texts = explain_factor(slope.value, "forces", self._forces.rms, _room(slope))
-        if self._is_bohr(slope):
-            texts = ["length=bohr", *texts]
-        return [
-            self._fault(
+    def _of_forces(self, slope: Slope, pairs: list[Pair]) -> Iterator[Fault]:
+        if _is_wrong(slope) or self._is_bohr(slope):
+            texts = explain_factor(slope.value, "forces", self._forces.rms, _room(slope))
+            if self._is_bohr(slope):
+                texts = ["length=bohr", *texts]
+            yield Fault(
                 f"energies change {slope.value:.3g} times as the forces say ({slope.num_pairs} pairs of near "
                 f"frames), {self._reason(_per_atom_first(texts, pairs, 0))}",
-                True,
+                sure=True,
             )
-        ]
+            return
+        near = [pair for pair in pairs if pair.displacement < LOST_DISPLACEMENT and pair.of_forces]
+        if len(near) < LOST_PAIRS or np.median([abs(pair.of_forces) for pair in near]) <= LOST_ENERGY:
+            return
+        lost = slopes(near)[0]
+        if lost is not None and lost.misfit > LOST_MISFIT and abs(lost.value) < RIGHT_SLOPES[0]:
+            yield Fault(
+                f"energies of {len(near)} pairs of near frames do not change as the forces say; check that "
+                "energies and forces are of one calculation, that energies do not hold the kinetic energy, "
+                "and that atoms are in one order",
+                sure=False,
+            )
 
     def _is_bohr(self, slope: Slope) -> bool:
         """Whether the factor is that of lengths in bohr beside forces per Å, and distances say so, too."""
@@ -235,55 +218,33 @@ class LabelCheck:
             return "so the unit or the sign of one of them is wrong; declare it (--units)"
         return f"as with other units: declare them, perhaps --units {' or --units '.join(texts)}"
 
-    def _totals(self) -> list[Fault]:
+    def _totals(self) -> Iterator[Fault]:
         """Energies against those of all electrons, which are known to some per cent."""
         if not self._energies:
-            return []
+            return
         counts = self._counts()
         medians = _medians(np.array(self._energies), np.array(self._indices))
+        yield from _per_atom(medians, counts)
         light = [k for k, c in enumerate(counts) if np.flatnonzero(c).max() <= 36 and c[3:].any()]
-        found = [*self._per_atom(medians, counts)]
         if not light:
-            return found
-        atomic = counts[light] @ all_electron_energy(np.arange(119))
-        ratios = medians[light] / atomic
+            return
+        ratios = medians[light] / (counts[light] @ all_electron_energy(np.arange(119)))
         middle = float(np.median(ratios))
         formulas = {empirical_formula(np.repeat(np.arange(119), counts[k])) for k in light}
         for name in ALL_ELECTRON_UNITS:
             off = np.abs(ratios * Units({"energy": name}).factor("energy") - 1)
             if np.median(off) < 0.03 and off.max() < 0.08:
-                sure = len(formulas) >= 3 or middle > 2
                 text = f"energies are those of all electrons in {name}, within {100 * np.median(off):.1f} %"
-                return [*found, self._fault(f"{text}: declare it, --units energy={name}", sure)]
+                yield Fault(f"{text}: declare it, --units energy={name}", len(formulas) >= 3 or middle > 2)
+                return
         if middle > 2:
             text = f"energies are {middle:.3g} times those of all electrons of the atoms; check their unit"
-            found.append(self._fault(text, True))
-        return found
+            yield Fault(text, True)
 
-    def _per_atom(self, medians: NDArray[np.float64], counts: NDArray[np.int32]) -> list[Fault]:
-        """Cells of one formula and different sizes that have one energy."""
-        by_formula: dict[str, list[int]] = defaultdict(list)
-        for k, count in enumerate(counts):
-            by_formula[empirical_formula(np.repeat(np.arange(119), count))].append(k)
-        alike = different = 0
-        for rows in by_formula.values():
-            sizes = counts[rows].sum(axis=1)
-            for a in range(1, len(rows)):
-                if max(sizes[a], sizes[0]) >= 1.5 * min(sizes[a], sizes[0]):
-                    one, other = medians[rows[0]], medians[rows[a]]
-                    same = abs(one - other) < 0.05 * abs(one) and abs(one) > 0.5
-                    alike, different = alike + same, different + (not same)
-        if alike <= different:
-            return []
-        text = (
-            "cells of one formula and different sizes have one energy, as if it were per atom; declare it, "
-        )
-        return [self._fault(text + "--units energy=eV/atom", False)]
-
-    def _outliers(self) -> list[Fault]:
+    def _outliers(self) -> Iterator[Fault]:
         """Single energies far from those of the same composition and elements."""
         if len(self._energies) < 10:
-            return []
+            return
         energies, indices = np.array(self._energies), np.array(self._indices)
         counts = self._counts()
         sizes = counts.sum(axis=1)[indices]
@@ -294,13 +255,12 @@ class LabelCheck:
         far = np.abs(residual) > np.maximum(OUTLIER, OUTLIER_SPREADS * spread)
         rows = np.flatnonzero(far & (np.abs(residual) * sizes > OUTLIER_TOTAL))
         if not len(rows) or len(rows) > 0.1 * len(residual):
-            return []
+            return
         worst = rows[np.argsort(-np.abs(residual[rows] * sizes[rows]))][:SHOWN]
         shown = "; ".join(f"{self._places.name(k)} by {residual[k] * sizes[k]:.4g} eV" for k in worst)
         text = f"{len(rows)} of {len(residual):,} energies are far off the others: {shown}"
-        return [
-            self._fault(f"{text}{'; ...' if len(rows) > SHOWN else ''}. Leave them out, or mend them", False)
-        ]
+        more = "; ..." if len(rows) > SHOWN else ""
+        yield Fault(f"{text}{more}. Leave them out, or mend them", False)
 
     def _counts(self) -> NDArray[np.int32]:
         """(C, 119) atoms of each element in each composition."""
@@ -320,6 +280,24 @@ class _Squares:
     @property
     def rms(self) -> float:
         return math.sqrt(self.total / self.count) if self.count else 0.0
+
+
+def _per_atom(medians: NDArray[np.float64], counts: NDArray[np.int32]) -> Iterator[Fault]:
+    """Cells of one formula and different sizes that have one energy."""
+    by_formula: dict[str, list[int]] = defaultdict(list)
+    for k, count in enumerate(counts):
+        by_formula[empirical_formula(np.repeat(np.arange(119), count))].append(k)
+    alike = different = 0
+    for rows in by_formula.values():
+        sizes = counts[rows].sum(axis=1)
+        for a in range(1, len(rows)):
+            if max(sizes[a], sizes[0]) >= 1.5 * min(sizes[a], sizes[0]):
+                one, other = medians[rows[0]], medians[rows[a]]
+                same = abs(one - other) < 0.05 * abs(one) and abs(one) > 0.5
+                alike, different = alike + same, different + (not same)
+    if alike > different:
+        text = "cells of one formula and different sizes have one energy, as if it were per atom"
+        yield Fault(f"{text}; declare it, --units energy=eV/atom", False)
 
 
 def _is_clean(slope: Slope) -> bool:

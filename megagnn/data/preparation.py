@@ -331,7 +331,11 @@ class Audit:
                 + ". Nothing was written; if the labels are right as they are, --accept-labels "
                 "writes them"
             )
-        return [fault.text for fault in faults] + self._copies.with_two_energies() + self._nearly_isolated()
+        return [
+            *(fault.text for fault in faults),
+            *self._copies.with_two_energies(),
+            *self._nearly_isolated(),
+        ]
 
     def _nearly_isolated(self) -> list[str]:
         """Few single atoms beside other structures, in a box that no crystal has, in words."""
@@ -344,6 +348,6 @@ class Audit:
             if symbols.total() <= FEW_SINGLE_ATOMS * self._counts[source]
         ]
 
-    def copies(self, sides: NDArray[np.integer]) -> list[str]:
+    def copies(self, sides: NDArray[np.integer]) -> Iterator[str]:
         """Test and validation structures that are copies of training structures, in words."""
         return self._copies.in_training(sides, np.frombuffer(bytes(self._isolated), dtype=np.bool_))

@@ -6,7 +6,7 @@ found in training it costs a run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,25 +119,48 @@ def check_structure(structure: Structure, rules: Rules = FORMAL_RULES, where: st
     Raises:
         StructureError: (a ValueError) naming the place, the rule, what was got and the way out.
     """
-    _check_atoms(structure, where)
-    _check_labels(structure, where)
-    _check_lattice(structure, where)
+    for rule, message in _broken(structure, rules):
+        raise StructureError(rule, f"{where}: {message}")
+
+
+def _broken(s: Structure, rules: Rules) -> Iterator[tuple[str, str]]:
+    """Each rule that a structure breaks, and what to say of it; a rule holds for what meets those before."""
+    yield from _broken_by_atoms(s)
+    if s.energy is None and s.forces is None:
+        yield "unlabelled", "has neither energy nor forces; a label is needed"
+    for name, label in s.labels.items():
+        if not np.isfinite(label).all():
+            text = f"{name} holds NaN or infinity; leave the frame out, or leave the label out if the engine"
+            yield "finite_labels", f"{text} did not compute it"
+    try:
+        periodic_cell(np.asarray(s.cell, dtype=np.float64), np.asarray(s.pbc, dtype=bool))
+    except ValueError as error:
+        yield "lattice", str(error)
+    if s.stress is not None and not np.all(s.pbc):
+        text = "has a stress but is not periodic in three directions, so no cell volume it could be per"
+        yield "lattice", f"{text}; leave the stress out"
     if rules.min_distance > 0:
-        _check_distances(structure, rules.min_distance, where)
-    if structure.forces is not None:
-        largest = float(np.linalg.norm(structure.forces, axis=1).max())
-        if largest > rules.max_force:
-            raise StructureError(
-                "max_force",
-                f"{where}: the largest force is {largest:.4g} eV/Å, above the limit of {rules.max_force:g} "
-                "eV/Å; check units and convergence, leave it out, or raise the limit (max_force)",
+        (i, j), distances = edge_lengths(s, rules.min_distance)
+        if len(distances):
+            k = int(np.argmin(distances))
+            yield (
+                "min_distance",
+                f"atoms {i[k]} and {j[k]} overlap: {distances[k]:.4f} Å apart (periodic images counted), the "
+                f"limit is {rules.min_distance:g} Å; leave the frame out, or lower the limit (min_distance)",
             )
+    largest = 0.0 if s.forces is None else float(np.linalg.norm(s.forces, axis=1).max())
+    if largest > rules.max_force:
+        yield (
+            "max_force",
+            f"the largest force is {largest:.4g} eV/Å, above the limit of {rules.max_force:g} eV/Å; check "
+            "units and convergence, leave it out, or raise the limit (max_force)",
+        )
 
 
-def _check_atoms(s: Structure, where: str) -> None:
+def _broken_by_atoms(s: Structure) -> Iterator[tuple[str, str]]:
     num_atoms = len(s.atomic_numbers)
     if num_atoms == 0:
-        raise StructureError("empty", f"{where}: the structure is empty (0 atoms); remove it")
+        yield "empty", "the structure is empty (0 atoms); remove it"
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "positions": (s.positions, (num_atoms, 3)),
         "cell": (s.cell, (3, 3)),
@@ -148,65 +171,24 @@ def _check_atoms(s: Structure, where: str) -> None:
     }
     for name, value in s.others.items():
         if name not in keys.LABELS:
-            raise ValueError(
-                f"{where}: unknown label '{name}'; known are {', '.join(keys.LABELS)} (data/keys.py)"
-            )
+            raise ValueError(f"unknown label '{name}'; known are {', '.join(keys.LABELS)} (data/keys.py)")
         label = keys.LABELS[name]
         shapes[name] = (value, (num_atoms, *label.shape) if label.per_atom else label.shape)
     for name, (array, shape) in shapes.items():
         if array is not None and np.shape(array) != shape:
-            raise StructureError(
-                "shape",
-                f"{where}: {name} must have shape {shape} for {num_atoms} atoms, got {np.shape(array)}",
-            )
+            yield "shape", f"{name} must have shape {shape} for {num_atoms} atoms, got {np.shape(array)}"
     numbers = np.asarray(s.atomic_numbers, dtype=np.int64)
-    unknown = numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)]
-    if len(unknown):
-        raise StructureError(
-            "element",
-            f"{where}: unknown element with atomic number {int(unknown[0])}; known are 1 to "
-            f"{MAX_ATOMIC_NUMBER} (dummy atoms must be removed)",
-        )
+    for unknown in numbers[(numbers < 1) | (numbers > MAX_ATOMIC_NUMBER)]:
+        known = f"known are 1 to {MAX_ATOMIC_NUMBER} (dummy atoms must be removed)"
+        yield "element", f"unknown element with atomic number {unknown}; {known}"
     if not np.isfinite(s.positions).all():
-        raise StructureError(
-            "finite_positions", f"{where}: positions hold NaN or infinity; leave the frame out"
-        )
+        yield "finite_positions", "positions hold NaN or infinity; leave the frame out"
 
 
-def _check_labels(s: Structure, where: str) -> None:
-    if s.energy is None and s.forces is None:
-        raise StructureError("unlabelled", f"{where}: has neither energy nor forces; a label is needed")
-    for name, label in s.labels.items():
-        if not np.isfinite(label).all():
-            raise StructureError(
-                "finite_labels",
-                f"{where}: {name} holds NaN or infinity; leave the frame out, or leave the label out if the "
-                "engine did not compute it",
-            )
-
-
-def _check_lattice(s: Structure, where: str) -> None:
-    try:
-        periodic_cell(np.asarray(s.cell, dtype=np.float64), np.asarray(s.pbc, dtype=bool))
-    except ValueError as error:
-        raise StructureError("lattice", f"{where}: {error}") from error
-    if s.stress is not None and not np.all(s.pbc):
-        raise StructureError(
-            "lattice",
-            f"{where}: has a stress but is not periodic in three directions, so no cell volume it could be "
-            "per; leave the stress out",
-        )
-
-
-def _check_distances(s: Structure, min_distance: float, where: str) -> None:
-    edge_index, shifts = neighbour_list(s.positions, s.cell, s.pbc, min_distance)
-    if edge_index.shape[1] == 0:
-        return
+def edge_lengths(s: Structure, cutoff: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(2, E) edges of a structure as of `neighbour_list`, and their lengths (E,), Å."""
+    edge_index, shifts = neighbour_list(s.positions, s.cell, s.pbc, cutoff)
     i, j = edge_index
-    distances = np.linalg.norm(s.positions[j] + shifts @ s.cell - s.positions[i], axis=1)
-    k = int(np.argmin(distances))
-    raise StructureError(
-        "min_distance",
-        f"{where}: atoms {i[k]} and {j[k]} overlap: {distances[k]:.4f} Å apart (periodic images counted), "
-        f"the limit is {min_distance:g} Å; leave the frame out, or lower the limit (min_distance)",
-    )
+    cell = periodic_cell(np.asarray(s.cell, dtype=np.float64), np.asarray(s.pbc, dtype=bool))
+    vectors = s.positions[j] + shifts @ cell - s.positions[i]
+    return edge_index, np.linalg.norm(vectors, axis=1)

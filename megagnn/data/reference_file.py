@@ -13,8 +13,8 @@ from typing import Any
 
 from ase.data import atomic_numbers, chemical_symbols
 
-from megagnn.data.atomic_energies import all_electron_energy
 from megagnn.data.record import MAX_ATOMIC_NUMBER
+from megagnn.data.references import all_electron_energy
 
 if sys.version_info >= (3, 11):
     import tomllib

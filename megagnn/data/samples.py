@@ -11,8 +11,7 @@ from ase.data import covalent_radii
 from numpy.typing import NDArray
 
 from megagnn.data.near_frames import pair_of
-from megagnn.data.neighbours import neighbour_list
-from megagnn.data.record import Structure
+from megagnn.data.record import Structure, edge_lengths
 
 LONG, SHORT = 1.6, 0.6
 """Shortest distance over the sum of covalent radii, median of structures. Molecules and crystals have 0.75 to
@@ -151,9 +150,5 @@ def shortest(structure: Structure) -> float:
     """The shortest distance over the sum of covalent radii of its two atoms; infinite beyond twice `LONG`."""
     s = structure
     radii = covalent_radii[np.asarray(s.atomic_numbers, dtype=np.int64)]
-    edge_index, shifts = neighbour_list(s.positions, s.cell, s.pbc, 2 * LONG * 2 * float(radii.max()))[:2]
-    if edge_index.shape[1] == 0:
-        return float("inf")
-    a, b = edge_index
-    vectors = s.positions[b] - s.positions[a] + shifts @ np.where(np.any(s.pbc), s.cell, 0.0)
-    return float((np.linalg.norm(vectors, axis=1) / (radii[a] + radii[b])).min())
+    (i, j), distances = edge_lengths(s, 2 * LONG * 2 * float(radii.max()))
+    return float((distances / (radii[i] + radii[j])).min(initial=np.inf))

@@ -27,7 +27,7 @@ def copies(*structures: Structure) -> list[str]:
     for frame, structure in enumerate(structures):
         found.add(structure, "a.xyz", frame)
     sides = np.arange(len(structures)) > 0
-    return found.in_training(2 * sides, np.zeros(len(structures), bool))
+    return list(found.in_training(2 * sides, np.zeros(len(structures), bool)))
 
 
 @pytest.mark.parametrize("repeats", [1, 3, 8])

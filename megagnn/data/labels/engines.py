@@ -11,8 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from megagnn.data.record import Structure
+from megagnn.data.references import HARTREE
 
-HARTREE = 27.211386245988  # eV, CODATA 2018
 BOHR = 0.529177210903  # Å, CODATA 2018
 
 

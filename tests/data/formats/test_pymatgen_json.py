@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from megagnn.data.formats import ReadOptions, detect_format, json_stream, parse_units, read_structures
-from megagnn.data.formats.json_stream import iterate_entries
+from megagnn.data.formats import ReadOptions, detect_format, parse_units, pymatgen_json, read_structures
+from megagnn.data.formats.pymatgen_json import iterate_entries
 
 CELL = [[4.0, 0, 0], [0, 4.0, 0], [1.0, 0, 4.0]]
 FORCES = [[0.1, 0, 0], [-0.1, 0, 0]]
@@ -159,7 +159,7 @@ def test_a_structure_of_another_shape_is_named_and_can_be_skipped(tmp_path, chan
 @pytest.mark.parametrize("data", [[], {}, [1, -2.5e3, "a", None], {"a": [1, {"b": 2}], "c": "x,]}"}])
 @pytest.mark.parametrize("chunk", [1, 3, 1000])
 def test_entries_do_not_depend_on_how_the_file_is_cut(tmp_path, monkeypatch, data, chunk):
-    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    monkeypatch.setattr(pymatgen_json, "CHUNK", chunk)
     path = tmp_path / "a.json"
     path.write_text(json.dumps(data, indent=1))
     read = list(iterate_entries(path))
