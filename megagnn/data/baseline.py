@@ -15,11 +15,12 @@ from ase.data import atomic_numbers, chemical_symbols
 from numpy.typing import NDArray
 
 from megagnn.data import keys
+from megagnn.data.arrays import Bools, Floats, Ints
 from megagnn.data.reference_file import References, absurd_references
 from megagnn.data.references import NUM_ELEMENTS, ReferenceFit, blocks, fit_references
 from megagnn.data.store import Store
 
-Part = tuple[Store, NDArray[np.int64], NDArray[np.int64]]
+Part = tuple[Store, Ints, Ints]
 """A store, the structures of it that count, and the number of each of its sources among all sources."""
 
 SAME_ATOM_ENERGY = 0.01
@@ -39,11 +40,11 @@ class Baseline:
         told: what a user should know of them, in words.
     """
 
-    references: NDArray[np.float64]
-    shifts: NDArray[np.float64]
-    unspanned: tuple[NDArray[np.float64], ...]
-    fixed: NDArray[np.bool_]
-    isolated: tuple[NDArray[np.bool_], ...]
+    references: Floats
+    shifts: Floats
+    unspanned: tuple[Floats, ...]
+    fixed: Bools
+    isolated: tuple[Bools, ...]
     told: tuple[str, ...]
 
 
@@ -51,7 +52,7 @@ def fit_baseline(
     parts: Sequence[Part],
     sources: Sequence[str],
     given: References | None = None,
-    isolated: Sequence[NDArray[np.bool_]] | None = None,
+    isolated: Sequence[Bools] | None = None,
 ) -> Baseline:
     """References of training structures: those given first, then those of isolated atoms; the rest fitted.
 
@@ -122,24 +123,22 @@ def given_references(stores: Sequence[Store], own: Mapping[str, Mapping[str, flo
 class _Rows:
     """The training structures of one store: which are isolated atoms, and which enter the fit."""
 
-    def __init__(
-        self, store: Store, chosen: NDArray[np.int64], numbers: NDArray[np.int64], alone: NDArray[np.bool_]
-    ) -> None:
+    def __init__(self, store: Store, chosen: Ints, numbers: Ints, alone: Bools) -> None:
         self.store, self._numbers = store, numbers
-        self.isolated: NDArray[np.bool_] = alone[chosen]
+        self.isolated: Bools = alone[chosen]
         labelled = store.labelled(keys.ENERGY, chosen)
         self.fitted, self.atoms = labelled[~alone[labelled]], labelled[alone[labelled]]
 
-    def source_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def source_of(self, rows: Ints) -> Ints:
         return self._numbers[self.store.source[rows]]
 
-    def numbers(self, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    def numbers(self, rows: Ints) -> NDArray[np.uint8]:
         """Atomic numbers of structures, one after the other; in blocks, for an index is of 8 bytes."""
         found = [self.store.of_atoms("atomic_numbers", rows[block]) for block in blocks(len(rows))]
         return np.concatenate([np.zeros(0, dtype=np.uint8), *found])
 
 
-def elements_of(parts: Sequence[Part], num_sources: int) -> list[NDArray[np.int64]]:
+def elements_of(parts: Sequence[Part], num_sources: int) -> list[Ints]:
     """Atomic numbers that the structures of each source hold, ascending."""
     seen = np.zeros((num_sources, NUM_ELEMENTS), dtype=np.bool_)
     for store, chosen, numbers in parts:
@@ -149,12 +148,7 @@ def elements_of(parts: Sequence[Part], num_sources: int) -> list[NDArray[np.int6
     return [np.flatnonzero(row) for row in seen]
 
 
-def _summed(
-    references: NDArray[np.float64],
-    numbers: NDArray[np.uint8],
-    offsets: NDArray[np.int64],
-    sources: NDArray[np.int64],
-) -> NDArray[np.float64]:
+def _summed(references: Floats, numbers: NDArray[np.uint8], offsets: Ints, sources: Ints) -> Floats:
     """(S,) sum of the references of the atoms of each structure, eV."""
     found = [np.zeros(0)]
     for block in blocks(len(sources)):
@@ -176,7 +170,7 @@ def _isolated_energies(rows: Sequence[_Rows], source: int) -> dict[int, list[flo
 
 
 def _told_of_fixed(
-    source: str, given: dict[str, float], of_atoms: dict[int, list[float]], elements: NDArray[np.int64]
+    source: str, given: dict[str, float], of_atoms: dict[int, list[float]], elements: Ints
 ) -> Iterator[str]:
     for z, energies in sorted(of_atoms.items()):
         symbol = chemical_symbols[z]
@@ -205,7 +199,7 @@ def _told_of_fixed(
 
 
 def _told_of_open(
-    source: str, fit: ReferenceFit, index: int, has_energies: bool, elements: NDArray[np.int64]
+    source: str, fit: ReferenceFit, index: int, has_energies: bool, elements: Ints
 ) -> Iterator[str]:
     directions = fit.unspanned[index]
     if not len(directions):

@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from megagnn.data import keys
+from megagnn.data.arrays import Bools, Ints
 from megagnn.data.neighbours import neighbour_list
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def build_graph(
     atomic_numbers: NDArray[np.integer],
     positions: NDArray[np.floating],
     cell: NDArray[np.floating],
-    pbc: NDArray[np.bool_],
+    pbc: Bools,
     cutoff: float,
     self_edges: bool = False,
 ) -> Graph:
@@ -111,15 +112,13 @@ def batch_from_atoms(
     return collate(graphs, dtype)
 
 
-def _pointer(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+def _pointer(counts: Ints) -> Ints:
     pointer = np.zeros(len(counts) + 1, dtype=np.int64)
     np.cumsum(counts, out=pointer[1:])
     return pointer
 
 
-def _rows_and_sources(
-    edge_index: NDArray[np.int64], num_atoms: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+def _rows_and_sources(edge_index: Ints, num_atoms: int) -> tuple[Ints, Ints, Ints]:
     """CSR row pointer, CSC pointer, and the stable sort of the edges by source."""
     row_ptr = _pointer(np.bincount(edge_index[0], minlength=num_atoms))
     source_ptr = _pointer(np.bincount(edge_index[1], minlength=num_atoms))
@@ -146,9 +145,7 @@ def _stack(
     return stacked
 
 
-def _label(
-    graphs: Sequence[Mapping[str, Any]], name: str, counts: NDArray[np.int64], real: DTypeLike
-) -> NDArray[Any]:
+def _label(graphs: Sequence[Mapping[str, Any]], name: str, counts: Ints, real: DTypeLike) -> NDArray[Any]:
     """A label of all atoms or structures, zero where a graph has none."""
     label = keys.LABELS[name]
     dtype = np.float64 if label.stored == "<f8" else real
@@ -157,16 +154,12 @@ def _label(
     return _stack(graphs, name, label.shape, dtype)
 
 
-def _has(graphs: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.bool_]:
+def _has(graphs: Sequence[Mapping[str, Any]], name: str) -> Bools:
     return np.array([graph.get(name) is not None for graph in graphs], dtype=np.bool_)
 
 
 def _per_atom(
-    graphs: Sequence[Mapping[str, Any]],
-    key: str,
-    counts: NDArray[np.int64],
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
+    graphs: Sequence[Mapping[str, Any]], key: str, counts: Ints, shape: tuple[int, ...], dtype: DTypeLike
 ) -> NDArray[Any]:
     """(N, *shape), zero for the atoms of graphs without such an entry."""
     parts = []

@@ -16,6 +16,7 @@ import numpy as np
 from ase.geometry import complete_cell
 from numpy.typing import NDArray
 
+from megagnn.data.arrays import Bools, Floats
 from megagnn.data.record import Structure
 from megagnn.data.split import SPLITS
 
@@ -75,7 +76,7 @@ class Copies:
         self._energies.append(np.nan if s.energy is None else s.energy / s.num_atoms)
         self._places.add(file, frame)
 
-    def in_training(self, sides: NDArray[np.integer], isolated: NDArray[np.bool_]) -> Iterator[str]:
+    def in_training(self, sides: NDArray[np.integer], isolated: Bools) -> Iterator[str]:
         """Validation and test structures that are copies of training structures of their source, in words.
 
         Args:
@@ -130,7 +131,7 @@ class Copies:
         return pairs
 
 
-def marks(structure: Structure) -> NDArray[np.float64]:
+def marks(structure: Structure) -> Floats:
     """(NUM_MARKS,) sums of positions relative to the first atom and of the cell with fixed weights, Å."""
     s = structure
     relative = s.positions - s.positions[0]
@@ -150,12 +151,12 @@ def marks(structure: Structure) -> NDArray[np.float64]:
     return np.asarray(found)
 
 
-def _weights(num_rows: int, num_columns: int) -> NDArray[np.float64]:
+def _weights(num_rows: int, num_columns: int) -> Floats:
     """(rows * columns, NUM_MARKS), fixed, of unit variance, so that a moved atom counts in any cell alike."""
     return _table(1 << (num_rows - 1).bit_length(), num_columns)[: num_rows * num_columns]
 
 
 @lru_cache(maxsize=64)
-def _table(num_rows: int, num_columns: int) -> NDArray[np.float64]:
+def _table(num_rows: int, num_columns: int) -> Floats:
     rng = np.random.default_rng(num_rows * 16 + num_columns)
     return rng.normal(size=(num_rows * num_columns, NUM_MARKS))

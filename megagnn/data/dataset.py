@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from megagnn.data import keys
+from megagnn.data.arrays import Bools, Ints
 from megagnn.data.baseline import Baseline, Part, elements_of, fit_baseline, given_references
 from megagnn.data.batch import Graph, build_graph, collate
 from megagnn.data.isolated import ISOLATED_DISTANCE
@@ -167,22 +168,22 @@ class StructureDataset(Dataset[Graph]):
         """The store that holds a structure, and its number there."""
         return self.stores[int(self._store_of[index])].path, int(self._index_in_store[index])
 
-    def origins(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def origins(self) -> tuple[Ints, Ints]:
         """(S,) number of the store that holds each structure, and its number there."""
         return self._store_of, self._index_in_store
 
-    def keep(self, indices: NDArray[np.int64]) -> None:
+    def keep(self, indices: Ints) -> None:
         """Leave out all structures but these, which are numbered anew in the order of the data."""
         kept = np.sort(indices)
         self._store_of, self._index_in_store = self._store_of[kept], self._index_in_store[kept]
         self.num_atoms, self.num_edges = self.num_atoms[kept], self.num_edges[kept]
         self._weights = None if self._weights is None else self._weights[kept]
 
-    def source_elements(self) -> tuple[NDArray[np.int64], ...]:
+    def source_elements(self) -> tuple[Ints, ...]:
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
         return tuple(elements_of(self._parts(), len(self.sources)))
 
-    def with_other_elements(self, known: Sequence[Collection[int]]) -> NDArray[np.bool_]:
+    def with_other_elements(self, known: Sequence[Collection[int]]) -> Bools:
         """(S,) whether a structure holds an atomic number that is not among those of its source."""
         table = np.ones((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)
         for index, elements in enumerate(known):
@@ -213,7 +214,7 @@ class StructureDataset(Dataset[Graph]):
                 return True
         return False
 
-    def _row_blocks(self) -> Iterator[tuple[int, Store, NDArray[np.int64]]]:
+    def _row_blocks(self) -> Iterator[tuple[int, Store, Ints]]:
         """Structures of this split as (number of the store, store, rows in it), ROWS_AT_ONCE at a time."""
         for k, (store, mine, _) in enumerate(self._parts()):
             for start in range(0, len(mine), ROWS_AT_ONCE):
@@ -254,12 +255,12 @@ class StructureDataset(Dataset[Graph]):
         mine = [self._index_in_store[self._store_of == k] for k in range(len(self.stores))]
         return list(zip(self.stores, mine, self._source_maps, strict=True))
 
-    def isolated_atoms(self) -> NDArray[np.bool_]:
+    def isolated_atoms(self) -> Bools:
         """(S,) bool, which structures of this split are isolated atoms."""
         found = self._isolated_of_stores()
         return np.concatenate([f[self._index_in_store[self._store_of == k]] for k, f in enumerate(found)])
 
-    def _isolated_of_stores(self) -> list[NDArray[np.bool_]]:
+    def _isolated_of_stores(self) -> list[Bools]:
         return [store.isolated_atoms(max(ISOLATED_DISTANCE, self.cutoff)) for store in self.stores]
 
     def warnings(self) -> list[str]:
@@ -293,16 +294,16 @@ def _merge(tables: Sequence[Sequence[str]], given: Sequence[str] | None, what: s
     return tuple(given)
 
 
-def _map(table: Sequence[str], merged: Sequence[str]) -> NDArray[np.int64]:
+def _map(table: Sequence[str], merged: Sequence[str]) -> Ints:
     lookup: Mapping[str, int] = {name: i for i, name in enumerate(merged)}
     return np.array([lookup[name] for name in table], dtype=np.int64)
 
 
-def _gather(parts: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+def _gather(parts: Sequence[Ints]) -> Ints:
     return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
 
-def nested_subset(dataset: StructureDataset, num_structures: int, seed: int) -> NDArray[np.int64]:
+def nested_subset(dataset: StructureDataset, num_structures: int, seed: int) -> Ints:
     """Indices of `num_structures` structures: the head of one random order, which the seed gives.
 
     At its very head the order has isolated atoms, which fix references, and of each source the first labelled
@@ -329,7 +330,7 @@ def nested_subset(dataset: StructureDataset, num_structures: int, seed: int) -> 
     return np.concatenate([head, np.delete(order, first)])[:num_structures]
 
 
-def _showing_all(dataset: StructureDataset, order: NDArray[np.int64]) -> list[int]:
+def _showing_all(dataset: StructureDataset, order: Ints) -> list[int]:
     """Positions in the order of the structures that show something new."""
     seen: set[tuple[int, str, int]] = set()
     first = []

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
-from numpy.typing import NDArray
 
 from megagnn.data import keys
+from megagnn.data.arrays import Bools, Floats
 from megagnn.data.baseline import Baseline, fit_baseline, given_references
 from megagnn.data.split import SPLITS
 from megagnn.data.store import Store
@@ -53,7 +53,7 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
     return "\n".join([*lines, *notes, *warnings])
 
 
-def _rows(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[tuple[str, ...]]:
+def _rows(store: Store, known: Baseline, alone: Bools) -> list[tuple[str, ...]]:
     residual = _energy_residuals(store, known, alone)
     rows = []
     for index, source in enumerate(store.header.sources):
@@ -80,7 +80,7 @@ def _rows(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[tuple
     return rows
 
 
-def _energy_residuals(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> NDArray[np.float64]:
+def _energy_residuals(store: Store, known: Baseline, alone: Bools) -> Floats:
     """(S,) energy per atom beyond references and shift, eV; NaN where there are none."""
     arrays = store.arrays
     labelled = store.labelled(keys.ENERGY, np.arange(len(store)))
@@ -94,14 +94,14 @@ def _energy_residuals(store: Store, known: Baseline, alone: NDArray[np.bool_]) -
     return found
 
 
-def baseline_of(store: Store, alone: NDArray[np.bool_]) -> Baseline:
+def baseline_of(store: Store, alone: Bools) -> Baseline:
     """References and shifts of the training split of a store; alone: (S,) which are isolated atoms."""
     numbers = np.arange(len(store.header.sources))
     part = (store, store.indices("train"), numbers)
     return fit_baseline([part], store.header.sources, given_references([store], None), [alone])
 
 
-def _reference_lines(store: Store, known: Baseline, alone: NDArray[np.bool_]) -> list[str]:
+def _reference_lines(store: Store, known: Baseline, alone: Bools) -> list[str]:
     """Which references are not fitted, and how many isolated atoms there are."""
     lines = []
     for index, source in enumerate(store.header.sources):
@@ -115,7 +115,7 @@ def _reference_lines(store: Store, known: Baseline, alone: NDArray[np.bool_]) ->
     return lines
 
 
-def _periodicity(store: Store, chosen: NDArray[np.bool_]) -> str:
+def _periodicity(store: Store, chosen: Bools) -> str:
     """How many structures are periodic along how many directions."""
     directions = store.arrays["pbc"][chosen].sum(axis=1)
     names = {0: "molecules", 1: "chains", 2: "slabs", 3: "bulk or boxes"}

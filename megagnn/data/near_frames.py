@@ -14,8 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megagnn.data.arrays import Floats
 from megagnn.data.record import Structure
 
 MAX_DISPLACEMENT = 0.5
@@ -223,7 +223,7 @@ def slopes(pairs: list[Pair], per: str = "") -> tuple[Slope | None, Slope | None
     return result[0], result[1]
 
 
-def _of_volume(pairs: list[Pair]) -> list[NDArray[np.float64]]:
+def _of_volume(pairs: list[Pair]) -> list[Floats]:
     """Columns for pairs without a stress: the growth of the volume, and that times how large it is."""
     growth = np.array([pair.growth * pair.num_atoms for pair in pairs])
     if not growth.any():
@@ -238,7 +238,7 @@ def _of_volume(pairs: list[Pair]) -> list[NDArray[np.float64]]:
     return [growth, growth * (size - 1)]
 
 
-def _jackknife(columns: NDArray[np.float64], values: NDArray[np.float64], position: int) -> float:
+def _jackknife(columns: Floats, values: Floats, position: int) -> float:
     """Standard deviation of one coefficient, by leaving out every tenth pair in turn (jackknife)."""
     if len(values) < FOLDS + columns.shape[1]:
         return float("inf")
@@ -247,9 +247,7 @@ def _jackknife(columns: NDArray[np.float64], values: NDArray[np.float64], positi
     return float(np.std(found) * np.sqrt(FOLDS - 1))
 
 
-def least_absolute(
-    columns: NDArray[np.float64], values: NDArray[np.float64], floor: float | None = None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def least_absolute(columns: Floats, values: Floats, floor: float | None = None) -> tuple[Floats, Floats]:
     """Coefficients of the smallest sum of absolute residuals, by reweighted least squares; and residuals.
 
     Args:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import numpy as np
 import vesin
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
+
+from megagnn.data.arrays import Bools, Floats, Ints
 
 # Below this many atoms a dense distance matrix is faster than building a cell list.
 DENSE_ATOMS = 64
@@ -18,7 +20,7 @@ MIN_CUTOFF = 1e-3
 
 def neighbour_list(
     positions: ArrayLike, cell: ArrayLike, pbc: ArrayLike, cutoff: float, self_edges: bool = False
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[Ints, Ints]:
     """Directed edges between atoms closer than ``cutoff``, in a deterministic order.
 
     Args:
@@ -52,7 +54,7 @@ def neighbour_list(
     return edge_index[:, order], shifts[order]
 
 
-def periodic_cell(cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> NDArray[np.float64]:
+def periodic_cell(cell: Floats, pbc: Bools) -> Floats:
     """The (3, 3) cell with the vectors of non-periodic directions set to zero.
 
     Raises:
@@ -74,9 +76,7 @@ def periodic_cell(cell: NDArray[np.float64], pbc: NDArray[np.bool_]) -> NDArray[
     return np.where(pbc[:, None], cell, 0.0)
 
 
-def _check(
-    points: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_], cutoff: float
-) -> NDArray[np.float64]:
+def _check(points: Floats, cell: Floats, pbc: Bools, cutoff: float) -> Floats:
     """Refuse bad input; return the `periodic_cell`."""
     if not (np.isfinite(cutoff) and cutoff > MIN_CUTOFF):
         raise ValueError(f"cutoff must be a number of Å above {MIN_CUTOFF:g}, got {cutoff}")
@@ -87,9 +87,7 @@ def _check(
     return periodic_cell(cell, pbc)
 
 
-def _dense(
-    points: NDArray[np.float64], cutoff: float, self_edges: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _dense(points: Floats, cutoff: float, self_edges: bool) -> tuple[Ints, Ints]:
     """All pairs of a small structure without images; ``nonzero`` already returns them sorted by i, then j."""
     vectors = points[:, None, :] - points[None, :, :]
     near = np.einsum("ijc,ijc->ij", vectors, vectors) < cutoff * cutoff
@@ -98,9 +96,7 @@ def _dense(
     return edge_index, np.zeros((edge_index.shape[1], 3), dtype=np.int64)
 
 
-def _sort_order(
-    edge_index: NDArray[np.int64], shifts: NDArray[np.int64], num_atoms: int
-) -> NDArray[np.int64]:
+def _sort_order(edge_index: Ints, shifts: Ints, num_atoms: int) -> Ints:
     """Order by (i, j, S) through one packed integer key: several times faster than a five-column lexsort."""
     width = 2 * int(np.abs(shifts).max(initial=0)) + 1
     if float(num_atoms) ** 2 * float(width) ** 3 >= 2.0**62:

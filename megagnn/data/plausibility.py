@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from megagnn.data.arrays import Floats, Ints
 from megagnn.data.copies import Places
 from megagnn.data.formats.groups import empirical_formula
 from megagnn.data.formats.units import TOLERANCE, Units, explain_factor, explain_size
@@ -274,7 +275,7 @@ class _Squares:
     def __init__(self) -> None:
         self.count, self.total = 0, 0.0
 
-    def add(self, values: NDArray[np.float64]) -> None:
+    def add(self, values: Floats) -> None:
         self.count, self.total = self.count + values.size, self.total + float(np.square(values).sum())
 
     @property
@@ -282,7 +283,7 @@ class _Squares:
         return math.sqrt(self.total / self.count) if self.count else 0.0
 
 
-def _per_atom(medians: NDArray[np.float64], counts: NDArray[np.int32]) -> Iterator[Fault]:
+def _per_atom(medians: Floats, counts: NDArray[np.int32]) -> Iterator[Fault]:
     """Cells of one formula and different sizes that have one energy."""
     by_formula: dict[str, list[int]] = defaultdict(list)
     for k, count in enumerate(counts):
@@ -339,7 +340,7 @@ def _per_atom_first(texts: list[str], pairs: list[Pair], which: int) -> list[str
     return ["energy=eV/atom", *texts] if abs(math.log(max(slope.value, 1e-9))) < room else texts
 
 
-def _medians(values: NDArray[np.float64], indices: NDArray[np.int64]) -> NDArray[np.float64]:
+def _medians(values: Floats, indices: Ints) -> Floats:
     """(C,) median of the values of each index; every index of 0..C - 1 has some."""
     order = np.lexsort((values, indices))
     lengths = np.bincount(indices)
@@ -348,9 +349,7 @@ def _medians(values: NDArray[np.float64], indices: NDArray[np.int64]) -> NDArray
     return (low + high) / 2
 
 
-def _robust_elements(
-    energies: NDArray[np.float64], indices: NDArray[np.int64], counts: NDArray[np.int32]
-) -> NDArray[np.float64]:
+def _robust_elements(energies: Floats, indices: Ints, counts: NDArray[np.int32]) -> Floats:
     """(S,) energy per atom of elements by least absolute deviations, which outliers do not disturb."""
     present = np.flatnonzero(counts.sum(axis=0))
     sizes = counts.sum(axis=1)

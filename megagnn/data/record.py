@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagnn.data import keys
+from megagnn.data.arrays import Bools, Floats, Ints
 from megagnn.data.neighbours import neighbour_list, periodic_cell
 
 MAX_ATOMIC_NUMBER = 118
@@ -46,23 +47,23 @@ class Structure:
     """
 
     atomic_numbers: NDArray[np.uint8]
-    positions: NDArray[np.float64]
-    cell: NDArray[np.float64]
-    pbc: NDArray[np.bool_]
+    positions: Floats
+    cell: Floats
+    pbc: Bools
     energy: float | None = None
-    forces: NDArray[np.float64] | None = None
-    stress: NDArray[np.float64] | None = None
+    forces: Floats | None = None
+    stress: Floats | None = None
     group: str = ""
     source: str = "default"
     level: str = "unknown"
-    fixed: NDArray[np.bool_] | None = None
+    fixed: Bools | None = None
     split: int | None = None
     notes: tuple[str, ...] = ()
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     config_type: str = ""
     file: str = ""
     converged: bool = True
-    others: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    others: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def _broken_by_atoms(s: Structure) -> Iterator[tuple[str, str]]:
         yield "finite_positions", "positions hold NaN or infinity; leave the frame out"
 
 
-def edge_lengths(s: Structure, cutoff: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+def edge_lengths(s: Structure, cutoff: float) -> tuple[Ints, Floats]:
     """(2, E) edges of a structure as of `neighbour_list`, and their lengths (E,), Å."""
     edge_index, shifts = neighbour_list(s.positions, s.cell, s.pbc, cutoff)
     i, j = edge_index

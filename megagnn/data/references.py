@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from megagnn.data.arrays import Floats, Ints
+
 NUM_ELEMENTS = 119
 """Rows are indexed by atomic number; 0 is unused."""
 
@@ -42,19 +44,19 @@ class ReferenceFit:
             determines. The energy of a composition c is known up to (c . row) for each row.
     """
 
-    energies: NDArray[np.float64]
-    unspanned: tuple[NDArray[np.float64], ...]
+    energies: Floats
+    unspanned: tuple[Floats, ...]
 
 
 def fit_references(
     atomic_numbers: NDArray[np.integer],
     offsets: NDArray[np.integer],
-    energies: NDArray[np.float64],
+    energies: Floats,
     sources: NDArray[np.integer],
     num_sources: int,
     *,
-    elements: Sequence[NDArray[np.int64]],
-    fixed: NDArray[np.float64] | None = None,
+    elements: Sequence[Ints],
+    fixed: Floats | None = None,
 ) -> ReferenceFit:
     """Least squares E_s ~ sum over atoms of e[source, z], source by source, in float64.
 
@@ -118,7 +120,7 @@ class _Equations:
         self.sum_shares, self.sum_energies = np.zeros(num_elements), 0.0
         self._rows = np.zeros((0, num_elements + 1))
 
-    def add(self, shares: NDArray[np.float64], energies: NDArray[np.float64]) -> None:
+    def add(self, shares: Floats, energies: Floats) -> None:
         """More structures: shares (S, k) of each element, energies (S,) per atom, eV."""
         self.num_rows += len(energies)
         self.sum_shares += shares.sum(axis=0)
@@ -127,7 +129,7 @@ class _Equations:
         if len(self._rows) > max(ROWS_AT_ONCE, self._rows.shape[1]):
             self._rows = np.asarray(np.linalg.qr(self._rows, mode="r"))
 
-    def rows(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def rows(self) -> tuple[Floats, Floats]:
         """Shares (R, k) and energies (R,) of equations that say the same as all structures."""
         return self._rows[:, :-1], self._rows[:, -1]
 
@@ -138,9 +140,7 @@ def blocks(num_structures: int) -> Iterator[slice]:
         yield slice(start, min(start + ROWS_AT_ONCE, num_structures))
 
 
-def _fit(
-    equations: _Equations, elements: NDArray[np.int64], known: NDArray[np.float64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _fit(equations: _Equations, elements: Ints, known: Floats) -> tuple[Floats, Floats]:
     """References of one source (k,) and what is open of them (m, k).
 
     Args:
@@ -173,7 +173,7 @@ def _fit(
 def _check(
     atomic_numbers: NDArray[np.integer],
     offsets: NDArray[np.integer],
-    energies: NDArray[np.float64],
+    energies: Floats,
     sources: NDArray[np.integer],
     num_sources: int,
 ) -> None:
@@ -191,7 +191,7 @@ def _check(
         raise ValueError("a structure without atoms cannot enter the fit of references; remove it")
 
 
-def all_electron_energy(atomic_numbers: ArrayLike) -> NDArray[np.float64]:
+def all_electron_energy(atomic_numbers: ArrayLike) -> Floats:
     """Non-relativistic energy of neutral atoms with all electrons, eV.
 
     -0.768745 Z^(7/3) + Z^2/2 - 0.269900 Z^(5/3) Hartree: Thomas and Fermi, Scott, Dirac and Schwinger
@@ -201,7 +201,7 @@ def all_electron_energy(atomic_numbers: ArrayLike) -> NDArray[np.float64]:
     return HARTREE * (-0.768745 * z ** (7 / 3) + 0.5 * z**2 - 0.2699 * z ** (5 / 3))
 
 
-def valence_electrons(atomic_numbers: ArrayLike) -> NDArray[np.int64]:
+def valence_electrons(atomic_numbers: ArrayLike) -> Ints:
     """Electrons beyond the noble gas before, without a filled f shell."""
     z = np.asarray(atomic_numbers, dtype=np.int64)
     count = z - NOBLE_GASES[np.searchsorted(NOBLE_GASES, z, side="left") - 1]
@@ -209,13 +209,8 @@ def valence_electrons(atomic_numbers: ArrayLike) -> NDArray[np.int64]:
 
 
 def prior_energies(
-    free: NDArray[np.int64],
-    matrix: NDArray[np.float64],
-    left: NDArray[np.float64],
-    elements: NDArray[np.int64],
-    mean_shares: NDArray[np.float64],
-    mean_energy: float,
-) -> NDArray[np.float64]:
+    free: Ints, matrix: Floats, left: Floats, elements: Ints, mean_shares: Floats, mean_energy: float
+) -> Floats:
     """References to assume where energies leave them open, (m,) eV.
 
     Their ratios follow the size of the energies: those of all electrons are `all_electron_energy`; others

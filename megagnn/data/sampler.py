@@ -17,9 +17,10 @@ from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-Batch = NDArray[np.int64]
+from megagnn.data.arrays import Ints
+
+Batch = Ints
 
 
 @dataclass(eq=False)
@@ -44,8 +45,8 @@ class BudgetSampler:
         ValueError: a structure larger than the budget, or arguments out of range.
     """
 
-    num_atoms: NDArray[np.int64]
-    num_edges: NDArray[np.int64]
+    num_atoms: Ints
+    num_edges: Ints
     _: KW_ONLY
     max_atoms: int
     max_edges: int
@@ -125,7 +126,7 @@ class BudgetSampler:
             self._plan = ((epoch, first), self._steps(order[first:]))
         return self._plan[1]
 
-    def _steps(self, order: NDArray[np.int64]) -> list[list[Batch]]:
+    def _steps(self, order: Ints) -> list[list[Batch]]:
         """Cut the order into steps: the longest runs that `_deal` finds room for."""
         steps: list[list[Batch]] = []
         start = 0
@@ -146,7 +147,7 @@ class BudgetSampler:
         cost = [int((self.num_edges[batch] + self.num_atoms[batch]).sum()) for batch in dealt]
         return [[dealt[k] for k in one] for one in rounds_of(cost, self.dp_size)]
 
-    def _greedy_size(self, order: NDArray[np.int64], start: int) -> int:
+    def _greedy_size(self, order: Ints, start: int) -> int:
         """Structures that fit the budget of all batches together, an upper bound for a step."""
         atoms = edges = count = 0
         num = self.dp_size * self.per_step
@@ -159,7 +160,7 @@ class BudgetSampler:
             count += 1
         return count
 
-    def _deal(self, chosen: NDArray[np.int64]) -> list[Batch] | None:
+    def _deal(self, chosen: Ints) -> list[Batch] | None:
         """Give structures to batches, the costliest first, each to the cheapest one that has room.
 
         Returns None when some structure finds no room. Longest-processing-time-first is within 4/3 of the

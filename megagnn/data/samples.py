@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 from ase.data import covalent_radii
-from numpy.typing import NDArray
 
+from megagnn.data.arrays import Floats
 from megagnn.data.near_frames import pair_of
 from megagnn.data.record import Structure, edge_lengths
 
@@ -113,7 +113,7 @@ class TwoMethods:
         ]
 
 
-def _energies(rows: list[tuple[Structure, str]]) -> NDArray[np.float64]:
+def _energies(rows: list[tuple[Structure, str]]) -> Floats:
     return np.array([(s.energy or 0.0) / s.num_atoms for s, _ in rows])
 
 

@@ -19,17 +19,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from megagnn.data import keys
+from megagnn.data.arrays import Bools, Ints
 from megagnn.data.isolated import ISOLATED_DISTANCE, ISOLATED_PREFIX, is_isolated
 from megagnn.data.neighbours import neighbour_list
 from megagnn.data.split import SPLITS, without_prefix
-from megagnn.data.store_format import (
-    ALL_ARRAYS,
-    ARRAYS,
-    GROUPS_FILE,
-    OPTIONAL_ARRAYS,
-    StoreHeader,
-    sha256_of,
-)
+from megagnn.data.store_format import ALL_ARRAYS, ARRAYS, GROUPS_FILE, OPTIONAL_ARRAYS, StoreHeader, sha256_of
 from megagnn.data.store_writer import SplitRule, write_store
 
 __all__ = ["SplitRule", "Store", "StoreHeader", "write_store"]
@@ -55,7 +49,7 @@ class Store:
         self.path = path
         self.header = header
         self.arrays = dict(arrays)
-        self.num_atoms: NDArray[np.int64] = np.diff(self.arrays["offsets"])
+        self.num_atoms: Ints = np.diff(self.arrays["offsets"])
         self.source, self.level = self.arrays["source"], self.arrays["level"]
         self.group, self.split = self.arrays["group"], self.arrays["split"]
 
@@ -84,7 +78,7 @@ class Store:
     def __len__(self) -> int:
         return self.header.num_structures
 
-    def indices(self, split: str) -> NDArray[np.int64]:
+    def indices(self, split: str) -> Ints:
         """Structures of a split, ascending.
 
         Raises:
@@ -131,11 +125,11 @@ class Store:
         skipped = np.cumsum(lengths) - lengths
         return self.arrays[name][np.arange(lengths.sum()) + np.repeat(offsets[rows] - skipped, lengths)]
 
-    def labelled(self, label: str, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    def labelled(self, label: str, rows: Ints) -> Ints:
         """Those of some structures that have a label (`keys.LABELS`)."""
         return rows[(self.arrays["labels"][rows] & keys.LABELS[label].bit) > 0]
 
-    def isolated_atoms(self, distance: float = ISOLATED_DISTANCE) -> NDArray[np.bool_]:
+    def isolated_atoms(self, distance: float = ISOLATED_DISTANCE) -> Bools:
         """(S,) bool, which structures are isolated atoms.
 
         distance: Å, from which they are isolated, unless the store was prepared with another.
@@ -226,7 +220,7 @@ def _map_array(directory: Path, name: str, header: StoreHeader) -> NDArray[Any]:
     return np.asarray(array)  # a plain view: indexing np.memmap costs a microsecond more each time
 
 
-def cached_num_edges(store: Store, cutoff: float) -> NDArray[np.int64]:
+def cached_num_edges(store: Store, cutoff: float) -> Ints:
     """(S,) edges of every structure of a store, without self edges.
 
     Counted once and kept in the store's directory where that is writable. Ranks may do this at once: each

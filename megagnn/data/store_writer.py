@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megagnn.data import keys
+from megagnn.data.arrays import Bools, Floats
 from megagnn.data.record import Structure, check_structure
 from megagnn.data.split import SPLITS
 from megagnn.data.store_format import (
@@ -270,9 +271,7 @@ def _write_npy_header(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None
     file.write(magic + text.ljust(117).encode("ascii") + b"\n")
 
 
-def storable_positions(
-    positions: NDArray[np.float64], cell: NDArray[np.float64], pbc: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+def storable_positions(positions: Floats, cell: Floats, pbc: Bools) -> Floats:
     """Positions (N, 3) in Å that are as good in float32, and the same where they were so already.
 
     Float32 at 30,000 Å knows steps of 2e-3 Å, which is more than what a distance may be off. So along
@@ -290,9 +289,7 @@ def storable_positions(
     return positions
 
 
-def _wrapped(
-    positions: NDArray[np.float64], cell: NDArray[np.float64], periodic: NDArray[np.bool_]
-) -> NDArray[np.float64]:
+def _wrapped(positions: Floats, cell: Floats, periodic: Bools) -> Floats:
     # Least squares: of a slab or a chain the other lattice vectors may be zero.
     fractions = positions @ np.linalg.pinv(np.where(periodic[:, None], cell, 0.0))
     far = ((fractions < -1) | (fractions >= 2)) & periodic

@@ -16,11 +16,10 @@ import ase.io.aims
 import numpy as np
 from ase.constraints import FixAtoms, FixCartesian
 from ase.io.formats import open_with_compression
-from numpy.typing import NDArray
 
-from megagnn.data.formats import quirks
+from megagnn.data.arrays import Bools
+from megagnn.data.formats import ase_formats
 from megagnn.data.formats.ase_db import DB_FORMATS, iterate_rows, open_database
-from megagnn.data.formats.ase_formats import ase_format, nothing_found
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
 from megagnn.data.formats.lammps_dump import iterate_dump
@@ -76,7 +75,7 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
         ValueError: a file ASE cannot read, a first frame without labels, naming the keys that are there, or
             labels of which some are named by a key and others are not (see `ReadOptions.check_label_keys`).
     """
-    name = ase_format(path, options.ase_format)
+    name = ase_formats.ase_format(path, options.ase_format)
     num_found = num_told = 0
 
     def tell(error: UnreadableError) -> None:
@@ -99,7 +98,7 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
         options.check_label_keys(usual, f"{path}, frame {found.index}")
         yield structure
     if not num_found and not num_told:
-        options.unreadable(nothing_found(path, name))
+        options.unreadable(ase_formats.nothing_found(path, name))
 
 
 def read_frames(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms]]:
@@ -111,16 +110,16 @@ def read_frames(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Ato
     Raises:
         ValueError: a file, or a frame, that cannot be read.
     """
-    name, num_found = ase_format(path, options.ase_format), 0
+    name, num_found = ase_formats.ase_format(path, options.ase_format), 0
     for found in _frames(path, name, options):
         num_found += 1
         convert_frame(found.atoms, options.units.over(found.units), foreign=bool(found.units.of))
         yield found.index, found.atoms
     if not num_found:
-        raise nothing_found(path, name)
+        raise ase_formats.nothing_found(path, name)
 
 
-def fixed_atoms(atoms: ase.Atoms) -> NDArray[np.bool_] | None:
+def fixed_atoms(atoms: ase.Atoms) -> Bools | None:
     """(N,) bool of atoms held fixed in all directions, or None if none is."""
     fixed = np.zeros(len(atoms), dtype=bool)
     for constraint in atoms.constraints:
@@ -171,8 +170,8 @@ def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found
 
 
 def _ase_frames(path: Path, name: str) -> Iterator[Found]:
-    mender = quirks.Mender(path, name)
-    converged = quirks.converged_frames(path, name)
+    mender = ase_formats.Mender(path, name)
+    converged = ase_formats.converged_frames(path, name)
     frames = ase.io.iread(path, index=":", format=name, do_not_split_by_at_sign=True)
     for index, atoms in enumerate(frames):
         ended = mender.converged(atoms) and (index >= len(converged) or converged[index])
@@ -187,13 +186,13 @@ def _aims_frames(path: Path) -> Iterator[Found]:
         if header.is_relaxation and chunks:
             chunks = chunks[:-1]  # the last is what follows the last step
         for index, chunk in enumerate(chunks):
-            yield Found(index, chunk.atoms, converged=quirks.aims(chunk.lines))
+            yield Found(index, chunk.atoms, converged=ase_formats.aims(chunk.lines))
 
 
 def _usual(found: Found, label: str, ase_name: str = "") -> Any:
     """A label under its usual names."""
     names = USUAL_NAMES[label]
-    if label == "energy" and ase_name in quirks.FREE_ENERGY:
+    if label == "energy" and ase_name in ase_formats.FREE_ENERGY:
         names = names[::-1]
     places: list[Mapping[str, Any]] = [found.results, found.labels]
     if label == "virial":
@@ -235,7 +234,9 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         labels["virial"], said = options.usual_virial(labels["virial"])
         notes = (*notes, *said)
     notes = (*notes, *_unused_kin(found, labels, options))
-    free = ase_name in quirks.FREE_ENERGY and options.energy_key is None and "free_energy" in found.results
+    free = (
+        ase_name in ase_formats.FREE_ENERGY and options.energy_key is None and "free_energy" in found.results
+    )
     return Frame(
         path=path,
         index=found.index,
@@ -246,7 +247,7 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         info=atoms.info,
         units=found.units,
         fixed=fixed_atoms(atoms),
-        notes=(*notes, quirks.FREE_ENERGY_TAKEN) if free else notes,
+        notes=(*notes, ase_formats.FREE_ENERGY_TAKEN) if free else notes,
         converged=found.converged,
         others=options.others(partial(_by_key, found)),
         **labels,

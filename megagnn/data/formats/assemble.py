@@ -11,6 +11,7 @@ import numpy as np
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
+from megagnn.data.arrays import Bools, Floats
 from megagnn.data.formats.groups import group_name
 from megagnn.data.formats.options import ReadOptions, UnreadableError
 from megagnn.data.formats.units import Units
@@ -48,9 +49,9 @@ class Frame:
     path: Path
     index: int
     numbers: NDArray[np.integer]
-    positions: NDArray[np.float64]
-    cell: NDArray[np.float64]
-    pbc: NDArray[np.bool_]
+    positions: Floats
+    cell: Floats
+    pbc: Bools
     energy: Any = None
     forces: Any = None
     stress: Any = None
@@ -59,7 +60,7 @@ class Frame:
     units: Units = field(default_factory=Units)
     group: str | None = None
     level: str = "unknown"
-    fixed: NDArray[np.bool_] | None = None
+    fixed: Bools | None = None
     notes: tuple[str, ...] = ()
     converged: bool = True
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -120,9 +121,7 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
     )
 
 
-def usable_stress(
-    stress: NDArray[np.float64] | None, pbc: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64] | None, tuple[str, ...]]:
+def usable_stress(stress: Floats | None, pbc: Bools) -> tuple[Floats | None, tuple[str, ...]]:
     """A stress label, or None and a note where its volume holds vacuum (slabs, chains, molecules).
 
     The thickness of the vacuum is an arbitrary choice of whoever set up the cell, and so is such a stress.
@@ -132,7 +131,7 @@ def usable_stress(
     return None, (STRESS_DROPPED,)
 
 
-def full_tensor(value: Any, what: str = "stress") -> NDArray[np.float64]:
+def full_tensor(value: Any, what: str = "stress") -> Floats:
     """(3, 3) from nine numbers, or six in the order xx, yy, zz, yz, xz, xy.
 
     Raises:
@@ -150,13 +149,11 @@ def _number(value: Any, factor: float) -> float | None:
     return None if value is None else float(np.asarray(value, dtype=np.float64).reshape(())) * factor
 
 
-def _array(value: Any, factor: float) -> NDArray[np.float64] | None:
+def _array(value: Any, factor: float) -> Floats | None:
     return None if value is None else np.asarray(value, dtype=np.float64) * factor
 
 
-def _stress(
-    frame: Frame, units: Units, cell: NDArray[np.float64], pbc: NDArray[np.bool_]
-) -> tuple[NDArray[np.float64] | None, tuple[str, ...]]:
+def _stress(frame: Frame, units: Units, cell: Floats, pbc: Bools) -> tuple[Floats | None, tuple[str, ...]]:
     """The stress with notes: as given, or from the virial where there is none."""
     given = None if frame.stress is None else full_tensor(frame.stress) * units.factor("stress")
     if frame.virial is None or not pbc.all():

@@ -13,6 +13,7 @@ import numpy as np
 from ase.data import chemical_symbols
 from numpy.typing import NDArray
 
+from megagnn.data.arrays import Floats
 from megagnn.data.split import FRAME_PREFIX
 
 GROUPINGS = ("auto", "formula", "file", "frame")
@@ -38,24 +39,22 @@ def group_name(
 ) -> str:
     """The group of a structure: structures of one group, of any source, stay on one side of a split.
 
-    "auto" takes what the format itself tells about the origin of a frame (``auto``); where it tells nothing,
-    the empirical formula. Frames of a trajectory have one composition and so have conformations of a
-    molecule, so neither can be torn apart; supercells of a crystal share the *empirical* formula too. That
-    groups more than need be (isomers), which costs some freedom in the split and never an honest test. Two
-    things it cannot see: a trajectory whose composition changes, and one slab under different adsorbates.
-    Those need "file" or "info:KEY". A value of KEY means the same group in every file of one call.
+    "auto" takes what the format itself tells about the origin of a frame (``auto``), or else the empirical
+    formula. Frames of a trajectory have one composition and so have conformations of a molecule, so neither
+    can be torn apart; supercells of a crystal share the *empirical* formula too. That groups more than need
+    be (isomers), which costs some freedom in the split and never an honest test. Two things it cannot see: a
+    trajectory whose composition changes, and one slab under different adsorbates. Those need "file" or
+    "info:KEY". A value of KEY means the same group in every file of one call.
 
     "frame" and "file" name groups by the structures themselves, without labels: files of the same name in two
     folders do not collide, and one structure labelled by two methods stays one group.
 
     Args:
         group_by: "auto", "formula", "file" (every file is one trajectory), "frame" (no frame is related to
-            any other), or "info:KEY" (the value of KEY).
+            any other), or "info:KEY" (the value of KEY in `info`, which is what the file says of the frame).
         path, frame: where the structure was read, for messages.
         numbers: (N,) atomic numbers; positions: (N, 3), Å; cell: (3, 3), Å.
-        info: what the file says about the frame, for "info:KEY".
         file_content: name of all frames of the file by their content, or empty.
-        auto: the format's own idea of a group, or None.
 
     Raises:
         ValueError: the frame has no KEY.
@@ -95,7 +94,7 @@ def content_name(
     return digest.hexdigest()[:16]
 
 
-def _mark_weights(length: int) -> NDArray[np.float64]:
+def _mark_weights(length: int) -> Floats:
     """(NUM_MARKS, length) in [-1, 1): fractional parts of squares times irrational numbers (Weyl), which are
     spread evenly, and the same in every release of every library."""
     squares = np.arange(1, length + 1, dtype=np.float64) ** 2

@@ -16,8 +16,8 @@ from ase.calculators.lammps import convert
 from ase.data import atomic_masses
 from ase.io.formats import open_with_compression
 from ase.io.lammpsrun import read_lammps_dump_text
-from numpy.typing import NDArray
 
+from megagnn.data.arrays import Floats, Ints
 from megagnn.data.formats.options import ReadOptions, UnreadableError, cannot_read
 from megagnn.data.formats.species import numbers_of
 
@@ -102,9 +102,7 @@ def _as_written(atoms: ase.Atoms, style: str, options: ReadOptions) -> None:
         atoms.calc.results["forces"] = atoms.calc.results["forces"] / convert(1.0, "force", style, "ASE")
 
 
-def _numbers(
-    columns: list[str], rows: list[list[str]], options: ReadOptions
-) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _numbers(columns: list[str], rows: list[list[str]], options: ReadOptions) -> tuple[Ints, tuple[str, ...]]:
     """(N,) atomic numbers in the order of lines."""
     if "element" in columns:
         return numbers_of([row[columns.index("element")] for row in rows], options.species), ()
@@ -116,9 +114,7 @@ def _numbers(
     raise UnreadableError(_no_elements(columns, rows))
 
 
-def _from_masses(
-    masses: NDArray[np.float64], columns: list[str]
-) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def _from_masses(masses: Floats, columns: list[str]) -> tuple[Ints, tuple[str, ...]]:
     numbers = np.array([int(np.nanargmin(np.abs(atomic_masses[1:] - m))) + 1 for m in masses], dtype=np.int64)
     off = np.abs(atomic_masses[numbers] - masses)
     if (off > MASS_TOLERANCE).any():

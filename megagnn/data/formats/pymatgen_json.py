@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from ase.io.formats import open_with_compression
-from numpy.typing import NDArray
 
+from megagnn.data.arrays import Bools, Floats, Ints
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError
 from megagnn.data.formats.species import numbers_of
@@ -108,7 +108,7 @@ def read_entries(path: Path, options: ReadOptions, frame_of: FrameOf, form: str)
 
 def structure_fields(
     structure: Mapping[str, Any], species: Mapping[str, str], where: str
-) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
+) -> tuple[Ints, Floats, Floats, Bools]:
     """Numbers, positions, cell and periodicity of a structure (or molecule) in pymatgen's form.
 
     Raises:
@@ -135,7 +135,7 @@ def structure_fields(
     return numbers, positions, cell, pbc
 
 
-def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str) -> NDArray[np.float64]:
+def _numbers(value: Any, shape: tuple[int, ...], what: str, where: str) -> Floats:
     try:
         numbers = np.array(value, dtype=np.float64)
     except (TypeError, ValueError) as error:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase.data import atomic_numbers
-from numpy.typing import NDArray
 
+from megagnn.data.arrays import Ints
 from megagnn.data.formats.options import UnreadableError
 
 ISOTOPES = {"D": "H", "T": "H"}
@@ -46,9 +46,7 @@ def number_of(name: str, species: Mapping[str, str]) -> int | None:
     return None if number is None else int(number)
 
 
-def numbers_of(
-    names: Sequence[str], species: Mapping[str, str], flag: str = "--species"
-) -> NDArray[np.int64]:
+def numbers_of(names: Sequence[str], species: Mapping[str, str], flag: str = "--species") -> Ints:
     """(N,) atomic numbers of species by their names in the file.
 
     Raises:

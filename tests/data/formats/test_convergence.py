@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ase.test.fio.test_espresso import pw_output_text
 
-from megagnn.data.formats import ReadOptions, quirks, read_structures
+from megagnn.data.formats import ReadOptions, ase_formats, read_structures
 from tests.data.formats.frames import crystal, write
 
 DATA = Path(ase.test.__file__).parent / "testdata"
@@ -144,8 +144,8 @@ def test_what_extended_xyz_says(tmp_path, key, value, expected):
 def test_rules_by_their_lines():
     end = "  FREE ENERGIE OF THE ION-ELECTRON SYSTEM (eV)"
     steps = ["   NELM   =      2;", "--- Iteration    1(   1)  ---", "--- Iteration    1(   2)  ---"]
-    assert quirks.outcar([*steps, end]) == [False]
-    assert quirks.outcar([*steps, REACHED, end, "--- Iteration    2(   1)  ---", end]) == [True, True]
-    assert quirks.espresso(["Program PWSCF", "End of self-consistent calculation"]) == [True]
-    assert quirks.espresso(["Program PWSCF", "ATOMIC_POSITIONS", "!    total energy"]) == [True]
-    assert quirks.converged_frames(Path("nowhere"), "vasp-out") == []
+    assert ase_formats.outcar([*steps, end]) == [False]
+    assert ase_formats.outcar([*steps, REACHED, end, "--- Iteration    2(   1)  ---", end]) == [True, True]
+    assert ase_formats.espresso(["Program PWSCF", "End of self-consistent calculation"]) == [True]
+    assert ase_formats.espresso(["Program PWSCF", "ATOMIC_POSITIONS", "!    total energy"]) == [True]
+    assert ase_formats.converged_frames(Path("nowhere"), "vasp-out") == []
