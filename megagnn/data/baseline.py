@@ -85,7 +85,7 @@ def fit_baseline(
     fit = fit_references(numbers, offsets, energies, of_source, len(sources), fixed=fixed, elements=elements)
     is_fixed = np.zeros_like(fixed, dtype=np.bool_)
     shifts = np.zeros(len(sources))
-    summed = _summed(fit.energies, numbers, offsets, of_source)
+    summed = sum_over_atoms(fit.energies, numbers, offsets, of_source)
     for index, source in enumerate(sources):
         is_fixed[index, elements[index]] = ~np.isnan(fixed[index, elements[index]])
         mine = of_source == index
@@ -148,8 +148,8 @@ def elements_of(parts: Sequence[Part], num_sources: int) -> list[Ints]:
     return [np.flatnonzero(row) for row in seen]
 
 
-def _summed(references: Floats, numbers: NDArray[np.uint8], offsets: Ints, sources: Ints) -> Floats:
-    """(S,) sum of the references of the atoms of each structure, eV."""
+def sum_over_atoms(references: Floats, numbers: NDArray[np.uint8], offsets: Ints, sources: Ints) -> Floats:
+    """(S,) sum of reference energies (num_sources, 119) over the atoms of each structure, eV."""
     found = [np.zeros(0)]
     for block in blocks(len(sources)):
         lengths = np.diff(offsets[block.start : block.stop + 1])

@@ -77,9 +77,8 @@ class StructureDataset(Dataset[Graph]):
         self._index_in_store = np.concatenate(chosen)
         self.num_left_out = 0
         self._weights: NDArray[np.float32] | None = None
-        self.num_atoms = _gather([s.num_atoms[c] for s, c in zip(self.stores, chosen, strict=True)])
-        edges = [cached_num_edges(store, self.cutoff) for store in self.stores]
-        self.num_edges = _gather([e[c] for e, c in zip(edges, chosen, strict=True)])
+        self.num_atoms: Ints = self._of_stores([store.num_atoms for store in self.stores])
+        self.num_edges: Ints = self._of_stores([cached_num_edges(s, self.cutoff) for s in self.stores])
         if self_edges:
             self.num_edges = self.num_edges + self.num_atoms
 
@@ -89,15 +88,9 @@ class StructureDataset(Dataset[Graph]):
     def __getitem__(self, index: int) -> Graph:
         """The graph of one structure with its labels (see `build_graph`); its `structure` is `index`."""
         record = self.record(int(index))
-        graph = build_graph(
-            record[keys.ATOMIC_NUMBERS],
-            record[keys.POSITIONS],
-            record[keys.CELL],
-            record[keys.PBC],
-            self.cutoff,
-            self.self_edges,
-        )
-        return {**record, **graph}
+        geometry = (keys.ATOMIC_NUMBERS, keys.POSITIONS, keys.CELL, keys.PBC)
+        numbers, positions, cell, pbc = (record[key] for key in geometry)
+        return {**record, **build_graph(numbers, positions, cell, pbc, self.cutoff, self.self_edges)}
 
     def record(self, index: int) -> dict[str, Any]:
         """One structure with its labels (see `Store.structure`), numbered as this data set; no neighbours."""
@@ -133,14 +126,10 @@ class StructureDataset(Dataset[Graph]):
         """(S,) name of the source of each structure."""
         return self._of_stores([np.array(store.header.sources)[store.source] for store in self.stores])
 
-    def _of_stores(self, columns: Sequence[NDArray[np.str_]]) -> NDArray[np.str_]:
+    def _of_stores(self, columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
         """(S,) entries of this data set's structures, of (S_store,) columns of each store."""
-        longest = max(column.dtype.itemsize for column in columns) // np.dtype("<U1").itemsize
-        result = np.zeros(len(self), dtype=f"<U{max(1, longest)}")
-        for k, column in enumerate(columns):
-            mine = self._store_of == k
-            result[mine] = column[self._index_in_store[mine]]
-        return result
+        pairs = zip(columns, self._parts(), strict=True)
+        return np.concatenate([column[rows] for column, (_, rows, _) in pairs])
 
     def weigh(self, sources: Mapping[str, float], config_types: Mapping[str, float]) -> None:
         """Multiply the weights of structures in the loss by those of their sources and kinds.
@@ -257,8 +246,7 @@ class StructureDataset(Dataset[Graph]):
 
     def isolated_atoms(self) -> Bools:
         """(S,) bool, which structures of this split are isolated atoms."""
-        found = self._isolated_of_stores()
-        return np.concatenate([f[self._index_in_store[self._store_of == k]] for k, f in enumerate(found)])
+        return self._of_stores(self._isolated_of_stores())
 
     def _isolated_of_stores(self) -> list[Bools]:
         return [store.isolated_atoms(max(ISOLATED_DISTANCE, self.cutoff)) for store in self.stores]
@@ -297,10 +285,6 @@ def _merge(tables: Sequence[Sequence[str]], given: Sequence[str] | None, what: s
 def _map(table: Sequence[str], merged: Sequence[str]) -> Ints:
     lookup: Mapping[str, int] = {name: i for i, name in enumerate(merged)}
     return np.array([lookup[name] for name in table], dtype=np.int64)
-
-
-def _gather(parts: Sequence[Ints]) -> Ints:
-    return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])
 
 
 def nested_subset(dataset: StructureDataset, num_structures: int, seed: int) -> Ints:

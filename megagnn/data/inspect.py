@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 
 from megagnn.data import keys
 from megagnn.data.arrays import Bools, Floats
-from megagnn.data.baseline import Baseline, fit_baseline, given_references
+from megagnn.data.baseline import Baseline, fit_baseline, given_references, sum_over_atoms
 from megagnn.data.split import SPLITS
 from megagnn.data.store import Store
 
@@ -85,9 +85,8 @@ def _energy_residuals(store: Store, known: Baseline, alone: Bools) -> Floats:
     arrays = store.arrays
     labelled = store.labelled(keys.ENERGY, np.arange(len(store)))
     train = labelled[store.split[labelled] == SPLITS.index("train")]
-    source_of_atom = np.repeat(store.source, store.num_atoms)
     energies = known.references + known.shifts[:, None]
-    baseline = np.add.reduceat(energies[source_of_atom, arrays["atomic_numbers"]], arrays["offsets"][:-1])
+    baseline = sum_over_atoms(energies, arrays["atomic_numbers"], arrays["offsets"], store.source)
     fitted = labelled[np.isin(store.source[labelled], store.source[train]) & ~alone[labelled]]
     found = np.full(len(store), np.nan)
     found[fitted] = ((arrays["energy"] - baseline) / store.num_atoms)[fitted]

@@ -181,13 +181,10 @@ class Store:
         Raises:
             ValueError: naming the first file that differs.
         """
-        if GROUPS_FILE in self.header.sha256:
-            self.group_names()
-        for name in (
-            *(f"{name}.npy" for name in _names(self.header)),
-            *([GROUPS_FILE] * (GROUPS_FILE in self.header.sha256)),
-        ):
-            file = self.path / name
+        files = [f"{name}.npy" for name in _names(self.header)]
+        if self.group_names() is not None:
+            files.append(GROUPS_FILE)
+        for file in (self.path / name for name in files):
             if sha256_of(file) != self.header.sha256.get(file.name):
                 raise ValueError(
                     f"{file} does not match its checksum: the store is damaged; prepare or unpack it again"

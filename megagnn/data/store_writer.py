@@ -31,6 +31,14 @@ from megagnn.data.store_format import (
 LARGEST_LOSS = 1e-5
 """Å; molecules and slabs are moved to the origin where their coordinates would lose more."""
 
+NAMED = {
+    "source": "sources",
+    "level": "levels of theory",
+    "config_type": "kinds (config_type)",
+    "file": "files",
+}
+"""Array that stores the numbers of names -> what is named, in words."""
+
 SplitRule = Callable[[Sequence[str], Sequence[str]], NDArray[np.uint8]]
 """(groups, sources), one name for each structure -> (S,) uint8 index into SPLITS."""
 
@@ -132,10 +140,7 @@ class _Writer:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.files: dict[str, BinaryIO] = {}
-        self.sources: dict[str, int] = {}
-        self.levels: dict[str, int] = {}
-        self.config_types: dict[str, int] = {}
-        self.source_files: dict[str, int] = {}
+        self.names: dict[str, dict[str, int]] = {array: {} for array in NAMED}
         self.weighted = False
         self.other_labels: set[str] = set()
         self.group_ids: dict[str, int] = {}
@@ -167,12 +172,9 @@ class _Writer:
             "fixed": np.zeros(s.num_atoms) if s.fixed is None else s.fixed,
             "cell": s.cell,
             "pbc": s.pbc,
-            "source": _index(self.sources, s.source, "source", "sources"),
-            "level": _index(self.levels, s.level, "level", "levels of theory"),
             "group": self.group_ids.setdefault(s.group, len(self.group_ids)),
             "weights": s.weights,
-            "config_type": _index(self.config_types, s.config_type, "config_type", "kinds (config_type)"),
-            "file": _index(self.source_files, s.file, "file", "files"),
+            **{array: self._index(array, getattr(s, array)) for array in NAMED},
             "labels": sum(keys.LABELS[name].bit for name in labels),
         }
         for name, label in keys.LABELS.items():
@@ -199,19 +201,19 @@ class _Writer:
         self._append("split", self._check_splits(np.asarray(chosen)))
         needed = {
             "weights": self.weighted,
-            "config_type": set(self.config_types) != {""},
-            "file": len(self.source_files) > 1,
+            "config_type": set(self.names["config_type"]) != {""},
+            "file": len(self.names["file"]) > 1,
             **{name: name in self.other_labels for name in keys.OTHER_LABELS},
         }
         header = StoreHeader(
-            sources=tuple(self.sources),
-            levels=tuple(self.levels),
+            sources=tuple(self.names["source"]),
+            levels=tuple(self.names["level"]),
             num_structures=len(self.groups),
             num_atoms=self.num_atoms,
             split=description,
             provenance={name: dict(record) for name, record in provenance.items()},
-            config_types=tuple(self.config_types) if needed["config_type"] else (),
-            files=tuple(self.source_files) if needed["file"] else (),
+            config_types=tuple(self.names["config_type"]) if needed["config_type"] else (),
+            files=tuple(self.names["file"]) if needed["file"] else (),
             warnings=tuple(warnings),
         )
         for name, file in self.files.items():
@@ -229,6 +231,16 @@ class _Writer:
         )
         header.sha256[GROUPS_FILE] = sha256_of(names)
         return header
+
+    def _index(self, array: str, name: str) -> int:
+        """The number under which an array stores a name."""
+        table, largest = self.names[array], np.iinfo(ALL_ARRAYS[array][0]).max
+        index = table.setdefault(name, len(table))
+        if index > largest:
+            raise ValueError(
+                f"more than {largest} {NAMED[array]} in one store; is an identifier used as a name?"
+            )
+        return index
 
     def _append(self, name: str, value: Any) -> None:
         self.files[name].write(np.ascontiguousarray(value, dtype=ALL_ARRAYS[name][0]).tobytes())
@@ -254,14 +266,6 @@ class _Writer:
                 "unrelated"
             )
         return splits
-
-
-def _index(table: dict[str, int], name: str, array: str, what: str) -> int:
-    index = table.setdefault(name, len(table))
-    largest = np.iinfo(ALL_ARRAYS[array][0]).max
-    if index > largest:
-        raise ValueError(f"more than {largest} {what} in one store; is an identifier used as a name?")
-    return index
 
 
 def _write_npy_header(file: BinaryIO, name: str, shape: tuple[int, ...]) -> None:

@@ -222,7 +222,7 @@ def test_single_structure(tmp_path):
 def test_more_files_and_kinds_than_short_integers_count(tmp_path):
     """Each structure of a file and a kind of its own; the writer is told the numbers before by hand."""
     with _Writer(tmp_path) as writer:
-        for table in (writer.config_types, writer.source_files):
+        for table in (writer.names["config_type"], writer.names["file"]):
             table.update({str(k): k for k in range(40_000)})
         writer.add(replace(make_structure(2), file="last", config_type="odd"))
         writer.finish(np.zeros(1, np.uint8), {}, {}, ())

@@ -39,8 +39,7 @@ class Chunk:
 
 
 def as_stored(structure: Structure) -> Structure:
-    """The structure with positions and cell as the packed store will hold them: on the grid, then rounded to
-    float32.
+    """The structure with positions and cell as a store will hold them: on a grid of decimals, in float32.
 
     Labels are computed for these numbers, so stored labels belong to stored positions exactly. The decimal
     grid costs nothing (a geometry like any other) and lets the packed archive compress.
@@ -53,9 +52,7 @@ def as_stored(structure: Structure) -> Structure:
 
 
 def make_chunk(source: Source, seed: int, index: int, per_group: int) -> Chunk:
-    """Generate and label chunk `index`: GROUPS_PER_CHUNK groups of `per_group` structures, less what is
-    rejected.
-    """
+    """Generate and label a chunk: GROUPS_PER_CHUNK groups of `per_group` structures, less those rejected."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, source.number, index]))
     chunk = Chunk()
     seen: set[str] = set()
@@ -87,24 +84,20 @@ def _labelled(source: Source, structure: Structure) -> Structure:
 
 def save_chunk(path: Path, chunk: Chunk) -> None:
     """Write a chunk in one step: whole under its name, or not at all."""
-    structures = chunk.structures
+    structures, reasons = chunk.structures, sorted(chunk.rejected)
     arrays = {
         "num_atoms": np.array([s.num_atoms for s in structures], dtype=np.int64),
         "atomic_numbers": np.concatenate([np.zeros(0, np.uint8), *(s.atomic_numbers for s in structures)]),
-        "positions": np.concatenate([np.zeros((0, 3)), *(s.positions for s in structures)]).astype(
-            np.float32
-        ),
-        "forces": np.concatenate([np.zeros((0, 3)), *(_required(s.forces) for s in structures)]),
+        "positions": np.concatenate([np.zeros((0, 3), "f4"), *(s.positions for s in structures)], dtype="f4"),
+        "forces": np.concatenate([np.zeros((0, 3)), *(s.labels["forces"] for s in structures)]),
         "energy": np.array([s.energy for s in structures], dtype=np.float64),
         "cell": np.array([s.cell for s in structures], dtype=np.float32).reshape(-1, 3, 3),
         "pbc": np.array([s.pbc for s in structures], dtype=bool).reshape(-1, 3),
         "group": np.array([s.group for s in structures], dtype=np.str_),
         "num_labelled": np.array(chunk.num_labelled),
         "num_duplicates": np.array(chunk.num_duplicates),
-        "reasons": np.array(sorted(chunk.rejected), dtype=np.str_),
-        "num_rejected": np.array(
-            [chunk.rejected[reason] for reason in sorted(chunk.rejected)], dtype=np.int64
-        ),
+        "reasons": np.array(reasons, dtype=np.str_),
+        "num_rejected": np.array([chunk.rejected[reason] for reason in reasons], dtype=np.int64),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
@@ -115,20 +108,15 @@ def save_chunk(path: Path, chunk: Chunk) -> None:
 
 
 def load_chunk(path: Path, source: Source) -> Chunk | None:
-    """Read a chunk, or None where it is missing or not readable (a machine that lost power): it is then made
-    again.
-    """
+    """Read a chunk; None where it is missing or damaged (a machine that lost power), to be made again."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile):
         return None
-    rejected = Counter(
-        {str(r): int(n) for r, n in zip(arrays["reasons"], arrays["num_rejected"], strict=True)}
-    )
-    return Chunk(
-        list(_unpack(arrays, source)), int(arrays["num_labelled"]), rejected, int(arrays["num_duplicates"])
-    )
+    counts = zip(arrays["reasons"].tolist(), arrays["num_rejected"].tolist(), strict=True)
+    num_labelled, num_duplicates = int(arrays["num_labelled"]), int(arrays["num_duplicates"])
+    return Chunk(list(_unpack(arrays, source)), num_labelled, Counter(dict(counts)), num_duplicates)
 
 
 def _unpack(arrays: dict[str, np.ndarray], source: Source) -> Iterator[Structure]:
@@ -146,11 +134,6 @@ def _unpack(arrays: dict[str, np.ndarray], source: Source) -> Iterator[Structure
             source=source.name,
             level=source.engine.method,
         )
-
-
-def _required(forces: np.ndarray | None) -> np.ndarray:
-    assert forces is not None
-    return forces
 
 
 def chunk_path(parts: Path, index: int) -> Path:

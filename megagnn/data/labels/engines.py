@@ -1,6 +1,4 @@
-"""Labelling engines: geometry in, energy (eV) and forces (eV/Å) out, always with the name, version and method
-that made them.
-"""
+"""Labelling engines: geometry in, energy and forces out, with the name, version and method that made them."""
 
 from __future__ import annotations
 
@@ -22,9 +20,7 @@ class LabelError(Exception):
 
 @dataclass(frozen=True)
 class Labels:
-    """Energy: total, eV. Forces: (N, 3), eV/Å. Stress: (3, 3), eV/Å^3, tension positive, None where it has no
-    meaning.
-    """
+    """Total energy, eV; forces (N, 3), eV/Å; stress (3, 3), eV/Å^3, tension positive, or None."""
 
     energy: float
     forces: np.ndarray
@@ -32,9 +28,7 @@ class Labels:
 
 
 class Engine(Protocol):
-    """What a labeller offers. `package` is the distribution whose version is recorded, `method` the level of
-    theory.
-    """
+    """What a labeller offers: the distribution whose version is recorded, the level of theory, and labels."""
 
     @property
     def package(self) -> str: ...
@@ -72,18 +66,13 @@ class TBLite:
         return {"max_iterations": self.max_iterations, "accuracy": self.accuracy}
 
     def label(self, structure: Structure) -> Labels:
-        """Label a molecule; a new calculator each time, so that a label depends on nothing labelled before
-        it.
-        """
+        """Label a molecule, by a new calculator, so that a label depends on nothing labelled before it."""
         from tblite.exceptions import TBLiteRuntimeError
         from tblite.interface import Calculator
 
-        assert not structure.pbc.any(), (
-            "tblite is used for isolated molecules only (its periodic mode is Gamma-point only)"
-        )
-        calculator = Calculator(
-            self.method, structure.atomic_numbers.astype(np.int64), structure.positions / BOHR
-        )
+        assert not structure.pbc.any(), "for molecules only: tblite's periodic mode is Gamma-point only"
+        numbers = structure.atomic_numbers.astype(np.int64)
+        calculator = Calculator(self.method, numbers, structure.positions / BOHR)
         calculator.set("verbosity", 0)
         calculator.set("max-iter", self.max_iterations)
         calculator.set("accuracy", self.accuracy)
@@ -115,13 +104,8 @@ class EffectiveMedium:
         from ase import Atoms
         from ase.calculators.emt import EMT
 
-        atoms = Atoms(
-            structure.atomic_numbers,
-            structure.positions,
-            cell=structure.cell,
-            pbc=structure.pbc,
-            calculator=EMT(),
-        )
+        s = structure
+        atoms = Atoms(s.atomic_numbers, s.positions, cell=s.cell, pbc=s.pbc, calculator=EMT())
         return Labels(float(atoms.get_potential_energy()), atoms.get_forces())
 
 

@@ -57,25 +57,19 @@ def embedded_molecule(recipe: MoleculeRecipe, rng: np.random.Generator) -> tuple
 
     Returns its SMILES, the molecule with hydrogen, and the ids of its conformers.
     """
-    quiet = (
-        rdBase.BlockLogs()
-    )  # RDKit reports every graph that does not embed on stderr; as long as this lives
+    quiet = rdBase.BlockLogs()  # as long as it lives: RDKit reports every graph that does not embed
+    embed = rdDistGeom.EmbedMultipleConfs
     while True:
         smiles = random_smiles(recipe, rng)
         seed = int(rng.integers(2**30))
         if smiles is None:
             continue
         mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
-        ids = list(
-            rdDistGeom.EmbedMultipleConfs(
-                mol, recipe.conformers, randomSeed=seed, maxAttempts=3, numThreads=1
-            )
-        )
+        ids = list(embed(mol, recipe.conformers, randomSeed=seed, maxAttempts=3, numThreads=1))
         if not ids or not rdForceFieldHelpers.MMFFHasAllMoleculeParams(mol):
             continue
         relaxed = rdForceFieldHelpers.MMFFOptimizeMoleculeConfs(mol, numThreads=1, maxIters=500)
-        # -1: the force field could not be set up. 1 (not fully converged) is good enough for a starting
-        # point.
+        # -1: the force field could not be set up. 1 (not fully converged) will do for a starting point.
         ids = [conformer for conformer, (status, _) in zip(ids, relaxed, strict=True) if status >= 0]
         if ids:
             del quiet
@@ -89,8 +83,7 @@ def random_smiles(recipe: MoleculeRecipe, rng: np.random.Generator) -> str | Non
     free = [VALENCE[atom.GetAtomicNum()] - _bond_order(atom) for atom in mol.GetAtoms()]
     while mol.GetNumAtoms() < num_heavy:
         number = int(rng.choice(recipe.elements, p=recipe.probabilities))
-        # Chains of heteroatoms (peroxides, azo sulphides) are rare in real molecules: most such bonds are not
-        # offered.
+        # Chains of heteroatoms (peroxides, azo sulphides) are rare in real molecules: few bonds are offered.
         rare = number in HETERO and rng.random() < 0.85
         hosts = [i for i, left in enumerate(free)
                  if left > 0 and not (rare and mol.GetAtomWithIdx(i).GetAtomicNum() in HETERO)]  # fmt: skip
@@ -110,14 +103,11 @@ def random_smiles(recipe: MoleculeRecipe, rng: np.random.Generator) -> str | Non
 
 
 def _seed_graph(recipe: MoleculeRecipe, num_heavy: int, rng: np.random.Generator) -> Chem.RWMol:
-    """One carbon atom, or (with probability `ring_fraction`) a ring made of the recipe's elements that leaves
-    room.
-    """
+    """One carbon atom, or with probability `ring_fraction` a ring of known elements that leaves room."""
     if rng.random() < recipe.ring_fraction:
         ring = Chem.MolFromSmiles(str(rng.choice(RING_SEEDS)))
-        if ring.GetNumAtoms() <= num_heavy and all(
-            a.GetAtomicNum() in recipe.elements for a in ring.GetAtoms()
-        ):
+        known = all(atom.GetAtomicNum() in recipe.elements for atom in ring.GetAtoms())
+        if ring.GetNumAtoms() <= num_heavy and known:
             Chem.Kekulize(ring, clearAromaticFlags=True)
             for atom in ring.GetAtoms():
                 atom.SetNoImplicit(False)
@@ -153,14 +143,12 @@ def _close_rings(mol: Chem.RWMol, free: list[int], rng: np.random.Generator) -> 
 
 
 def normal_modes(mol: Chem.Mol, conformer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cartesian modes of the MMFF94 energy at a conformer (central differences of its gradient, no mass
-    weighting).
+    """Cartesian modes of the MMFF94 energy at a conformer, without masses, by differences of its gradient.
 
     Returns positions (N, 3) in Å, stiffness (3N,) in eV/Å^2 ascending, and modes (3N, 3N) as columns.
     """
-    field = rdForceFieldHelpers.MMFFGetMoleculeForceField(
-        mol, rdForceFieldHelpers.MMFFGetMoleculeProperties(mol), confId=conformer
-    )
+    properties = rdForceFieldHelpers.MMFFGetMoleculeProperties(mol)
+    field = rdForceFieldHelpers.MMFFGetMoleculeForceField(mol, properties, confId=conformer)
     start = np.array(field.Positions()).ravel()
     hessian = np.empty((len(start), len(start)))
     for k in range(len(start)):

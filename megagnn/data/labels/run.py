@@ -70,9 +70,7 @@ class LabelJob:
 
 @dataclass
 class Tally:
-    """Chunks of one source accepted so far, always the first ones: what a run of any other shape would accept
-    too.
-    """
+    """Chunks of one source accepted so far, always the first, which a run of any other shape accepts."""
 
     source: Source
     num: int
@@ -90,9 +88,7 @@ class Tally:
         return self.num_structures >= self.num
 
     def accept(self, chunk: Chunk) -> list[Structure]:
-        """Count the next chunk and return what it adds: no molecule an earlier chunk has, and no more than
-        `num` in all.
-        """
+        """Count the next chunk, and return what it adds: no known molecule, and no more than `num` in all."""
         fresh = [s for s in chunk.structures if self.source.repeats or s.group not in self.seen]
         added = fresh[: self.num - self.num_structures]
         self.seen.update(s.group for s in chunk.structures)

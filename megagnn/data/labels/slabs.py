@@ -1,5 +1,4 @@
-"""Metal slabs with adsorbates: random fcc alloy slab -> adsorbate at a drawn distance from contact -> thermal
-noise.
+"""Metal slabs with adsorbates: random fcc alloy slab -> adsorbate at a drawn distance -> thermal noise.
 
 The recipe stands for OC20 (Chanussot et al., ACS Catal. 11, 6059, 2021): many slabs, several poses of small
 adsorbates on each, off equilibrium.
@@ -21,8 +20,7 @@ from megagnn.data.record import Structure
 if TYPE_CHECKING:
     from megagnn.data.labels.sources import SlabRecipe
 
-# Conventional cubic lattice constants, Å (room temperature). An alloy takes the mean over its atoms (Vegard's
-# rule).
+# Cubic lattice constants at room temperature, Å. An alloy takes the mean over its atoms (Vegard's rule).
 LATTICE = {"Al": 4.05, "Ni": 3.52, "Cu": 3.615, "Pd": 3.89, "Ag": 4.09, "Pt": 3.92, "Au": 4.08}
 FACETS = {"fcc111": fcc111, "fcc100": fcc100, "fcc110": fcc110, "fcc211": fcc211}
 SIZES = {
@@ -32,30 +30,14 @@ SIZES = {
     "fcc211": ((3, 2, 3), (3, 2, 4), (3, 3, 3), (3, 3, 4)),
 }
 ATOMS = ("H", "O", "N", "C")
-MOLECULES = (
-    "CO",
-    "OH",
-    "CH3",
-    "NH2",
-    "CH2_s1A1d",
-    "H2O",
-    "NH3",
-    "CH4",
-    "H2",
-    "O2",
-    "N2",
-    "CO2",
-    "HCN",
-    "H2CO",
-)
-LARGER = ("C2H2", "C2H4", "CH3O", "CH3OH")
+MOLECULES = ("CO", "OH", "CH3", "NH2", "CH2_s1A1d", "H2O", "NH3", "CH4", "H2", "O2", "N2", "CO2")
+LARGER = ("HCN", "H2CO", "C2H2", "C2H4", "CH3O", "CH3OH")
 ADSORBATES = (*ATOMS, *MOLECULES, *LARGER)  # names of ase.build.molecule
 VACUUM = 7.5  # Å on either side; more than the reach of EMT
 
 
 def random_slabs(recipe: SlabRecipe, num_poses: int, rng: np.random.Generator) -> Iterator[Structure]:
-    """Yield `num_poses` geometries of one random slab, each with its own adsorbate, orientation, site and
-    noise.
+    """Yield `num_poses` geometries of one random slab, each with an adsorbate, a site and noise of its own.
 
     The group is facet, size and composition. That is coarser than the slab (it leaves out where the atoms of
     an alloy sit), so slabs that differ by a symmetry or only by their random pattern stay on one side of a
@@ -70,9 +52,8 @@ def random_slabs(recipe: SlabRecipe, num_poses: int, rng: np.random.Generator) -
         noise = float(rng.choice(recipe.noise))
         positions = pose.positions + rng.normal(0.0, noise, pose.positions.shape)
         numbers = pose.numbers.astype(np.uint8)
-        yield Structure(
-            numbers, positions, pose.cell.array.copy(), np.array([True, True, False]), group=group
-        )
+        pbc = np.array([True, True, False])
+        yield Structure(numbers, positions, pose.cell.array.copy(), pbc, group=group)
 
 
 def random_slab(recipe: SlabRecipe, rng: np.random.Generator) -> tuple[Atoms, str]:
@@ -80,8 +61,7 @@ def random_slab(recipe: SlabRecipe, rng: np.random.Generator) -> tuple[Atoms, st
     facet = str(rng.choice(list(FACETS)))
     size = SIZES[facet][int(rng.integers(len(SIZES[facet])))]
     host, guest = (str(metal) for metal in rng.choice(list(LATTICE), 2, replace=False))
-    # Cells are built at the alloy's lattice constant, known only once the composition is: draw the
-    # composition first.
+    # The composition is drawn first: the cell is built at the alloy's lattice constant.
     num_atoms = len(FACETS[facet](host, size, a=LATTICE[host], vacuum=VACUUM))
     num_guest = 0
     if rng.random() >= recipe.pure_fraction:
@@ -89,10 +69,8 @@ def random_slab(recipe: SlabRecipe, rng: np.random.Generator) -> tuple[Atoms, st
     lattice = LATTICE[host] + (LATTICE[guest] - LATTICE[host]) * num_guest / num_atoms
     slab = FACETS[facet](host, size, a=lattice, vacuum=VACUUM)
     slab.symbols[rng.permutation(num_atoms)[:num_guest]] = guest
-    counts = sorted(
-        (metal, count) for metal, count in ((host, num_atoms - num_guest), (guest, num_guest)) if count
-    )
-    composition = "".join(f"{metal}{count}" for metal, count in counts)
+    counts = sorted(((host, num_atoms - num_guest), (guest, num_guest)))
+    composition = "".join(f"{metal}{count}" for metal, count in counts if count)
     return slab, f"slab/{facet}/{'x'.join(map(str, size))}/{composition}"
 
 
