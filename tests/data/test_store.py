@@ -232,6 +232,6 @@ def test_more_files_and_kinds_than_short_integers_count(tmp_path):
 
 def test_too_many_sources_are_refused(tmp_path):
     with _Writer(tmp_path) as writer:
-        writer.sources.update({str(k): k for k in range(32_768)})
+        writer.names["source"].update({str(k): k for k in range(32_768)})
         with pytest.raises(ValueError, match="more than 32767 sources in one store"):
             writer.add(make_structure(2))
