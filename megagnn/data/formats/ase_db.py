@@ -12,7 +12,7 @@ import ase.db
 from ase.db.row import AtomsRow
 from ase.io.jsonio import read_json
 
-from megagnn.data.formats.options import ReadOptions, UnreadableError, cannot_read
+from megagnn.data.formats.options import ReadOptions, cannot_read, parsed_frames
 from megagnn.data.formats.units import Units
 
 DB_FORMATS = {"db": "db", "json": "json"}
@@ -54,29 +54,20 @@ def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Uni
 
 def iterate_rows(
     path: Path, database: Any, options: ReadOptions
-) -> Iterator[tuple[int, ase.Atoms, dict[str, Any]]]:
-    """(index, atoms, extra values by name) of each row, each read by itself.
+) -> Iterator[tuple[int, tuple[ase.Atoms, dict[str, Any]]]]:
+    """(index, (atoms, extra values by name)) of each row, each read by itself.
 
     Raises:
         UnreadableError: a row that cannot be read.
     """
-    num_rows = 0
-    try:
-        for index, row_of in enumerate(_rows(path, database)):
-            num_rows = index + 1
-            try:
-                row = row_of()
-                atoms = row.toatoms()
-                extra = {**dict(row.data), **dict(row.key_value_pairs)}
-            except Exception as error:
-                options.unreadable(cannot_read(path, index, error))
-                continue
-            atoms.info = {**extra, **atoms.info}
-            yield index, atoms, extra
-    except UnreadableError:
-        raise
-    except Exception as error:
-        options.unreadable(cannot_read(path, num_rows, error, last=num_rows))
+    yield from parsed_frames(path, _rows(path, database), _atoms, options)
+
+
+def _atoms(row_of: Callable[[], AtomsRow]) -> tuple[ase.Atoms, dict[str, Any]]:
+    row = row_of()
+    atoms, extra = row.toatoms(), {**dict(row.data), **dict(row.key_value_pairs)}
+    atoms.info = {**extra, **atoms.info}
+    return atoms, extra
 
 
 def _rows(path: Path, database: Any) -> Iterator[Callable[[], AtomsRow]]:

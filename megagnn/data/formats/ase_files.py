@@ -93,7 +93,8 @@ def read_ase(path: Path, options: ReadOptions) -> Iterator[Structure]:
             options.unreadable(error)
             continue
         if found.index == 0 and options.on_unreadable is None:
-            _check_labels(structure, found, options, path)
+            is_labelled = not (structure.energy is None and structure.forces is None and structure.converged)
+            options.check_first(partial(_by_key, found), _keys_there(found), is_labelled, str(path))
         usual = {label: label for label in ("energy", "forces", "stress") if _usual(found, label) is not None}
         options.check_label_keys(usual, f"{path}, frame {found.index}")
         yield structure
@@ -136,11 +137,11 @@ def _frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
         for index, atoms in iterate_extxyz(path, options):
             yield Found(index, atoms)
     elif name == "lammps-dump-text":
-        for index, atoms, notes in iterate_dump(path, options):
+        for index, (atoms, notes) in iterate_dump(path, options):
             yield Found(index, atoms, notes=notes)
     elif name in DB_FORMATS and path.suffix.lower() in (".db", ".json"):
         rows, units, declared = open_database(path, name, options)
-        for index, atoms, extra in iterate_rows(path, rows, options):
+        for index, (atoms, extra) in iterate_rows(path, rows, options):
             labels = {key: value for key, value in extra.items() if key in declared}
             yield Found(index, atoms, labels=labels, units=units)
     else:
@@ -272,19 +273,7 @@ def _unused_kin(found: Found, labels: Mapping[str, Any], options: ReadOptions) -
     return tuple(notes)
 
 
-def _check_labels(structure: Structure, found: Found, options: ReadOptions, path: Path) -> None:
-    """Refuse a file whose first frame lacks what was asked for by name, or has nothing to learn from."""
-    atoms = found.atoms
-    there = (
-        f"info: {', '.join(atoms.info) or 'none'}; arrays: "
-        f"{', '.join(k for k in atoms.arrays if k not in ('numbers', 'positions')) or 'none'}; "
-        f"results: {', '.join(found.results) or 'none'}"
-    )
-    for name, key in options.all_keys.items():
-        if key not in (None, "none") and _by_key(found, key) is None:
-            raise ValueError(f"{path}: there is no {name} key {key!r}; the first frame has {there}")
-    if structure.energy is None and structure.forces is None and structure.converged:
-        raise UnreadableError(
-            f"{path}: no energy or forces found; the first frame has {there}. Name the keys of the labels "
-            "with --energy-key and --forces-key"
-        )
+def _keys_there(found: Found) -> str:
+    arrays = (key for key in found.atoms.arrays if key not in ("numbers", "positions"))
+    places = {"info": found.atoms.info, "arrays": arrays, "results": found.results}
+    return "the first frame has " + "; ".join(f"{k}: {', '.join(v) or 'none'}" for k, v in places.items())

@@ -10,7 +10,7 @@ import io
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from ase.io.extxyz import key_val_str_to_dict, read_xyz
 from ase.io.formats import open_with_compression
 
-from megagnn.data.formats.options import ReadOptions, UnreadableError, cannot_read
+from megagnn.data.formats.options import LastFrameError, ReadOptions, parsed_frames
 from megagnn.data.formats.species import numbers_of
 
 TENSORS = ("stress", "virial")
@@ -39,33 +39,12 @@ def iterate_extxyz(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.
     Raises:
         UnreadableError: see above.
     """
-    index = 0
-    try:
-        with open_with_compression(str(path), "r") as file:
-            for frame in _split(_Lines(file)):
-                index += 1
-                if isinstance(frame, _Lost):
-                    last = index - 1 if frame.is_last else None
-                    options.unreadable(cannot_read(path, index - 1, frame.reason, last))
-                    continue
-                try:
-                    atoms = _atoms(frame, options.species)
-                except Exception as error:
-                    options.unreadable(cannot_read(path, index - 1, error))
-                    continue
-                yield index - 1, atoms
-    except UnreadableError:
-        raise
-    except (OSError, EOFError, ValueError) as error:
-        options.unreadable(cannot_read(path, index, error, last=index))
+    yield from parsed_frames(path, _raw_frames(path), partial(_atoms, species=options.species), options)
 
 
-@dataclass(frozen=True)
-class _Lost:
-    """A frame whose lines are not those of one frame; `is_last` if other frames may be lost after it."""
-
-    reason: str
-    is_last: bool = False
+def _raw_frames(path: Path) -> Iterator[list[str] | ValueError]:
+    with open_with_compression(str(path), "r") as file:
+        yield from _split(_Lines(file))
 
 
 class _Lines:
@@ -97,8 +76,8 @@ def _is_comment(line: str) -> bool:
     return _HEAD_KEY.search(line) is not None
 
 
-def _split(lines: _Lines) -> Iterator[list[str] | _Lost]:
-    """Lines of each frame: number of atoms, comment, atoms, and cell vectors (VEC1...) if there are any."""
+def _split(lines: _Lines) -> Iterator[list[str] | ValueError]:
+    """Lines of each frame: number of atoms, comment, atoms, cell vectors (VEC1...); or what is wrong there."""
     while True:
         _skip_blank(lines)
         if not lines.peek():
@@ -118,9 +97,9 @@ def _split(lines: _Lines) -> Iterator[list[str] | _Lost]:
         num_lost += sum(map(_is_comment, rest))
         is_last = not lines.peek() and any(map(_is_count, rest))
         for _ in range(num_lost - 1):
-            yield _Lost(reason)
+            yield ValueError(reason)
             reason = "its number of atoms was not found"
-        yield _Lost(reason, is_last)
+        yield LastFrameError(reason) if is_last else ValueError(reason)
 
 
 def _take_frame(lines: _Lines) -> tuple[list[str], str]:
@@ -150,7 +129,9 @@ def _skip_blank(lines: _Lines) -> None:
         lines.take()
 
 
-def _atoms(lines: list[str], species: Mapping[str, str]) -> ase.Atoms:
+def _atoms(lines: list[str] | ValueError, species: Mapping[str, str]) -> ase.Atoms:
+    if isinstance(lines, ValueError):
+        raise lines
     num_atoms = int(lines[0])
     column = _species_column(lines[1])
     if column is not None:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import IO
 
 import ase
 import numpy as np
@@ -18,7 +18,7 @@ from ase.io.formats import open_with_compression
 from ase.io.lammpsrun import read_lammps_dump_text
 
 from megagnn.data.arrays import Floats, Ints
-from megagnn.data.formats.options import ReadOptions, UnreadableError, cannot_read
+from megagnn.data.formats.options import ReadOptions, UnreadableError, parsed_frames
 from megagnn.data.formats.species import numbers_of
 
 NO_ENERGY = "energy left out: a LAMMPS dump holds none"
@@ -26,47 +26,38 @@ UNITS_ASSUMED = "lengths and forces taken to be in LAMMPS units metal, Å and eV
 FROM_MASSES = "elements told by masses"
 MASS_TOLERANCE = 0.05
 
+Notes = tuple[str, ...]
 
-def iterate_dump(path: Path, options: ReadOptions) -> Iterator[tuple[int, ase.Atoms, tuple[str, ...]]]:
-    """(index, atoms, notes) of each frame; those that cannot be read go to `options.unreadable`.
+
+def iterate_dump(path: Path, options: ReadOptions) -> Iterator[tuple[int, tuple[ase.Atoms, Notes]]]:
+    """(index, (atoms, notes)) of each frame; those that cannot be read go to `options.unreadable`.
 
     Raises:
         UnreadableError: see above; among them a dump that tells no elements, for which none are given.
     """
-    index = 0
-    try:
-        with open_with_compression(str(path), "r") as file:
-            style = None
-            for index, (lines, found_style) in enumerate(_split(file)):
-                style = found_style or style
-                try:
-                    atoms, notes = _atoms(lines, style, options)
-                except Exception as error:
-                    options.unreadable(cannot_read(path, index, error))
-                    continue
-                yield index, atoms, notes
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        options.unreadable(cannot_read(path, index, error, last=index))
+    yield from parsed_frames(path, _split(path), partial(_atoms, options), options)
 
 
-def _split(file: IO[str]) -> Iterator[tuple[list[str], str | None]]:
+def _split(path: Path) -> Iterator[tuple[list[str], str | None]]:
     """Lines of each frame from ITEM: TIMESTEP on, and the style of units where one is named before it."""
     lines: list[str] = []
     style = next_style = None
-    for line in file:
-        if line.startswith("ITEM: UNITS"):
-            next_style = next(file, "").strip() or None
-            continue
-        if line.startswith("ITEM: TIMESTEP"):
-            if lines:
-                yield lines, style
-            lines, style = [], next_style
-        lines.append(line)
+    with open_with_compression(str(path), "r") as file:
+        for line in file:
+            if line.startswith("ITEM: UNITS"):
+                next_style = next(file, "").strip() or next_style
+                continue
+            if line.startswith("ITEM: TIMESTEP"):
+                if lines:
+                    yield lines, style
+                lines, style = [], next_style
+            lines.append(line)
     if lines:
         yield lines, style
 
 
-def _atoms(lines: list[str], style: str | None, options: ReadOptions) -> tuple[ase.Atoms, tuple[str, ...]]:
+def _atoms(options: ReadOptions, frame: tuple[list[str], str | None]) -> tuple[ase.Atoms, Notes]:
+    lines, style = frame
     start = next((k for k, line in enumerate(lines) if line.startswith("ITEM: ATOMS")), None)
     if start is None:
         raise ValueError("the frame has no ITEM: ATOMS")
@@ -102,7 +93,7 @@ def _as_written(atoms: ase.Atoms, style: str, options: ReadOptions) -> None:
         atoms.calc.results["forces"] = atoms.calc.results["forces"] / convert(1.0, "force", style, "ASE")
 
 
-def _numbers(columns: list[str], rows: list[list[str]], options: ReadOptions) -> tuple[Ints, tuple[str, ...]]:
+def _numbers(columns: list[str], rows: list[list[str]], options: ReadOptions) -> tuple[Ints, Notes]:
     """(N,) atomic numbers in the order of lines."""
     if "element" in columns:
         return numbers_of([row[columns.index("element")] for row in rows], options.species), ()
@@ -114,7 +105,7 @@ def _numbers(columns: list[str], rows: list[list[str]], options: ReadOptions) ->
     raise UnreadableError(_no_elements(columns, rows))
 
 
-def _from_masses(masses: Floats, columns: list[str]) -> tuple[Ints, tuple[str, ...]]:
+def _from_masses(masses: Floats, columns: list[str]) -> tuple[Ints, Notes]:
     numbers = np.array([int(np.nanargmin(np.abs(atomic_masses[1:] - m))) + 1 for m in masses], dtype=np.int64)
     off = np.abs(atomic_masses[numbers] - masses)
     if (off > MASS_TOLERANCE).any():

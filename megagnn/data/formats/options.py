@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megagnn.data.formats.groups import GROUPINGS
 from megagnn.data.formats.units import Units
@@ -21,6 +21,9 @@ USUAL_NAMES = {
 
 VIRIAL_LEFT_OUT = "a virial is not read, for other labels have keys of their own; --virial-key reads it"
 
+Raw = TypeVar("Raw")
+Parsed = TypeVar("Parsed")
+
 
 class UnreadableError(ValueError):
     """A file, or a frame of it, that cannot be understood.
@@ -33,6 +36,10 @@ class UnreadableError(ValueError):
     def __init__(self, message: str, last: int | None = None) -> None:
         super().__init__(message)
         self.last = last
+
+
+class LastFrameError(ValueError):
+    """A frame that cannot be read, after which the others of its file may be lost."""
 
 
 def cannot_read(
@@ -151,6 +158,56 @@ class ReadOptions:
             raise error
         self.on_unreadable(error)
 
+    def check_first(self, find: Callable[[str], Any], there: str, is_labelled: bool, where: str) -> None:
+        """Refuse a file whose first frame lacks what was asked for by name, or has nothing to learn from.
+
+        Args:
+            find: from a key to its value in the frame, or None.
+            there: the keys of the frame, in words.
+            is_labelled: whether it has an energy or forces.
+            where: the frame, for the message.
+
+        Raises:
+            ValueError: no such key, or neither energy nor forces (an UnreadableError).
+        """
+        for name, key in self.all_keys.items():
+            if key not in (None, "none") and find(key) is None:
+                raise ValueError(f"{where}: there is no {name} key {key!r}; {there}")
+        if not is_labelled:
+            raise UnreadableError(
+                f"{where}: no energy or forces found; {there}. Name the keys of the labels with --energy-key "
+                "and --forces-key"
+            )
+
     def source_name(self, path: Path) -> str:
         """The source's name for structures of a file; of a hidden file without its first dot."""
         return self.source if self.source is not None else path.name.lstrip(".").split(".")[0] or path.name
+
+
+def parsed_frames(
+    path: Path, raw_frames: Iterable[Raw], parse: Callable[[Raw], Parsed], options: ReadOptions
+) -> Iterator[tuple[int, Parsed]]:
+    """(index, what `parse` makes of it) of each frame; those that cannot be read go to `options.unreadable`.
+
+    Args:
+        raw_frames: the frames of a file as they stand there; an error of this iterator ends the reading.
+        parse: raises whatever it likes of a frame that it cannot read; reading goes on with the next.
+
+    Raises:
+        UnreadableError: see `ReadOptions.unreadable`.
+    """
+    index = 0
+    try:
+        for raw in raw_frames:
+            try:
+                found = parse(raw)
+            except Exception as error:
+                last = index if isinstance(error, LastFrameError) else None
+                options.unreadable(cannot_read(path, index, error, last))
+            else:
+                yield index, found
+            index += 1
+    except UnreadableError:
+        raise
+    except Exception as error:
+        options.unreadable(cannot_read(path, index, error, last=index))

@@ -102,7 +102,9 @@ def read_entries(path: Path, options: ReadOptions, frame_of: FrameOf, form: str)
             options.unreadable(UnreadableError(f"cannot read {entry.where}: {form} ({reason})"))
             continue
         if index == 0 and options.on_unreadable is None:
-            _check_labels(structure, labels, options, entry.where)
+            there = f"keys there are {', '.join(key for key in labels if key not in NOT_LABELS) or 'none'}"
+            is_labelled = not (structure.energy is None and structure.forces is None)
+            options.check_first(labels.get, there, is_labelled, entry.where)
         yield structure
 
 
@@ -214,19 +216,6 @@ def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Fram
         **labels,
     )
     return frame, entry
-
-
-def _check_labels(structure: Structure, entry: Mapping[str, Any], options: ReadOptions, where: str) -> None:
-    """Refuse a file whose first entry lacks what was asked for by name, or has nothing to learn from."""
-    there = ", ".join(key for key in entry if key not in NOT_LABELS) or "none"
-    for name, key in options.all_keys.items():
-        if key not in (None, "none") and entry.get(key) is None:
-            raise ValueError(f"{where}: there is no {name} key {key!r}; keys there are {there}")
-    if structure.energy is None and structure.forces is None:
-        raise UnreadableError(
-            f"{where}: no energy or forces found; keys there are {there}. Name those of the labels with "
-            "--energy-key and --forces-key"
-        )
 
 
 def iterate_entries(path: Path) -> Iterator[tuple[str | None, Any]]:
