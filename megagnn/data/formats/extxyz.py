@@ -77,7 +77,7 @@ def _is_comment(line: str) -> bool:
 
 
 def _split(lines: _Lines) -> Iterator[list[str] | ValueError]:
-    """Lines of each frame: number of atoms, comment, atoms, cell vectors (VEC1...); or what is wrong there."""
+    """Lines of each frame (number of atoms, comment, atoms, VEC1... if there), or what is wrong with them."""
     while True:
         _skip_blank(lines)
         if not lines.peek():
