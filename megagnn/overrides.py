@@ -70,8 +70,10 @@ def changes(root: type, prefix: str = "") -> dict[str, Change]:
             classes = [extra for extra in typing.get_args(hint)[1:] if isinstance(extra, Change)]
             if len(classes) != 1:
                 raise TypeError(f"field {name} of {kind.__name__} needs one class of Change, got {classes}")
-            if found.setdefault(prefix + name, classes[0]) != classes[0]:
-                raise TypeError(f"field {name} of {kind.__name__} has another class of Change elsewhere")
+            if (first := found.setdefault(prefix + name, classes[0])) != classes[0]:
+                raise TypeError(
+                    f"field {name} of {kind.__name__} is {classes[0]}, elsewhere {first}; give it that one"
+                )
     return found
 
 

@@ -55,6 +55,15 @@ class Dual:
             return Dual.of_planes(function(self._planes))
         return Dual(function(self.value), function(self.tangent))
 
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> Any:
+        """Raises ValueError with the way out, where a function of PyTorch is given a Dual."""
+        name = getattr(function, "__name__", function)
+        raise ValueError(  # a TypeError would be taken for an operator that is not there
+            f"PyTorch's {name} takes no Dual numbers; use a function of megagnn.ops.dual, or "
+            "megagnn.ops.lift.lift on one of tensors, as lift(torch.exp), or lift(torch.reciprocal) to divide"
+        )
+
     def __add__(self, other: Dual | Tensor | float) -> Dual:
         if isinstance(other, Dual):
             if self._planes is not None and other._planes is not None:

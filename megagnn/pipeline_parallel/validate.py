@@ -90,7 +90,9 @@ def _check_actions(schedule: Schedule) -> dict[Action, tuple[int, int]]:
             what = f"there are {schedule.num_stages} stages and {schedule.num_micro_batches} micro-batches"
             raise ScheduleError(schedule, rank, step, "placement", what)
         if kind == "R" and stage:
-            raise ScheduleError(schedule, rank, step, "placement", "forces are summed at stage 0")
+            raise ScheduleError(
+                schedule, rank, step, "placement", "forces are summed at stage 0; leave R out of others"
+            )
         if schedule.placement[stage] != rank:
             what = f"stage {stage} is on rank {schedule.placement[stage]}"
             raise ScheduleError(schedule, rank, step, "placement", what)

@@ -13,6 +13,7 @@ PLACES = (ROOT, ROOT / "megagnn", ROOT / "megagnn/pipeline_parallel", ROOT / "do
 """Where a path that a document names may begin."""
 FOLDERS = ("megagnn", "csrc", "tests", "tools", "examples")
 EXAMPLES = {
+    "megagnn/models/schnet/config.py",
     "megagnn/models/schnet/model.py",
     "megagnn.models.schnet.model",
     "schedules/gpipe_fifo.py",

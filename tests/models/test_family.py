@@ -1,6 +1,7 @@
 """What every model family must keep of the interface, and how configurations choose a family."""
 
 import dataclasses
+import typing
 from typing import Any
 
 import pytest
@@ -14,14 +15,26 @@ from megagnn.models.config import ModelConfig
 from megagnn.models.family import Part, layer_works, step_flops
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.registry import FAMILIES, model_class, presets_of
+from megagnn.objective.config import LossConfig
+from megagnn.objective.gradient_methods import GRADIENT_METHODS
+from megagnn.objective.loss import Loss, label_counts
+from megagnn.parallel.context import ParallelContext
 from megagnn.pipeline_parallel.stage import layer_costs
-from tests.models.physics import STATISTICS, crystal, ethanol
+from tests.distributed.parity import batch_of
+from tests.models.physics import STATISTICS, crystal, ethanol, randomised
+from tests.tolerances import PARITY
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
+def forces_of(family: str) -> tuple[str, ...]:
+    """The values of `model.forces` that a family has."""
+    return typing.get_args(typing.get_type_hints(FAMILIES[family].config)["forces"])
+
+
 def config_of(family: str, **values: Any) -> ModelConfig:
-    small = {"width": 16, "num_layers": 3, "num_radial": 8, "cutoff": 4.0, "forces": "direct"}
+    forces = "direct" if "direct" in forces_of(family) else "none"
+    small = {"width": 16, "num_layers": 3, "num_radial": 8, "cutoff": 4.0, "forces": forces}
     model = {"family": family, **small, **values}
     return config_from_dict({"model": model, "loss": {"force_weight": 0}}).model
 
@@ -46,7 +59,8 @@ def test_states_are_as_the_fields_say(family: str) -> None:
             name: value for name, value in state.items() if done == 3 and name not in fields
         }
     outputs, whole = model.outputs(batch, state), model(batch)
-    for key in (keys.ENERGY, keys.FORCES):
+    assert outputs.keys() == whole.keys()
+    for key in whole:
         torch.testing.assert_close(outputs[key], whole[key], rtol=1e-12, atol=1e-12)
 
 
@@ -72,8 +86,10 @@ def test_a_part_holds_what_the_whole_does(family: str) -> None:
             assert torch.equal(parameter, whole[name]), name
 
 
-@families
-@pytest.mark.parametrize("forces", ["none", "direct"])
+@pytest.mark.parametrize(
+    ("family", "forces"),
+    [(family, forces) for family in FAMILIES for forces in forces_of(family) if forces != "conservative"],
+)
 def test_the_work_is_what_is_multiplied(family: str, forces: str) -> None:
     """Matrix products counted by PyTorch in a forward pass of plain operations.
 
@@ -88,6 +104,21 @@ def test_the_work_is_what_is_multiplied(family: str, forces: str) -> None:
     works = layer_works(potential.model.config)
     stated = sum(w.per_edge * num_edges + w.per_atom * num_atoms for w in works)
     assert counter.get_total_flops() / 2 == pytest.approx(stated, rel=0.03)
+
+
+@families
+def test_one_backward_equals_derivatives_of_derivatives(family: str) -> None:
+    """Every operation of the family knows pairs of value and tangent."""
+    potential, batch = randomised(config_of(family, forces="conservative", stress=True)), batch_of(range(3))
+    loss, counts = Loss(LossConfig(stress_weight=0.1)), label_counts(batch, ParallelContext())
+    found = []
+    for method in ("create_graph", "one_backward"):
+        GRADIENT_METHODS[method](potential, batch, loss, counts)
+        found.append({name: p.grad for name, p in potential.named_parameters()})
+        potential.zero_grad()
+    for name, expected in found[0].items():
+        error = (found[1][name] - expected).abs().max()
+        assert error <= PARITY * expected.abs().max(), name
 
 
 @families

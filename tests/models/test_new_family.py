@@ -1,5 +1,6 @@
 """The model family of docs/extending.md, added as it says, has forces, trains, and runs over ranks."""
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,14 +29,22 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
 MODULE = "megagnn.models.schnet.model"
 
 
+def example() -> tuple[str, str, str]:
+    """Configuration, model and the line of the registry."""
+    section = DOCUMENT.read_text().split("\n## A model family\n")[1].split("\n## ")[0]
+    config, model = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (line,) = re.findall(r'^    ("schnet": .*),$', section, re.MULTILINE)
+    return config, model, line
+
+
 def add_family() -> None:
-    """The module's text, and the line of the registry."""
-    section = DOCUMENT.read_text().partition("## A model family")[2]
-    text = section.partition("```python\n")[2].partition("```")[0]
-    module = sys.modules[MODULE] = ModuleType(MODULE)
-    exec(text, module.__dict__)
-    FAMILIES["schnet"] = Family(module.SchNetConfig, {"default": {}}, f"{MODULE}:SchNet")
-    ModelConfig.variants["schnet"] = module.SchNetConfig
+    """The two modules, and the entry of the registry."""
+    config, model, line = example()
+    names: dict[str, Any] = {"Family": Family}
+    exec(config, names)
+    exec(model, sys.modules.setdefault(MODULE, ModuleType(MODULE)).__dict__)
+    FAMILIES.update(eval(f"{{{line}}}", names))
+    ModelConfig.variants["schnet"] = names["SchNetConfig"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +56,17 @@ def family(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     overrides.changes.cache_clear()
     yield
     overrides.changes.cache_clear()
+
+
+def test_the_registry_can_import_the_configuration() -> None:
+    """Before there are models, which import the registry."""
+    lines = [line for line in example()[0].splitlines() if "megagnn" in line]
+    assert {line.split()[1] for line in lines} == {"megagnn.models.config", "megagnn.overrides"}
+
+
+def test_forces_of_its_own_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"'model.forces': .*'conservative' or 'none', got 'direct'"):
+        model_config(family="schnet", forces="direct")
 
 
 class TestPhysics(PhysicsTests):

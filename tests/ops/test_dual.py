@@ -111,3 +111,9 @@ def test_the_tangent_of_relu_at_zero_is_zero() -> None:
 def test_shapes_must_agree() -> None:
     with pytest.raises(ValueError, match=r"one shape, got \(2, 3\) and \(3,\)"):
         Dual(torch.zeros(2, 3), torch.zeros(3))
+
+
+@pytest.mark.parametrize("function", [torch.exp, lambda x: x / x, lambda x: torch.ones(2) * x])
+def test_what_knows_no_pairs_names_the_way_out(function: Callable[[Any], Any]) -> None:
+    with pytest.raises(ValueError, match=r"takes no Dual numbers; use a function of .* lift\(torch.exp\)"):
+        function(Dual(torch.ones(2), torch.ones(2)))
