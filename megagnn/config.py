@@ -26,6 +26,7 @@ from megagnn.models.config import ModelConfig
 from megagnn.models.registry import FAMILIES, presets_of
 from megagnn.objective.config import LOSS_PRESETS, LossConfig
 from megagnn.optim.config import OptimConfig
+from megagnn.optim.rules import rule_of
 from megagnn.overrides import (
     STRICT,
     Change,
@@ -211,6 +212,12 @@ class RunConfig:
 
     def _check_sharding(self) -> None:
         stage, optim = self.parallel.zero_stage, self.optim
+        rule_of(optim.rule)
+        if optim.implementation != "own" and optim.rule != "adamw":
+            raise ValueError(
+                f"optim.rule = '{optim.rule}' needs optim.implementation = 'own', got "
+                f"'{optim.implementation}', which is one of AdamW; set one of the two to match"
+            )
         if (stage > 0 or optim.offload != "none") and optim.implementation != "own":
             raise ValueError(
                 f"optim.implementation = '{optim.implementation}' cannot be sharded or offloaded; set it to "

@@ -148,7 +148,8 @@ def share_of(pieces: Iterable[Piece], context: ParallelContext) -> Parts:
     """
     alike: dict[tuple[bool, bool], list[Piece]] = {}
     for piece in pieces:
-        alike.setdefault((piece.replicated, not piece.layout.is_sharded), []).append(piece)
+        over_tp = not piece.layout.is_sharded and not piece.of_one_rank
+        alike.setdefault((piece.replicated, over_tp), []).append(piece)
     parts: Parts = {}
     for (over_dp, over_tp), group in alike.items():
         num, index = 1, 0

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from megagnn.checkpoint.single_file import EVERYTHING, WEIGHTS, load_checkpoint, save_checkpoint
+from megagnn.checkpoint.single_file import WEIGHTS, everything, load_checkpoint, save_checkpoint
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +32,8 @@ def export_checkpoint(checkpoint: Path, out: Path, optimizer: bool = False) -> N
     Takes the memory of all that is written. Raises as `load_checkpoint`, and ValueError if the checkpoint has
     no optimizer's state.
     """
-    kinds = EVERYTHING if optimizer else WEIGHTS
-    loaded = load_checkpoint(checkpoint, kinds)
+    loaded = load_checkpoint(checkpoint, optimizer)
+    kinds = everything(loaded.config) if optimizer else WEIGHTS
     tensors = {name: t for name, t in loaded.tensors.items() if name.split("/")[0] in kinds}
     absent = sorted(set(kinds) - {name.split("/")[0] for name in tensors})
     if absent:

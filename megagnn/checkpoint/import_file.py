@@ -7,14 +7,14 @@ from pathlib import Path
 from torch import Tensor
 
 from megagnn.checkpoint.folder import checkpoint_steps, folder_name
-from megagnn.checkpoint.pieces import MOMENTS
 from megagnn.checkpoint.progress import Progress
-from megagnn.checkpoint.single_file import EVERYTHING, Checkpoint, load_checkpoint
+from megagnn.checkpoint.single_file import Checkpoint, everything, load_checkpoint
 from megagnn.checkpoint.writer import CheckpointStore
 from megagnn.models.potential import build_potential
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_optimizer
 from megagnn.optim.pieces import Piece
+from megagnn.optim.rules.adamw import ADAMW
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import ParameterLayout
 
@@ -39,9 +39,9 @@ def import_checkpoint(file: Path, out_dir: Path) -> Path:
     Raises:
         ValueError: the file lacks the optimizer's state, or the folder has checkpoints already.
     """
-    checkpoint = load_checkpoint(file, EVERYTHING)
+    checkpoint = load_checkpoint(file, optimizer=True)
     tensors, progress = _named(checkpoint)
-    absent = sorted(set(EVERYTHING) - {name.split("/")[0] for name in tensors})
+    absent = sorted(set(everything(checkpoint.config)) - {name.split("/")[0] for name in tensors})
     if absent:
         raise ValueError(
             f"{file} does not hold {', '.join(absent)}: no run can go on from it; export it with --optimizer"
@@ -63,7 +63,9 @@ def _named(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Progress]:
     progress = checkpoint.progress
     if progress.best_step != progress.step:  # the best is another, which is not here
         progress = dataclasses.replace(progress, best_step=None, best_loss=float("inf"))
-    tensors = {n: t for n, t in checkpoint.tensors.items() if n.split("/")[0] in EVERYTHING}
+    tensors = {
+        n: t for n, t in checkpoint.tensors.items() if n.split("/")[0] in everything(checkpoint.config)
+    }
     numbered = {n: t for n, t in checkpoint.tensors.items() if n.startswith("optimizer/")}
     if numbered:  # format 1
         progress = dataclasses.replace(progress, optimizer_steps=progress.step)
@@ -72,7 +74,7 @@ def _named(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], Progress]:
         order = [p for group in make_optimizer(model, OptimConfig()).param_groups for p in group["params"]]
         for key, tensor in numbered.items():
             _, index, kind = key.split("/")
-            if kind in MOMENTS:
+            if kind in ADAMW.state:
                 tensors[f"{kind}/{names[order[int(index)]]}"] = tensor
     return tensors, progress
 

@@ -1,15 +1,15 @@
 """Checkpoints in memory, whole: read from a folder that a run wrote or from one file, written to one file.
 
 In a single safetensors file tensors are named `model/NAME` (weights), `average/NAME` (their moving average)
-and, where it was exported with them, `exp_avg/NAME` and `exp_avg_sq/NAME` (AdamW's moments). The file's
-metadata holds, as JSON, the configuration, the statistics of the training split, the progress of the run and
-a checksum. Loading unpickles nothing.
+and, where it was exported with it, `STATE/NAME` (the optimizer's state: AdamW's are `exp_avg`, `exp_avg_sq`).
+The file's metadata holds, as JSON, the configuration, the statistics of the training split, the progress of
+the run and a checksum. Loading unpickles nothing.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,11 +29,18 @@ from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import Precision, precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.optim.pieces import whole_slice
+from megagnn.optim.rules import rule_of
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
 
 WEIGHTS = ("model", "average")
-EVERYTHING = (*WEIGHTS, "exp_avg", "exp_avg_sq")
+
+
+def everything(config: RunConfig) -> tuple[str, ...]:
+    """Kinds of tensors that a run goes on from: the weights, and the state of its optimizer."""
+    return (*WEIGHTS, *rule_of(config.optim.rule).state)
+
+
 T = TypeVar("T")
 _READABLE = (1, 2)  # 1 names the optimizer's state by numbers; the weights are the same
 
@@ -100,14 +107,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint | FolderCheckpoint:
     return _while_it_stays(path, opened)
 
 
-def load_checkpoint(path: str | Path, kinds: Sequence[str] = WEIGHTS) -> Checkpoint:
-    """Verify and read a checkpoint: a file, or of a folder all whole tensors of these kinds; raises as
-    `open_checkpoint`."""
+def load_checkpoint(path: str | Path, optimizer: bool = False) -> Checkpoint:
+    """Verify and read a checkpoint: a file, or of a folder all whole weights, with the optimizer's state if
+    asked for; raises as `open_checkpoint`."""
 
     path = Path(os.path.expanduser(path))
 
     def whole(folder: Path) -> Checkpoint:
         found = open_folder(folder)
+        kinds = everything(found.config) if optimizer else WEIGHTS
         return Checkpoint(found.config, found.statistics, found.progress, found.whole(kinds), path)
 
     opened = open_checkpoint(path)

@@ -84,9 +84,10 @@ def laws(
     )
     size = scale * std * (ratio**-0.5 if kind == "output" else 1.0)
     if config.initialisation == "lecun":
-        return LinearLaws(Normal(size), Constant(0.0), rate / ratio, rate)
+        return LinearLaws(Normal(size), Constant(0.0), rate / ratio, rate, kind == "hidden")
     # U(-a, a) with a = sqrt(3) gain std and PyTorch's gain of sqrt(1/3), for weight and bias alike
-    return LinearLaws(Uniform(size), Constant(0.0) if zero_bias else Uniform(std), rate / ratio, rate)
+    bias = Constant(0.0) if zero_bias else Uniform(std)
+    return LinearLaws(Uniform(size), bias, rate / ratio, rate, kind == "hidden")
 
 
 def branch_rate(config: ModelConfig) -> float:

@@ -8,8 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagnn.ops import adamw_, square_sum
+from megagnn.ops import square_sum
 from megagnn.optim.flat import FlatLayout
+from megagnn.optim.interface import RunOptimizer, one_number_of_steps, parameters_of, whole_norm
+from megagnn.optim.pieces import Piece, whole_slice
+from megagnn.optim.rules.adamw import ADAMW
+from megagnn.parallel.context import ParallelContext
 
 
 class FlatBuffers:
@@ -27,9 +31,8 @@ class FlatBuffers:
         self.param = torch.zeros(self.layout.size, dtype=first.dtype, device=first.device)
         self.grad = torch.zeros_like(self.param)
         state = torch.float32 if first.dtype == torch.bfloat16 else first.dtype
-        self.exp_avg = torch.zeros_like(self.param, dtype=state)
-        self.exp_avg_sq = torch.zeros_like(self.exp_avg)
-        self.master = torch.zeros_like(self.exp_avg) if state != first.dtype else None
+        self.moments = {name: torch.zeros_like(self.param, dtype=state) for name in ADAMW.state}
+        self.master = torch.zeros_like(self.param, dtype=state) if state != first.dtype else None
         self.grads = self.layout.views(self.grad)
         with torch.no_grad():
             for p, view in zip(params, self.layout.views(self.param), strict=True):
@@ -46,7 +49,7 @@ class FlatBuffers:
 
     def state(self) -> dict[str, list[Tensor]]:
         """{name: one view per parameter} of what the optimizer keeps."""
-        buffers = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        buffers = dict(self.moments)
         if self.master is not None:
             buffers["master"] = self.master
         return {name: self.layout.views(buffer) for name, buffer in buffers.items()}
@@ -77,7 +80,7 @@ class FlatBuffers:
             p.grad = grad
 
 
-class FlatAdamW(torch.optim.Optimizer):
+class FlatAdamW(RunOptimizer):
     """AdamW (Loshchilov and Hutter, ICLR 2019, Algorithm 2), one pass over one buffer per parameter group.
 
     It differs from torch.optim.AdamW in this: it takes the parameters' memory over, one buffer for each type
@@ -116,32 +119,21 @@ class FlatAdamW(torch.optim.Optimizer):
                 for p, view in zip(buffers.params, views, strict=True):
                     self.state[p][name] = view
 
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As torch.optim.Optimizer."""
+        loss = None if closure is None else closure()
+        self.scaled_step(1.0)
+        return loss
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, grad_scale: float = 1.0) -> Any:
-        """One step with `grad_scale` times the gradients, which stay as they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def scaled_step(self, grad_scale: float) -> None:
+        """See the interface."""
         for group, kinds in zip(self.param_groups, self.buffers, strict=True):
             for b in kinds:
                 b.collect_gradients()
                 b.num_steps += 1
-                adamw_(
-                    b.param,
-                    b.grad,
-                    b.exp_avg,
-                    b.exp_avg_sq,
-                    b.master,
-                    lr=float(group["lr"]),
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    step=b.num_steps,
-                    grad_scale=grad_scale,
-                )
+                ADAMW.update(b.param, b.grad, b.moments, b.master, group, b.num_steps, grad_scale)
                 torch.autograd.graph.increment_version(b.params)  # a graph that still needs them says so
-        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Zeros all gradients. They are views of the flat buffer and stay, whatever `set_to_none` says."""
@@ -152,18 +144,48 @@ class FlatAdamW(torch.optim.Optimizer):
         """The flat gradients, of which the parameters' `.grad` are views."""
         return [b.grad for b in self._all_buffers()]
 
-    def gradient_square_sum(self) -> Tensor:
-        """Sum of the squares of all gradients, a float64 scalar; see `megagnn.ops.square_sum`."""
+    def gradient_norm(self, context: ParallelContext) -> Tensor:
+        """See the interface."""
         total = torch.zeros((), dtype=torch.float64)
         for b in self._all_buffers():
             b.collect_gradients()
             total = total + square_sum(b.grad).to(total.device)
-        return total
+        return whole_norm(total, parameters_of(self), context)
 
     def take_weights(self) -> None:
         """Begins anew from the parameters as they are, where bfloat16 ones were set from outside."""
         for b in self._all_buffers():
             b.take_weights()
+
+    @property
+    def num_steps(self) -> int:  # type: ignore[override]
+        """Steps taken; raises ValueError where groups have taken different numbers."""
+        return one_number_of_steps(b.num_steps for b in self._all_buffers())
+
+    def pieces(self, model: nn.Module) -> list[Piece]:
+        """See the interface."""
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        found = []
+        for b in self._all_buffers():
+            views = b.state()
+            kinds = {"model": views.pop("master", b.params), **views}
+            for index, p in enumerate(b.params):
+                found += [whole_slice(names[p], kind, p, of[index]) for kind, of in kinds.items()]
+        return found
+
+    @torch.no_grad()
+    def pieces_loaded(self, num_steps: int) -> None:
+        """See the interface."""
+        for b in self._all_buffers():
+            b.num_steps = num_steps
+            if b.master is not None:
+                b.param.copy_(b.master)
+
+    def kept(self) -> list[tuple[str, Tensor]]:
+        """See the interface."""
+        buffers = self._all_buffers()
+        state = [("state", s) for b in buffers for s in (*b.moments.values(), b.master) if s is not None]
+        return state + [pair for b in buffers for pair in (("param", b.param), ("grad", b.grad))]
 
     def state_dict(self) -> dict[str, Any]:
         """As torch.optim.AdamW's; tensors are views of the buffers."""

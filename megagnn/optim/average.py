@@ -6,13 +6,13 @@ from collections.abc import Iterator
 import torch
 
 from megagnn.optim.pieces import Piece
-from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedOptimizer
 
 
 class ShardedAverage:
     """`optim.optimizer.WeightAverage` of the shards that a rank keeps, in the type of the master copies."""
 
-    def __init__(self, optimizer: ShardedAdamW, decay: float) -> None:
+    def __init__(self, optimizer: ShardedOptimizer, decay: float) -> None:
         self.optimizer, self.decay, self.num_updates = optimizer, decay, 0
         storage = optimizer.storage
         self.shards = [

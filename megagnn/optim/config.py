@@ -10,8 +10,10 @@ from megagnn.overrides import STRICT, Factors, Names, Refused, Told, UserPath
 
 @dataclass(frozen=True, config=STRICT)
 class OptimConfig:
-    """AdamW, its learning-rate schedule, clipping and weight averaging."""
+    """The optimizer, its learning-rate schedule, clipping and weight averaging."""
 
+    rule: Refused[str] = "adamw"
+    """Update rule, by its name in optim/rules/; `implementation` is one of AdamW."""
     implementation: Told[Literal["own", "torch", "apex"]] = "own"
     """AdamW by megagnn's kernel over flat buffers, PyTorch's fused one, or NVIDIA apex's where installed."""
     learning_rate: Told[PositiveFloat] = 1e-3

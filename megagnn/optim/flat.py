@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,19 +23,50 @@ class FlatLayout:
     shapes: tuple[tuple[int, ...], ...]
     offsets: tuple[int, ...]
     """Element at which each tensor begins."""
-    size: int
-    """Elements in all, padding included: a multiple of 64 bytes times the number of shards."""
-    num_shards: int
+    borders: tuple[int, ...]
+    """Elements at which the shards begin, and the end of the last."""
 
     @classmethod
     def of(cls, shapes: Iterable[tuple[int, ...]], element_size: int, num_shards: int = 1) -> FlatLayout:
-        """The layout of tensors in this order; element_size, in bytes, is that of the narrowest buffer."""
+        """Tensors in this order, cut into shards of equal length wherever the borders fall.
+
+        element_size: in bytes, of the narrowest buffer.
+        """
         shapes = tuple(tuple(shape) for shape in shapes)
-        align, offsets, end = ALIGN_BYTES // element_size, [], 0
-        for shape in shapes:
-            offsets.append(end)
-            end += _round_up(torch.Size(shape).numel(), align)
-        return cls(shapes, tuple(offsets), _round_up(end, align * num_shards), num_shards)
+        align = ALIGN_BYTES // element_size
+        *offsets, end = itertools.accumulate((_room(shape, align) for shape in shapes), initial=0)
+        length = _round_up(end, align * num_shards) // num_shards
+        return cls(shapes, tuple(offsets), tuple(length * k for k in range(num_shards + 1)))
+
+    @classmethod
+    def dealt(
+        cls, shapes: Iterable[tuple[int, ...]], element_size: int, owners: Sequence[int], num_shards: int
+    ) -> FlatLayout:
+        """Whole tensors, each in its owner's shard, in this order there; shards differ in length."""
+        shapes = tuple(tuple(shape) for shape in shapes)
+        align = ALIGN_BYTES // element_size
+        offsets, borders, end = [0] * len(shapes), [0], 0
+        for shard in range(num_shards):
+            for index in (i for i, owner in enumerate(owners) if owner == shard):
+                offsets[index] = end
+                end += _room(shapes[index], align)
+            borders.append(end)
+        return cls(shapes, tuple(offsets), tuple(borders))
+
+    @property
+    def size(self) -> int:
+        """Elements in all, padding included."""
+        return self.borders[-1]
+
+    @property
+    def num_shards(self) -> int:
+        """Into how many it is cut."""
+        return len(self.borders) - 1
+
+    @property
+    def longest(self) -> int:
+        """Elements of the longest shard."""
+        return max(end - begin for begin, end in itertools.pairwise(self.borders))
 
     def views(self, buffer: Tensor) -> list[Tensor]:
         """The tensors in their shapes, as views of `buffer` (size,)."""
@@ -48,11 +80,18 @@ class FlatLayout:
         ]
 
     def shard(self, rank: int) -> slice:
-        """The elements of one of the equal shards: contiguous, beginning at a multiple of 64 bytes."""
+        """The elements of one of the shards: contiguous, beginning at a multiple of 64 bytes."""
         if not 0 <= rank < self.num_shards:
             raise ValueError(f"FlatLayout: rank must lie in [0, {self.num_shards}), got {rank}")
-        length = self.size // self.num_shards
-        return slice(rank * length, (rank + 1) * length)
+        return slice(self.borders[rank], self.borders[rank + 1])
+
+    def rows(self, buffer: Tensor) -> list[Tensor]:
+        """The shards of a buffer (size,), as views."""
+        return [buffer[self.shard(rank)] for rank in range(self.num_shards)]
+
+
+def _room(shape: tuple[int, ...], align: int) -> int:
+    return _round_up(torch.Size(shape).numel(), align)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -18,8 +18,8 @@ class Piece:
     name: str
     """The parameter's name in the model."""
     kind: str
-    """"model" (the weight, in the widest type in which it is kept), "average" (its moving average), "exp_avg"
-    or "exp_avg_sq" (AdamW's moments)."""
+    """"model" (the weight, in the widest type in which it is kept), "average" (its moving average), or the
+    name of a state of the update rule, such as "exp_avg"."""
     layout: ParameterLayout
     """Shape of the whole parameter, and which slice of it this rank's tensor-parallel coordinate holds."""
     begin: int
@@ -30,6 +30,8 @@ class Piece:
     """The run itself, (end - begin,), not a copy: whoever loads writes into it."""
     replicated: bool
     """Whether every data-parallel rank keeps this piece, and one of them is enough."""
+    of_one_rank: bool = False
+    """Whether a single tensor-parallel rank keeps it, though it is no slice."""
 
 
 def whole_slice(name: str, kind: str, parameter: Tensor, values: Tensor) -> Piece:

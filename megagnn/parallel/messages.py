@@ -4,9 +4,8 @@ Every call counts what it sends (`context.Traffic`). Tensors must be contiguous:
 wrongly and overwrites the memory beside it. A tensor without elements is no message.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -86,73 +85,95 @@ _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 _scatter_sum = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def start_fill_rows(rows: Tensor, context: ParallelContext, axis: str) -> Pending:
-    """Every rank's own row to all others, in place: (ranks, n), of which row r is there on rank r.
+def start_fill_rows(rows: Sequence[Tensor], context: ParallelContext, axis: str) -> Pending:
+    """Every rank's own row to all others, in place: one row per rank, of which row r is there on rank r.
 
-    An all-gather that needs no memory besides its result. Over gloo the rows travel point to point, which
-    moves three to six times the bytes per second of its all-gather from a megabyte on.
-    """
-    check_contiguous("fill_rows", rows)
-    ranks, rank = context.size(axis), getattr(context, f"{axis}_rank")
-    if rows.ndim != 2 or rows.shape[0] != ranks:
-        raise ValueError(f"fill_rows needs one row per rank, ({ranks}, n), got {tuple(rows.shape)}")
-    if ranks == 1 or rows.numel() == 0:
-        return done(rows)
-    _count(context, axis, "all_gather", rows.numel(), 1, rows.element_size())
-    group = context.group(axis)
-    if dist.get_backend(group) != "gloo":
-        work = _gather_into(rows.view(-1), rows[rank], group=group, async_op=True)
-        return Pending(work, lambda: rows)
-    works: list[Any] = []
-    for shift in range(1, ranks):
-        to, source = (rank + shift) % ranks, (rank - shift) % ranks
-        works.append(dist.isend(rows[rank], group=group, group_dst=to))
-        works.append(dist.irecv(rows[source], group=group, group_src=source))
-
-    def finish() -> Tensor:
-        for each in works:
-            each.wait()
-        return rows
-
-    return Pending(None, finish)
-
-
-def start_sum_rows(rows: Tensor, context: ParallelContext, axis: str) -> Pending:
-    """Row r becomes the sum over ranks on rank r, in place: (ranks, n), rows that each lie in one piece.
-
-    A reduce-scatter that needs memory for what arrives only: rows leave from where they are, and must not be
-    written before the result is there. The result is this rank's row; the others are as they were. Over gloo
-    point to point, added up in the ranks' order: no bit depends on how the whole is cut into messages.
+    An all-gather that needs no memory besides its result; rows may differ in length. Over gloo, and where
+    they do, they travel point to point, which over gloo moves three to six times the bytes per second of its
+    all-gather from a megabyte on. The result is this rank's row.
     """
     ranks, rank = context.size(axis), getattr(context, f"{axis}_rank")
-    if rows.ndim != 2 or rows.shape[0] != ranks:
-        raise ValueError(f"sum_rows needs one row per rank, ({ranks}, n), got {tuple(rows.shape)}")
-    check_contiguous("sum_rows", rows[rank])
-    if ranks == 1 or rows.numel() == 0:
+    _check_rows("fill_rows", rows, range(len(rows)), ranks)
+    whole = sum(row.numel() for row in rows)
+    if ranks == 1 or whole == 0:
         return done(rows[rank])
-    _count(context, axis, "reduce_scatter", rows.numel(), 1, rows.element_size())
-    group = context.group(axis)
-    if dist.get_backend(group) != "gloo":
-        stacked, out = rows.contiguous(), torch.empty_like(rows[rank])
-        work = _scatter_sum(out, stacked.view(-1), op=dist.ReduceOp.SUM, group=group, async_op=True)
-        return Pending(work, lambda: rows[rank].copy_(out))
-    arriving = iter(rows.new_empty(ranks - 1, rows.shape[1]))
-    others = {source: next(arriving) for source in range(ranks) if source != rank}
-    works: list[Any] = []
-    for shift in range(1, ranks):
-        to, source = (rank + shift) % ranks, (rank - shift) % ranks
-        works.append(dist.isend(rows[to], group=group, group_dst=to, tag=_SUM_TAG))
-        works.append(dist.irecv(others[source], group=group, group_src=source, tag=_SUM_TAG))
+    _count(context, axis, "all_gather", whole, 1, rows[0].element_size())
+    if dist.get_backend(context.group(axis)) != "gloo" and _lie_together(rows):
+        together = rows[0].as_strided((whole,), (1,))
+        work = _gather_into(together, rows[rank], group=context.group(axis), async_op=True)
+        return Pending(work, lambda: rows[rank])
+    own = rows[rank]
+    return _exchanged([own] * ranks, rows, context, axis, tag=0).then(lambda _: own)
 
-    def finish() -> Tensor:
-        for each in works:
-            each.wait()
-        own, before = rows[rank], [others[source] for source in range(rank)]
-        for row in before[1:]:
-            before[0].add_(row)
-        for row in before[:1] + [others[source] for source in range(rank + 1, ranks)]:
+
+def start_sum_rows(rows: Sequence[Tensor], context: ParallelContext, axis: str) -> Pending:
+    """Row r becomes the sum over ranks on rank r, in place: one row per rank, the same lengths on all ranks.
+
+    A reduce-scatter that needs memory for what arrives only: rows leave from where they are, and must not
+    be written before the result is there. The result is this rank's row; the others are as they were. Over
+    gloo, and where lengths differ, point to point, added up in the ranks' order: no bit depends on how the
+    whole is cut into messages.
+    """
+    ranks, rank = context.size(axis), getattr(context, f"{axis}_rank")
+    _check_rows("sum_rows", rows, [rank], ranks)
+    own, whole = rows[rank], sum(row.numel() for row in rows)
+    if ranks == 1 or whole == 0:
+        return done(own)
+    _count(context, axis, "reduce_scatter", whole, 1, own.element_size())
+    group = context.group(axis)
+    if dist.get_backend(group) != "gloo" and len({row.numel() for row in rows}) == 1:
+        stacked, out = torch.stack(list(rows)), torch.empty_like(own)
+        work = _scatter_sum(out, stacked.view(-1), op=dist.ReduceOp.SUM, group=group, async_op=True)
+        return Pending(work, lambda: own.copy_(out))
+    received = own.new_empty(ranks - 1, own.numel())  # of the others, in their order
+
+    def summed(_: Tensor) -> Tensor:
+        for row in received[1:rank]:
+            received[0].add_(row)
+        for row in (*received[: min(rank, 1)], *received[rank:]):
             own.add_(row)
         return own
+
+    return _exchanged(rows, [*received[:rank], own, *received[rank:]], context, axis, _SUM_TAG).then(summed)
+
+
+def _check_rows(operation: str, rows: Sequence[Tensor], contiguous: Iterable[int], ranks: int) -> None:
+    if len(rows) != ranks or any(row.ndim != 1 for row in rows):
+        raise ValueError(
+            f"{operation} needs one row (n,) per rank, {ranks}, got {[tuple(row.shape) for row in rows]}"
+        )
+    for index in contiguous:
+        check_contiguous(operation, rows[index])
+
+
+def _lie_together(rows: Sequence[Tensor]) -> bool:
+    """Whether rows are those of one contiguous (ranks, n)."""
+    step = rows[0].numel() * rows[0].element_size()
+    return all(
+        row.numel() == rows[0].numel() and row.data_ptr() == rows[0].data_ptr() + k * step
+        for k, row in enumerate(rows)
+    )
+
+
+def _exchanged(
+    leaving: Sequence[Tensor], arriving: Sequence[Tensor], context: ParallelContext, axis: str, tag: int
+) -> Pending:
+    """Point to point, to and from every other rank of an axis; what has no elements is no message."""
+    ranks, rank = context.size(axis), getattr(context, f"{axis}_rank")
+    operations = []
+    for shift in range(1, ranks):
+        to, source = (rank + shift) % ranks, (rank - shift) % ranks
+        for call, tensor, peer in ((dist.isend, leaving[to], to), (dist.irecv, arriving[source], source)):
+            if tensor.numel():
+                operations.append(
+                    dist.P2POp(call, tensor, group=context.group(axis), tag=tag, group_peer=peer)
+                )
+    works = dist.batch_isend_irecv(operations) if operations else []
+
+    def finish() -> Tensor:
+        for work in works:
+            work.wait()
+        return leaving[rank]
 
     return Pending(None, finish)
 

@@ -52,23 +52,33 @@ class ParameterLayout:
 
 
 class Parameter(nn.Parameter):
-    """An nn.Parameter with its layout, its initial law and its share of the learning rate."""
+    """An nn.Parameter with its layout, its initial law, its share of the learning rate and its kind."""
 
     sharding: ParameterLayout  # `layout` is a tensor's own word for strided or sparse
     initial: Initial
     rate: float
+    hidden_matrix: bool
 
     def __new__(
-        cls, data: Tensor, layout: ParameterLayout, initial: Initial, rate: float = 1.0
+        cls,
+        data: Tensor,
+        layout: ParameterLayout,
+        initial: Initial,
+        rate: float = 1.0,
+        hidden_matrix: bool = False,
     ) -> "Parameter":
-        """data: this rank's slice. rate: [Note: maximal update] in models/parts.py."""
+        """data: this rank's slice. rate: [Note: maximal update] in models/parts.py.
+
+        hidden_matrix: whether it maps features to features, so that rules of matrices are meant for it.
+        """
         parameter = super().__new__(cls, data)
         parameter.sharding, parameter.initial, parameter.rate = layout, initial, rate
+        parameter.hidden_matrix = hidden_matrix
         return parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Parameter":
         if id(self) not in memo:
-            copied = type(self)(self.data.clone(), self.sharding, self.initial, self.rate)
+            copied = type(self)(self.data.clone(), self.sharding, self.initial, self.rate, self.hidden_matrix)
             copied.requires_grad_(self.requires_grad)
             memo[id(self)] = copied
         return memo[id(self)]
@@ -82,6 +92,7 @@ def make_parameter(
     dtype: torch.dtype,
     name: str = "a parameter",
     rate: float = 1.0,
+    hidden_matrix: bool = False,
 ) -> Parameter:
     """A parameter divided along `dim` over the tensor-parallel ranks; `initialise` fills it.
 
@@ -96,10 +107,10 @@ def make_parameter(
         full_shape, dim, tp if dim is not None else 1, context.tp_rank if dim is not None else 0
     )
     if not _deferred.get():
-        return Parameter(torch.zeros(shape, dtype=dtype), layout, initial, rate)
+        return Parameter(torch.zeros(shape, dtype=dtype), layout, initial, rate, hidden_matrix)
     data = torch.empty(shape, dtype=dtype, device=context.device)  # no page is touched
     data.untyped_storage().resize_(0)
-    return Parameter(data, layout, initial, rate)
+    return Parameter(data, layout, initial, rate, hidden_matrix)
 
 
 def check_divisible(name: str, size: int, tp: int) -> None:

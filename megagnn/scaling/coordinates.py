@@ -24,7 +24,7 @@ from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics, compute_statistics
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
-from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer, set_learning_rate
+from megagnn.optim.optimizer import make_optimizer, set_learning_rate
 from megagnn.parallel.context import ParallelContext
 from megagnn.scaling.drawing import Drawn, colours, make_axes, save_figures, write_tensorboard
 from megagnn.scaling.records import geometric_mean
@@ -114,7 +114,7 @@ def follow(config: RunConfig, batch: Batch, statistics: Statistics, num_steps: i
         if step < num_steps:
             optimizer.zero_grad()
             method(potential, batch, loss, counts)
-            clipped_step(optimizer, gradient_norm(optimizer, context), config.optim.clip_norm)
+            optimizer.clipped_step(optimizer.gradient_norm(context), config.optim.clip_norm)
     return sizes
 
 

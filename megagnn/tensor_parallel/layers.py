@@ -22,12 +22,14 @@ from megagnn.parallel.parameter import Constant, Initial, Normal, make_parameter
 
 @dataclass(frozen=True)
 class LinearLaws:
-    """How a Linear's weight and bias begin, and their shares of the learning rate."""
+    """How a Linear's weight and bias begin, their shares of the learning rate, and the weight's kind."""
 
     weight: Initial
     bias: Initial
     weight_rate: float = 1.0
     bias_rate: float = 1.0
+    hidden_matrix: bool = False
+    """Whether the weight maps features to features (parallel/parameter.py)."""
 
 
 def gather_channels(x: T, context: ParallelContext) -> T:
@@ -72,7 +74,9 @@ class ColumnLinear(nn.Module):
     ) -> None:
         super().__init__()
         shape = (out_features, in_features)
-        self.weight = make_parameter(shape, 0, context, laws.weight, dtype, name, laws.weight_rate)
+        self.weight = make_parameter(
+            shape, 0, context, laws.weight, dtype, name, laws.weight_rate, laws.hidden_matrix
+        )
         self.bias = None
         if bias:
             self.bias = make_parameter(shape[:1], 0, context, laws.bias, dtype, name, laws.bias_rate)
@@ -102,7 +106,9 @@ class RowLinear(nn.Module):
         super().__init__()
         self.context, self.scattered = context, out_features > 1
         shape = (out_features, in_features)
-        self.weight = make_parameter(shape, 1, context, laws.weight, dtype, names[0], laws.weight_rate)
+        self.weight = make_parameter(
+            shape, 1, context, laws.weight, dtype, names[0], laws.weight_rate, laws.hidden_matrix
+        )
         self.bias = None
         if bias:
             dim = 0 if self.scattered else None

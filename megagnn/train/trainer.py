@@ -15,7 +15,6 @@ from torch import Tensor
 
 from megagnn.checkpoint.export import export_checkpoint
 from megagnn.checkpoint.folder import FolderCheckpoint
-from megagnn.checkpoint.pieces import num_steps_of, pieces_loaded, pieces_of
 from megagnn.checkpoint.progress import Progress
 from megagnn.checkpoint.writer import CheckpointStore
 from megagnn.config import RunConfig, check_patience, config_to_dict, with_num_steps
@@ -30,12 +29,9 @@ from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
 from megagnn.objective.loss import Loss, check_labels, step_counts
 from megagnn.optim.average import ShardedAverage
 from megagnn.optim.bucket_reducer import GradientReducer
+from megagnn.optim.interface import RunOptimizer
 from megagnn.optim.optimizer import (
     WeightAverage,
-    clipped_step,
-    gradient_buffers,
-    gradient_norm,
-    hold_frozen_parts,
     is_sharded,
     make_optimizer,
     make_sharded_optimizer,
@@ -111,7 +107,7 @@ class Trainer:
         elif beginning is not None:
             pieces = self._pieces()
             beginning.fill(pieces, self.statistics)
-            pieces_loaded(self.optimizer, num_steps=0)
+            self.optimizer.pieces_loaded(num_steps=0)
             self.begun_with = beginning.describe(self.statistics)
             self.told += beginning.warnings(self.statistics, config.optim)
         if config.train.num_epochs is not None:
@@ -176,7 +172,7 @@ class Trainer:
         config, model = self.config, self.potential.model
         if config.optim.rates or config.optim.freeze:
             check_parts(config.optim, parameter_names(config.model, self.statistics))
-        self.optimizer: torch.optim.Optimizer
+        self.optimizer: RunOptimizer
         self.reducer: GradientReducer | ShardedReducer
         self.average: WeightAverage | ShardedAverage
         if self._is_sharded:
@@ -192,7 +188,7 @@ class Trainer:
             self.potential.parameters(),
             self.context,
             bucket_bytes=int(config.parallel.bucket_megabytes * 2**20),
-            flat_buffers=gradient_buffers(self.optimizer),
+            flat_buffers=self.optimizer.gradient_buffers(),
         )
         self.average = WeightAverage(model, config.optim.ema_decay)
 
@@ -311,14 +307,14 @@ class Trainer:
             loss, shares = accumulate(
                 self.gradient_method, self.potential, batches, loss_now, counts, self.reducer
             )
-        hold_frozen_parts(self.optimizer)
-        norm = gradient_norm(self.optimizer, self.context)
+        self.optimizer.clear_frozen_gradients()
+        norm = self.optimizer.gradient_norm(self.context)
         recent, stop = self.progress.recent_norms, bool(signals.received)
         found = judge(loss, norm, recent, optim.spike_factor, stop, self.context)
         if found.fault:
             self._leave_out(found.fault, batches, float(loss), float(norm), monitor)
         else:
-            clipped_step(self.optimizer, norm, optim.clip_norm)
+            self.optimizer.clipped_step(norm, optim.clip_norm)
             self.average.update()
         self.progress = advance(self.progress, self.config, found.fault, norm)
         monitor.step(counts.atoms, counts.edges)
@@ -430,20 +426,20 @@ class Trainer:
             monitor.figure("validation", self.progress.step, self.parity.figure())
 
     def _pieces(self) -> list[Piece]:
-        return pieces_of(self.optimizer, self.potential.model, self.average)
+        return [*self.optimizer.pieces(self.potential.model), *self.average.pieces()]
 
     def _save(self) -> None:
         progress = dataclasses.replace(
             self.progress,
             average_updates=self.average.num_updates,
-            optimizer_steps=num_steps_of(self.optimizer),
+            optimizer_steps=self.optimizer.num_steps,
             stages=self._stage_sizes(),
         )
         self.checkpoints.save(self._pieces(), self.config, self.statistics, progress)
 
     def _take_over(self, checkpoint: FolderCheckpoint) -> None:
         checkpoint.load(self._pieces())
-        pieces_loaded(self.optimizer, checkpoint.progress.optimizer_steps)
+        self.optimizer.pieces_loaded(checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates
         checkpoint.restore_random_state(self.context)
         progress = position_of(checkpoint.progress, self.train.sampler)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from megagnn.checkpoint.pieces import MOMENTS
 
 from megagnn.checkpoint import manifest as checkpoint_manifest
-from megagnn.checkpoint.pieces import MOMENTS
 from megagnn.checkpoint.single_file import (
     EVERYTHING,
     load_checkpoint,

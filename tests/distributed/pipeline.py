@@ -13,8 +13,8 @@ from megagnn.data import keys
 from megagnn.objective.loss import Loss, step_counts
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.config import OptimConfig
-from megagnn.optim.optimizer import gradient_norm, make_optimizer, make_sharded_optimizer
-from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.optim.optimizer import make_optimizer, make_sharded_optimizer
+from megagnn.optim.zero.optimizer import ShardedOptimizer
 from megagnn.parallel import messages
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext, grid_context
@@ -156,7 +156,7 @@ def measure(cell: Cell, context: ParallelContext) -> dict[str, Any]:
     gradients = gradients_of(pipeline, optimizer, context)
     expected = reference(cell.configuration)
     norm = torch.stack([g.square().sum() for g in expected.gradients.values()]).sum().sqrt()
-    found = {"gradient norm": abs(gradient_norm(optimizer, context).item() / norm.item() - 1)}
+    found = {"gradient norm": abs(optimizer.gradient_norm(context).item() / norm.item() - 1)}
     mine = replace_gradients(expected, list(gradients))
     share = UNEVEN[context.dp_size][context.dp_rank]
     got = Result(predictions(pipeline, batches, share), total.item(), gradients)
@@ -188,7 +188,7 @@ def predictions(
 
 def gradients_of(pipeline: Pipeline, optimizer: Any, context: ParallelContext) -> dict[str, Tensor]:
     """Whole gradients of the parameters that this rank has a share in, by name."""
-    if not isinstance(optimizer, ShardedAdamW):
+    if not isinstance(optimizer, ShardedOptimizer):
         return whole_gradients(pipeline.potential, context)
     found = {}
     for unit in optimizer.units:

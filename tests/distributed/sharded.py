@@ -12,14 +12,11 @@ from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
-    clipped_step,
-    gradient_buffers,
-    gradient_norm,
     make_optimizer,
     make_sharded_optimizer,
     set_learning_rate,
 )
-from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedOptimizer
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.parameter import layout_of
@@ -60,7 +57,9 @@ def build(case: Case, context: ParallelContext) -> Potential:
     return randomised(config, context=context, plan=case.plan)  # type: ignore[arg-type]
 
 
-def optimizer_of(potential: Potential, case: Case, context: ParallelContext, **optim: Any) -> ShardedAdamW:
+def optimizer_of(
+    potential: Potential, case: Case, context: ParallelContext, **optim: Any
+) -> ShardedOptimizer:
     """The sharded one; settings may be replaced."""
     parallel = ParallelConfig(zero_stage=case.stage, bucket_megabytes=case.bucket_bytes / 2**20)
     return make_sharded_optimizer(potential.model, OptimConfig(**{**_SETTINGS, **optim}), parallel, context)
@@ -75,7 +74,7 @@ def train(case: Case, context: ParallelContext, num_steps: int, plain: bool = Fa
     optimizer: Any
     if plain:
         optimizer = make_optimizer(potential, OPTIMIZER)
-        reducer: Any = GradientReducer(potential.parameters(), context, 1000, gradient_buffers(optimizer))
+        reducer: Any = GradientReducer(potential.parameters(), context, 1000, optimizer.gradient_buffers())
     else:
         optimizer = optimizer_of(potential, case, context)
         reducer = optimizer.reducer
@@ -89,8 +88,8 @@ def train(case: Case, context: ParallelContext, num_steps: int, plain: bool = Fa
         reducer.start()
         total, _ = GRADIENT_METHODS[case.method](potential, batch, loss, counts)
         reducer.finish()
-        norm = gradient_norm(optimizer, context)
-        clipped_step(optimizer, norm, OPTIMIZER.clip_norm)
+        norm = optimizer.gradient_norm(context)
+        optimizer.clipped_step(norm, OPTIMIZER.clip_norm)
         norms.append(norm.item())
         losses.append(sum_over_dp(total, context).item())
     return {"norms": norms, "losses": losses, "final": whole_parameters(potential, optimizer, context)}
@@ -98,7 +97,7 @@ def train(case: Case, context: ParallelContext, num_steps: int, plain: bool = Fa
 
 def whole_parameters(potential: Potential, optimizer: Any, context: ParallelContext) -> dict[str, Tensor]:
     """The whole of each, on every rank."""
-    if isinstance(optimizer, ShardedAdamW):
+    if isinstance(optimizer, ShardedOptimizer):
         for unit in optimizer.units:
             unit.gather()
     named = potential.named_parameters()

@@ -9,7 +9,7 @@ from torch import Tensor
 from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
 from megagnn.objective.loss import Loss, LossCounts, label_counts, step_counts
 from megagnn.optim.bucket_reducer import GradientReducer
-from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
+from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import sum_over_dp
 from tests.distributed import sharded
@@ -135,10 +135,10 @@ def train(context: ParallelContext, stage: int | None) -> dict[str, Tensor]:
         optimizer.zero_grad()
         counts = step_counts(batches, context)
         accumulate(GRADIENT_METHODS["one_backward"], potential, batches, loss, counts, reducer)
-        norm = gradient_norm(optimizer, context)
+        norm = optimizer.gradient_norm(context)
         assert torch.isfinite(norm) == (not loss.spoilt)
         if not loss.spoilt:
-            clipped_step(optimizer, norm, sharded.OPTIMIZER.clip_norm)
+            optimizer.clipped_step(norm, sharded.OPTIMIZER.clip_norm)
     return sharded.whole_parameters(potential, optimizer, context)
 
 

@@ -11,7 +11,6 @@ from megagnn.checkpoint import boxes as checkpoint_boxes
 from megagnn.checkpoint import writer as checkpoint_store
 from megagnn.checkpoint.boxes import Box
 from megagnn.checkpoint.folder import open_folder
-from megagnn.checkpoint.pieces import num_steps_of, pieces_loaded, pieces_of
 from megagnn.checkpoint.progress import Progress
 from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
 from megagnn.checkpoint.writer import CheckpointStore
@@ -23,9 +22,6 @@ from megagnn.optim.average import ShardedAverage
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.optimizer import (
     WeightAverage,
-    clipped_step,
-    gradient_buffers,
-    gradient_norm,
     make_optimizer,
 )
 from megagnn.parallel.context import ParallelContext, grid_context
@@ -80,7 +76,7 @@ class Run:
             sharded = optimizer_of(potential, case, context)
             return cls(potential, sharded, sharded.reducer, ShardedAverage(sharded, 0.9), context)
         plain = make_optimizer(potential, OPTIMIZER)
-        reducer = GradientReducer(potential.parameters(), context, 1000, gradient_buffers(plain))
+        reducer = GradientReducer(potential.parameters(), context, 1000, plain.gradient_buffers())
         return cls(potential, plain, reducer, WeightAverage(potential.model, 0.9), context)
 
     def steps(self, num: int) -> list[float]:
@@ -94,7 +90,7 @@ class Run:
             self.reducer.start()
             total, _ = GRADIENT_METHODS["one_backward"](self.potential, batch, loss, counts)
             self.reducer.finish()
-            clipped_step(self.optimizer, gradient_norm(self.optimizer, self.context), OPTIMIZER.clip_norm)
+            self.optimizer.clipped_step(self.optimizer.gradient_norm(self.context), OPTIMIZER.clip_norm)
             self.average.update()
             losses.append(sum_over_dp(total, self.context).item())
         return losses
@@ -104,10 +100,10 @@ class Run:
         store = CheckpointStore(folder, self.context)
         progress = Progress(
             step=NUM_STEPS,
-            optimizer_steps=num_steps_of(self.optimizer),
+            optimizer_steps=self.optimizer.num_steps,
             average_updates=self.average.num_updates,
         )
-        pieces = pieces_of(self.optimizer, self.potential.model, self.average)
+        pieces = [*self.optimizer.pieces(self.potential.model), *self.average.pieces()]
         store.save(pieces, RunConfig(), STATISTICS, progress)
         store.wait()
 
@@ -115,8 +111,8 @@ class Run:
         """The newest checkpoint."""
         found = CheckpointStore(folder, self.context).newest()
         assert found is not None
-        found.load(pieces_of(self.optimizer, self.potential.model, self.average))
-        pieces_loaded(self.optimizer, found.progress.optimizer_steps)
+        found.load([*self.optimizer.pieces(self.potential.model), *self.average.pieces()])
+        self.optimizer.pieces_loaded(found.progress.optimizer_steps)
         self.average.num_updates = found.progress.average_updates
 
 
@@ -173,7 +169,7 @@ def damaged(context: ParallelContext, folder: Path) -> str:
     run = Run.begin(WRITERS[0], grid_context(2, 1, 2))
     store = CheckpointStore(folder / "damaged", context)
     for step in (1, 2):
-        pieces = pieces_of(run.optimizer, run.potential.model, run.average)
+        pieces = [*run.optimizer.pieces(run.potential.model), *run.average.pieces()]
         store.save(pieces, RunConfig(), STATISTICS, Progress(step=step))
     store.wait()
     if context.is_main:
@@ -193,7 +189,7 @@ def failing(context: ParallelContext, folder: Path) -> list[str]:
         raise OSError("No space left on device")
 
     run, told = Run.begin(WRITERS[0], grid_context(2, 1, 2)), []
-    pieces = pieces_of(run.optimizer, run.potential.model, run.average)
+    pieces = [*run.optimizer.pieces(run.potential.model), *run.average.pieces()]
     for rank, name, replaced in ((2, "save_parts", full_disk), (3, "_leave", lambda *_: None)):
         store = CheckpointStore(folder / "failing", run.context)
         original, waits = getattr(checkpoint_store, name), checkpoint_store.WAIT_SECONDS

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from megagnn.ops import square_sum
 from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.config import OptimConfig
-from megagnn.optim.optimizer import clipped_step, gradient_norm, make_optimizer
+from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.parameter import ParameterLayout
 from tests.distributed.spawn import spawn
@@ -61,7 +61,7 @@ def norms(context: ParallelContext, told: bool) -> list[Tensor]:
     for kind, dtype in CELLS:
         stage = make_stage(context, dtype, told)
         optimizer = make_optimizer(stage, OptimConfig(implementation=kind))  # type: ignore[arg-type]
-        result.append(gradient_norm(optimizer, context))
+        result.append(optimizer.gradient_norm(context))
     return result
 
 
@@ -71,7 +71,7 @@ def clipped(context: ParallelContext) -> list[Tensor]:
     for kind, dtype in CELLS:
         stage = make_stage(context, dtype)
         optimizer = make_optimizer(stage, OptimConfig(implementation=kind, **SETTINGS))  # type: ignore[arg-type]
-        clipped_step(optimizer, gradient_norm(optimizer, context), CLIP)
+        optimizer.clipped_step(optimizer.gradient_norm(context), CLIP)
         result.append(stage[0].detach().clone())
     return result
 
@@ -84,7 +84,7 @@ def norm_of_nan(context: ParallelContext) -> list[Tensor]:
         if context.rank == context.world_size - 1:
             assert stage[number].grad is not None
             stage[number].grad.view(-1)[0] = float("nan")
-        result.append(gradient_norm(make_optimizer(stage, OptimConfig()), context))
+        result.append(make_optimizer(stage, OptimConfig()).gradient_norm(context))
     return result
 
 
@@ -158,7 +158,7 @@ def test_one_process_sends_nothing_and_asks_as_it_did(kind: Any, dtype: torch.dt
     context = ParallelContext()
     stage = make_stage(context, dtype)
     optimizer = make_optimizer(stage, OptimConfig(implementation=kind))
-    norm = gradient_norm(optimizer, context)
+    norm = optimizer.gradient_norm(context)
     if isinstance(optimizer, FlatAdamW):
         squares = torch.stack([square_sum(g) for g in optimizer.gradient_buffers()])
         assert torch.equal(norm, squares.sum().sqrt())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megagnn.optim.bucket_reducer import BUCKET_BYTES, Bucket, GradientReducer
 from megagnn.optim.config import OptimConfig
-from megagnn.optim.optimizer import gradient_buffers, make_optimizer
+from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from tests.distributed.spawn import spawn
@@ -62,7 +62,7 @@ def make(
     model = Network(bias)
     optimizer = make_optimizer(model, OptimConfig(implementation=implementation))
     optimizer.zero_grad()
-    return model, kind(model.parameters(), context, bucket_bytes, gradient_buffers(optimizer))
+    return model, kind(model.parameters(), context, bucket_bytes, optimizer.gradient_buffers())
 
 
 def step(

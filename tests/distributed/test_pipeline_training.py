@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megagnn.cli import main
 from megagnn.config import RunConfig, load_config
-from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedOptimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import layout_of
 from megagnn.pipeline_parallel import stage_costs
@@ -82,7 +82,7 @@ def train(
     trainer = Trainer(config, context, resume=num_steps > NUM_STEPS)
     assert trainer.progress.step == (NUM_STEPS if num_steps > NUM_STEPS else 0)
     trainer.run()
-    if isinstance(trainer.optimizer, ShardedAdamW):
+    if isinstance(trainer.optimizer, ShardedOptimizer):
         for unit in trainer.optimizer.units:
             unit.gather()
     named = trainer.potential.named_parameters()

@@ -14,8 +14,8 @@ from megagnn.objective.config import LossConfig
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.config import OptimConfig
-from megagnn.optim.optimizer import clipped_step, gradient_norm, make_sharded_optimizer
-from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.optim.optimizer import make_sharded_optimizer
+from megagnn.optim.zero.optimizer import ShardedOptimizer
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from tests.distributed.parity import CUTOFF, structures
@@ -43,8 +43,8 @@ def train(context: ParallelContext, precision: Precision, stage: int) -> dict[st
         optimizer.reducer.start()
         GRADIENT_METHODS["one_backward"](potential, batch, loss, counts)
         optimizer.reducer.finish()
-        norms.append(gradient_norm(optimizer, context))
-        clipped_step(optimizer, norms[-1], optim.clip_norm)
+        norms.append(optimizer.gradient_norm(context))
+        optimizer.clipped_step(norms[-1], optim.clip_norm)
     optimizer.zero_grad()
     kept, types = kept_bytes(optimizer), {unit.grad_shard.dtype for unit in optimizer.units}
     elements = sum(unit.layout.size for unit in optimizer.units)
@@ -56,10 +56,9 @@ def train(context: ParallelContext, precision: Precision, stage: int) -> dict[st
     }
 
 
-def kept_bytes(optimizer: ShardedAdamW) -> int:
+def kept_bytes(optimizer: ShardedOptimizer) -> int:
     """Of weights, gradients, moments and master weights of this rank, each memory once."""
-    names = ("full", "param_shard", "grad", "grad_shard", "exp_avg", "exp_avg_sq", "master")
-    tensors = [getattr(unit, name) for unit in optimizer.units for name in names]
+    tensors = [buffer for _, buffer in optimizer.kept()]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t is not None}
     return sum(storages.values())
 

@@ -11,9 +11,6 @@ from megagnn.models.potential import Potential, build_potential
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
-    clipped_step,
-    gradient_buffers,
-    gradient_norm,
     make_optimizer,
     set_learning_rate,
 )
@@ -58,13 +55,13 @@ def train(context: ParallelContext, plan: Any, seed: int = 0) -> dict[str, Any]:
     found["count"] = num_parameters(potential)
     optimizer = make_optimizer(potential, OPTIMIZER)
     set_learning_rate(optimizer, OPTIMIZER.learning_rate)
-    reducer = GradientReducer(potential.parameters(), context, 1000, gradient_buffers(optimizer))
+    reducer = GradientReducer(potential.parameters(), context, 1000, optimizer.gradient_buffers())
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
         found["losses"].append(run(potential, "one_backward", CONFIGURATION, context, reducer).loss)
-        norm = gradient_norm(optimizer, context)
+        norm = optimizer.gradient_norm(context)
         found["norms"].append(norm.item())
-        clipped_step(optimizer, norm, OPTIMIZER.clip_norm)
+        optimizer.clipped_step(norm, OPTIMIZER.clip_norm)
     return {**found, "final": parameters(potential, context)}
 
 

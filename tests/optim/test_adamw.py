@@ -178,7 +178,7 @@ def test_gradient_norm_and_scale() -> None:
         loss_of(m).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     assert abs(optimizer.gradient_square_sum().sqrt() - norm) <= 1e-14 * norm
-    optimizer.step(grad_scale=0.5)
+    optimizer.scaled_step(0.5)
     for p in other.parameters():
         assert p.grad is not None
         p.grad.mul_(0.5)

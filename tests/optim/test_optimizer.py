@@ -14,8 +14,6 @@ from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
     WeightAverage,
-    clipped_step,
-    gradient_norm,
     make_optimizer,
     parameter_groups,
     set_learning_rate,
@@ -76,7 +74,7 @@ def run(model: nn.Module, optimizer: torch.optim.Optimizer, num_steps: int, clip
         optimizer.zero_grad()
         for p in model.parameters():
             p.grad = torch.linspace(-3, 2 + step, p.numel(), dtype=p.dtype).view_as(p)
-        clipped_step(optimizer, gradient_norm(optimizer, ParallelContext()), clip)
+        optimizer.clipped_step(optimizer.gradient_norm(ParallelContext()), clip)
 
 
 def make_model() -> nn.Linear:
@@ -139,9 +137,9 @@ def test_a_norm_of_nan_is_not_hidden(implementation: Any) -> None:
     optimizer = make_optimizer(model, OptimConfig(implementation=implementation))
     for p in model.parameters():
         p.grad = torch.full_like(p, float("nan"))
-    norm = gradient_norm(optimizer, ParallelContext())
+    norm = optimizer.gradient_norm(ParallelContext())
     assert norm.isnan()
-    clipped_step(optimizer, norm, 1.0)
+    optimizer.clipped_step(norm, 1.0)
     assert all(p.isnan().all() for p in model.parameters())
 
 

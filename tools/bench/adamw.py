@@ -101,7 +101,7 @@ def own_step(optimizer: FlatAdamW) -> Work:
 def own_kernel(optimizer: FlatAdamW) -> Work:
     """The operation that it calls, on the whole buffer."""
     b, steps = optimizer.buffers[0][0], itertools.count(1)
-    buffers = (b.param, b.grad, b.exp_avg, b.exp_avg_sq, b.master)
+    buffers = (b.param, b.grad, *b.moments.values(), b.master)
     lr, eps, decay = (SETTINGS[name] for name in ("lr", "eps", "weight_decay"))
     return lambda: torch.ops.megagnn.adamw_.default(*buffers, lr, *BETAS, eps, decay, next(steps), 1.0)
 
@@ -132,7 +132,7 @@ def torch_kernel(optimizer: FlatAdamW) -> Work:
             grad.copy_(b.grad)
         step.add_(1)
         torch._fused_adamw_(
-            *([weights], [grad], [b.exp_avg], [b.exp_avg_sq], [], [step]),
+            *([weights], [grad], *([m] for m in b.moments.values()), [], [step]),
             amsgrad=False,
             beta1=BETAS[0],
             beta2=BETAS[1],

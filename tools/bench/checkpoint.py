@@ -16,20 +16,22 @@ import torch
 
 from megagnn.checkpoint.folder import open_folder
 from megagnn.checkpoint.progress import Progress
-from megagnn.checkpoint.single_file import EVERYTHING
+from megagnn.checkpoint.single_file import WEIGHTS
 from megagnn.checkpoint.writer import CheckpointStore
 from megagnn.config import RunConfig
 from megagnn.models.statistics import Statistics
 from megagnn.optim.pieces import Piece
+from megagnn.optim.rules import RULES
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import ParameterLayout
 
 NUM_PARAMETERS = 50
+KINDS = (*WEIGHTS, *RULES["adamw"].state)
 
 
 def pieces_of_size(megabytes: float) -> list[Piece]:
     """Weights, average and moments of some matrices, float32, so large together."""
-    rows = int(megabytes * 2**20 / 4 / len(EVERYTHING) / NUM_PARAMETERS / 256)
+    rows = int(megabytes * 2**20 / 4 / len(KINDS) / NUM_PARAMETERS / 256)
     return [
         Piece(
             f"{k}",
@@ -40,7 +42,7 @@ def pieces_of_size(megabytes: float) -> list[Piece]:
             torch.randn(rows * 256),
             replicated=True,
         )
-        for kind in EVERYTHING
+        for kind in KINDS
         for k in range(NUM_PARAMETERS)
     ]
 

@@ -33,7 +33,7 @@ from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.config import OptimConfig
-from megagnn.optim.optimizer import gradient_buffers, make_optimizer
+from megagnn.optim.optimizer import make_optimizer
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext, grid_context
 from tools.bench.work import edge as edge_workload
@@ -53,7 +53,7 @@ class Step:
             self.potential.parameters(),
             context,
             int(args.bucket_megabytes * 2**20),
-            gradient_buffers(self.optimizer),
+            self.optimizer.gradient_buffers(),
         )
         self.loss, self.counts = (
             Loss(LossConfig(energy="mse", forces="mse")),
@@ -80,11 +80,11 @@ class Step:
     def check(self) -> None:
         """Raises ValueError where buckets give another sum than one message."""
         self.backward()
-        want = torch.cat(gradient_buffers(self.optimizer))
+        want = torch.cat(self.optimizer.gradient_buffers())
         dist.all_reduce(want)
         for work in (self.after, self.during):
             work()
-            error = (torch.cat(gradient_buffers(self.optimizer)) - want).abs().max() / want.abs().max()
+            error = (torch.cat(self.optimizer.gradient_buffers()) - want).abs().max() / want.abs().max()
             if not error < 1e-4:
                 raise ValueError(
                     f"{work.__name__}: the sum of gradients is off by {error:.2g} of the largest"

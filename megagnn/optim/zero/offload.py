@@ -1,7 +1,7 @@
 """Where the optimizer's buffers lie: in memory, or in files that are mapped into memory.
 
 A file-mapped buffer is an ordinary tensor. Reading it brings its pages into memory, and `release` writes them
-back and lets them go, so that of a model's state only what is at work at the moment is resident. `fetch`
+back and frees them, so that of a model's state only what is at work at the moment is resident. `fetch`
 asks the system to read ahead meanwhile.
 """
 
@@ -22,6 +22,9 @@ from torch import Tensor
 class Storage(Protocol):
     """Makes buffers, and is told which are needed soon and which are not needed for a while."""
 
+    window: int
+    """Elements of matrices that may be updated together, of several units."""
+
     def zeros(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of zeros, (numel,); names are unique."""
         ...
@@ -37,6 +40,8 @@ class Storage(Protocol):
 
 class MemoryStorage:
     """Buffers in memory: of the parameters' device, or, with `host`, of the CPU, pinned beside a GPU."""
+
+    window = 2**22
 
     def __init__(self, host: bool = False) -> None:
         self.host = host
@@ -63,6 +68,8 @@ class DiskStorage:
     Raises:
         ValueError: the folder cannot be written, or a buffer does not fit on the disk.
     """
+
+    window = 0  # one unit after another
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)

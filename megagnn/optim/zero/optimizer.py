@@ -1,4 +1,4 @@
-"""AdamW whose state, gradients and parameters the data-parallel ranks divide: ZeRO stages 1 to 3."""
+"""An optimizer whose state, gradients and parameters the ranks divide: ZeRO stages 1 to 3."""
 
 from __future__ import annotations
 
@@ -10,8 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.optim.bucket_reducer import BUCKET_BYTES
+from megagnn.optim.interface import RunOptimizer, sum_over
 from megagnn.optim.parts import FROZEN
 from megagnn.optim.pieces import Piece
+from megagnn.optim.rule import Rule
+from megagnn.optim.rules import RULES
+from megagnn.optim.zero.matrices import Gathering
 from megagnn.optim.zero.offload import MemoryStorage, Storage
 from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.optim.zero.residency import Residency
@@ -19,15 +23,19 @@ from megagnn.optim.zero.unit import Member, Unit
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 
+MATRICES = "matrices"
+"""Key of a parameter group that is for the rule of matrices."""
 
-class ShardedAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, ICLR 2019, Algorithm 2) by ZeRO (Rajbhandari et al., SC 2020).
+
+class ShardedOptimizer(RunOptimizer):
+    """Any update rule (optim/rule.py) by ZeRO (Rajbhandari et al., SC 2020).
 
     It takes the parameters' memory over, one flat buffer for each of `modules`: move the model first. What a
     rank keeps in each stage: [Note: stages] in zero/unit.py. Stage 0 keeps all, and is there for bfloat16
-    parameters with float32 gradients. Gradients are summed by `reducer`, which comes with it. In stage 3 the
-    parameters are whole only while their module runs, which must be by calling it; then losses on forces need
-    `one_backward`, for a graph through a gradient would need them at other times.
+    parameters with float32 gradients and for other rules than AdamW. Gradients are summed by `reducer`, which
+    comes with it. In stage 3 the parameters are whole only while their module runs, which must be by calling
+    it; then losses on forces need `one_backward`, for a graph through a gradient would need them at other
+    times.
 
     A step is `zero_grad()`, `reducer.start()`, a backward, `reducer.finish()`, `step()`. State dicts are not
     offered; `pieces` says what a rank keeps, for checkpoints.
@@ -35,6 +43,7 @@ class ShardedAdamW(torch.optim.Optimizer):
     Args:
         modules: with their names in the model, in the order in which they run; each parameter in one of them.
         groups: of parameters, with their own settings, as for torch.optim.AdamW.
+        rule: AdamW if not given. Groups with the key "matrices" are for its rule of matrices.
         storage: where what is kept lies.
         seed: of the initial values of parameters that were deferred (parallel/parameter.py).
 
@@ -56,15 +65,20 @@ class ShardedAdamW(torch.optim.Optimizer):
         bucket_bytes: int = BUCKET_BYTES,
         storage: Storage | None = None,
         seed: int = 0,
+        rule: Rule | None = None,
     ) -> None:
         if stage not in (0, 1, 2, 3):
-            raise ValueError(f"ShardedAdamW: stage must be 0, 1, 2 or 3, got {stage}")
+            raise ValueError(f"ShardedOptimizer: stage must be 0, 1, 2 or 3, got {stage}")
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.context, self.stage, self.num_steps = context, stage, 0
+        self.rule = rule or RULES["adamw"]
         self.storage = storage or MemoryStorage()
         members = _members(modules, self.param_groups, seed)
+        spent = torch.zeros(context.dp_size if stage > 0 else 1, context.tp_size, dtype=torch.float64)
         self.units = [
-            Unit(name, members[name], context, stage, self.storage) for name, _ in modules if members[name]
+            Unit(name, members[name], context, stage, self.storage, self.rule, spent)
+            for name, _ in modules
+            if members[name]
         ]
         """One of each module that has parameters."""
         self.reducer = ShardedReducer(self.units, context, bucket_bytes, by_arrival=stage < 3)
@@ -79,29 +93,62 @@ class ShardedAdamW(torch.optim.Optimizer):
         for unit in self.units:
             unit.zero_grad()
 
-    @torch.no_grad()
-    def step(self, closure: Any = None, grad_scale: float = 1.0) -> None:  # type: ignore[override]
-        """One step with `grad_scale` times the gradients that the reducer has summed.
-
-        Raises ValueError for a closure.
-        """
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step with the gradients that the reducer has summed; raises ValueError for a closure."""
         if closure is not None:
-            raise ValueError("ShardedAdamW: closures are not supported; call the backward before step()")
+            raise ValueError("ShardedOptimizer: closures are not supported; call the backward before step()")
+        self.scaled_step(1.0)
+
+    @torch.no_grad()
+    def scaled_step(self, grad_scale: float) -> None:
+        """See the interface."""
         self.num_steps += 1
         coming: list[messages.Pending] = []
-        for unit in self._streamed():
-            unit.update(self.param_groups, self.num_steps, grad_scale)
-            coming.append(unit.weights_changed())
+        windows = list(self._windows())
+        gathering = self._gather_matrices(windows[0], grad_scale)
+        for window, after in zip(windows, [*windows[1:], []], strict=True):
+            self.storage.fetch(buffer for unit in after for _, buffer in unit.kept)
+            ahead = self._gather_matrices(after, grad_scale)
+            for unit in window:
+                unit.update_elements(self.param_groups, self.num_steps, grad_scale)
+            self._update_matrices(window, gathering)
+            for unit in window:
+                coming.append(unit.weights_changed())
+                self.storage.release(buffer for _, buffer in unit.kept)
+            gathering = ahead
         for pending in coming:  # they arrive where they belong: waiting earlier would save no memory
             pending.wait()
 
+    def _windows(self) -> Iterator[list[Unit]]:
+        """Units whose matrices are updated together; the same on all tensor-parallel ranks."""
+        window: list[Unit] = []
+        for unit in self.units:
+            if window and sum(u.matrix_numel for u in (*window, unit)) > self.storage.window:
+                yield window
+                window = []
+            window.append(unit)
+        yield window
+
+    def _gather_matrices(self, units: Sequence[Unit], grad_scale: float) -> Gathering:
+        work = [w for unit in units for w in unit.work(self.param_groups, grad_scale)]
+        return Gathering(work, self.context)
+
+    def _update_matrices(self, units: Sequence[Unit], gathering: Gathering) -> None:
+        if not gathering.work:
+            return
+        assert self.rule.matrices is not None
+        directions = gathering.directions(self.rule.matrices, self.param_groups, self.num_steps)
+        home = {matrix: unit for unit in units for matrix in unit.matrices}
+        for work, direction in zip(gathering.work, directions, strict=True):
+            home[work.matrix].apply(work.matrix, direction, self.param_groups[work.matrix.group])
+
     def _streamed(self) -> Iterator[Unit]:
-        """The units one after another, what lies on a disk read ahead and let go."""
+        """The units one after another, what lies on a disk read ahead and released."""
         for unit, after in zip(self.units, [*self.units[1:], None], strict=True):
             if after is not None:
-                self.storage.fetch(after.kept.values())
+                self.storage.fetch(buffer for _, buffer in after.kept)
             yield unit
-            self.storage.release(unit.kept.values())
+            self.storage.release(buffer for _, buffer in unit.kept)
 
     def clear_frozen_gradients(self) -> None:
         """Zero those of the groups that are frozen (optim/parts.py), in this rank's shards."""
@@ -109,14 +156,11 @@ class ShardedAdamW(torch.optim.Optimizer):
         for unit in self.units if frozen else ():
             unit.clear_gradients(frozen)
 
-    def gradient_square_sum(self) -> Tensor:
-        """Sum of the squares of the gradients of this rank's shards, a float64 scalar.
-
-        What several tensor-parallel ranks hold counts by its share in each: the sum over dp (but for stage
-        0), tp and pp is that of the whole model.
-        """
+    def gradient_norm(self, context: ParallelContext) -> Tensor:
+        """See the interface; every rank adds up its shards."""
         squares = [unit.square_sum() for unit in self.units]
-        return torch.stack([s.to(squares[0].device) for s in squares]).sum()
+        total = torch.stack([s.to(squares[0].device) for s in squares]).sum()
+        return sum_over(total, context, ("dp", "tp", "pp") if self.stage > 0 else ("tp", "pp")).sqrt()
 
     @torch.no_grad()
     def take_weights(self) -> None:
@@ -126,18 +170,21 @@ class ShardedAdamW(torch.optim.Optimizer):
                 unit.param_shard.copy_(unit.master)
             unit.weights_changed().wait()
 
-    def pieces(self) -> list[Piece]:
-        """All that this rank keeps of every parameter; call `take_weights` after writing into them."""
-        return [
-            piece
-            for unit in self.units
-            for kind, buffer in (
-                ("model", unit.weight_shard),
-                ("exp_avg", unit.exp_avg),
-                ("exp_avg_sq", unit.exp_avg_sq),
-            )
-            for piece in unit.pieces(kind, buffer)
-        ]
+    def pieces(self, model: nn.Module | None = None) -> list[Piece]:
+        """See the interface; units know the model's names. Call `take_weights` after writing into them."""
+        found = []
+        for unit in self.units:
+            found += [*unit.pieces("model", unit.weight_shard), *unit.state_pieces()]
+        return found
+
+    def pieces_loaded(self, num_steps: int) -> None:
+        """See the interface."""
+        self.num_steps = num_steps
+        self.take_weights()
+
+    def kept(self) -> list[tuple[str, Tensor]]:
+        """See the interface."""
+        return [item for unit in self.units for item in unit.kept]
 
     @contextlib.contextmanager
     def swapped(self, shards: Sequence[Tensor]) -> Iterator[None]:
@@ -155,11 +202,11 @@ class ShardedAdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Raises NotImplementedError: a rank holds a share, which `pieces` describes."""
-        raise NotImplementedError("ShardedAdamW has no state dict; save and load its pieces() instead")
+        raise NotImplementedError("ShardedOptimizer has no state dict; save and load its pieces() instead")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises NotImplementedError, as `state_dict`."""
-        raise NotImplementedError("ShardedAdamW has no state dict; save and load its pieces() instead")
+        raise NotImplementedError("ShardedOptimizer has no state dict; save and load its pieces() instead")
 
 
 def _members(
@@ -171,17 +218,20 @@ def _members(
     seen: set[nn.Parameter] = set()
     for name, module in modules:
         named = [(n, p) for n, p in module.named_parameters() if p in number]
-        members = [Member(f"{name}.{n}", p, number[p], seed) for n, p in named]
+        members = [
+            Member(f"{name}.{n}", p, number[p], seed, groups[number[p]].get(MATRICES, False))
+            for n, p in named
+        ]
         kinds = {(m.parameter.dtype, m.parameter.device) for m in members}
         if len(kinds) > 1:
-            raise ValueError(f"ShardedAdamW: the parameters of {name} must be of one type, got {kinds}")
+            raise ValueError(f"ShardedOptimizer: the parameters of {name} must be of one type, got {kinds}")
         if again := [m.name for m in members if m.parameter in seen]:
-            raise ValueError(f"ShardedAdamW: {again[0]} is in two modules; name the module around both")
+            raise ValueError(f"ShardedOptimizer: {again[0]} is in two modules; name the module around both")
         seen |= {m.parameter for m in members}
         found[name] = members
     if len(seen) != len(number):
         raise ValueError(
-            f"ShardedAdamW: {len(number) - len(seen)} parameter(s) of the groups are in none of the modules "
-            f"{', '.join(found)}; name the modules that hold them"
+            f"ShardedOptimizer: {len(number) - len(seen)} parameter(s) of the groups are in none of the "
+            f"modules {', '.join(found)}; name the modules that hold them"
         )
     return found

@@ -138,23 +138,25 @@ class ShardedReducer:
         if self.context.dp_size == 1:
             unit.take_reduced(slice(0, unit.shard_size), rows[0], fresh)
         else:
-            chunk = max(1, self._message_bytes // rows.element_size() // rows.shape[0])
+            chunk = max(1, self._message_bytes // rows[0].element_size() // len(rows))
             for columns in unit.columns(chunk):
-                self._launch(unit, columns, rows[:, columns], fresh)
+                self._launch(unit, columns, [row[columns] for row in rows], fresh)
         unit.let_gradients_go()
 
     @property
     def _message_bytes(self) -> int:
         return self.bucket_bytes if self.stage == 0 else self.bucket_bytes // 2
 
-    def _launch(self, unit: Unit, columns: slice, rows: Tensor, fresh: bool) -> None:
+    def _launch(self, unit: Unit, columns: slice, rows: list[Tensor], fresh: bool) -> None:
         if self.stage == 0:  # in place: it takes no memory, however many are under way
-            pending = messages.start_all_reduce(rows, self.context, "dp")
+            pending = messages.start_all_reduce(rows[0], self.context, "dp")
             self._under_way.append((lambda _: None, pending))
             return
         while len(self._under_way) >= MESSAGES_UNDER_WAY:
             self._collect()
-        leaving = rows if self.stage == 1 else rows.contiguous()  # the unit lets them go at once
+        all_at_once = columns.stop - columns.start == unit.layout.longest
+        # In stages 2 and 3 the unit frees its buffer at once, which a part of it would keep.
+        leaving = rows if self.stage == 1 or all_at_once else [row.clone() for row in rows]
         pending = messages.start_sum_rows(leaving, self.context, "dp")
         self._under_way.append((lambda values: unit.take_reduced(columns, values, fresh), pending))
 

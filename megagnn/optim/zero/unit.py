@@ -10,25 +10,35 @@ section 5; numbers of float32 words, of which AdamW's two moments are two):
       3        N/P          N/P        2N/P         4N/P
 
 All stages lay a unit out alike, add gradients up in one order and update the same runs, so that what they
-compute is the same bits. The layout has P equal *shards*; rank r keeps shard r. What is whole for a while
+compute is the same bits. The layout has P *shards*; rank r keeps shard r. What is whole for a while
 (gradients of stages 2 and 3, parameters of stage 3) is so one unit at a time.
+
+[Note: whole matrices] Shards are equal runs of elements, wherever the borders fall, unless the update rule
+needs some members as whole matrices. Then all members of the unit are dealt out whole, the dearest first,
+each to the rank that has least to do by then over all units, so that N/P above holds within a matrix.
+Tensor-parallel ranks divide the work in the same way: of a matrix that they divide, one has the rule's state
+(optim/zero/matrices.py), while weights and gradients stay divided.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megagnn.ops import adamw_, square_sum
+from megagnn.ops import square_sum
 from megagnn.optim.flat import FlatLayout
+from megagnn.optim.parts import FROZEN
 from megagnn.optim.pieces import Piece
+from megagnn.optim.rule import Rule
+from megagnn.optim.zero.matrices import Matrix, Work, deal
 from megagnn.optim.zero.offload import Storage
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import Parameter, initial_values, is_deferred, layout_of
+from megagnn.parallel.parameter import Parameter, ParameterLayout, initial_values, is_deferred, layout_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +52,8 @@ class Member:
     """Number of its parameter group."""
     seed: int
     """Seed of the initial values, where the parameter has no memory yet."""
+    is_matrix: bool = False
+    """Whether it is for the rule of matrices."""
 
     def values(self) -> Tensor:
         """What it begins with."""
@@ -69,20 +81,34 @@ class Unit:
     context: ParallelContext
     stage: int
     storage: Storage
+    rule: Rule
+    spent: Tensor
+    """Cost of updates of the units before, (data-parallel, tensor-parallel ranks); this one's is added."""
     state_dtype: torch.dtype = field(init=False)
     """Type of gradients, moments and master copies: float32 beside bfloat16, else that of the parameters."""
 
     def __post_init__(self) -> None:
-        self.members.sort(key=lambda member: member.group)  # each group one run; the sort is stable
+        # Matrices first, then each group one run; the sort is stable.
+        self.members.sort(key=lambda member: (not member.is_matrix, member.group))
         first = self.members[0].parameter
         self.dtype, self.device = first.dtype, first.device
         self.state_dtype = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
         self.num_shards = self.context.dp_size if self.stage > 0 else 1
         shapes = [member.parameter.shape for member in self.members]
-        self.layout = FlatLayout.of(shapes, first.element_size(), self.num_shards)
+        owners: list[tuple[int, int | None]] = []
+        if self.members[0].is_matrix:
+            assert self.rule.matrices is not None
+            cost = self.rule.matrices.cost
+            owners = deal([(m.parameter, cost if m.is_matrix else None) for m in self.members], self.spent)
+            ranks = [rank for rank, _ in owners]
+            self.layout = FlatLayout.dealt(shapes, first.element_size(), ranks, self.num_shards)
+        else:
+            self.layout = FlatLayout.of(shapes, first.element_size(), self.num_shards)
         self.shard = self.layout.shard(self.context.dp_rank if self.stage > 0 else 0)
         self.shard_size = self.shard.stop - self.shard.start
         self._make_buffers()
+        self.matrices = self._make_matrices([owner for _, owner in owners])
+        """Those in this rank's shard."""
 
     def _make_buffers(self) -> None:
         self.full = torch.zeros(self.layout.size, dtype=self.dtype, device=self.device)
@@ -97,8 +123,14 @@ class Unit:
         if self.stage == 3:
             self.param_shard = self._new("param", self.dtype)
             self.param_shard.copy_(self.full[self.shard])
-        self.exp_avg = self._new("exp_avg", self.state_dtype)
-        self.exp_avg_sq = self._new("exp_avg_sq", self.state_dtype)
+        runs = self.runs()
+        self.first = runs[0].begin if runs else self.shard_size
+        """The elements' own place in the shard: behind the matrices."""
+        names, size = self.rule.elements.state, self.shard_size - self.first
+        self.state = {name: self._new(name, self.state_dtype, size) for name in names}
+        """State of the elements, each (shard_size - first,)."""
+        self.matrix_state: dict[str, Tensor] = {}
+        """That of the matrices, flat."""
         self.master = None
         if self.state_dtype != self.dtype:
             self.master = self._new("master", self.state_dtype)
@@ -117,19 +149,42 @@ class Unit:
         self.grad_views = [] if self.grad is None else self.layout.views(self.grad)
         self.free()
 
-    def _new(self, kind: str, dtype: torch.dtype) -> Tensor:
-        return self.storage.zeros(f"{self.name}.{kind}", self.shard_size, dtype, self.device)
+    def _make_matrices(self, owners: Sequence[int | None]) -> list[Matrix]:
+        found = []
+        for index, _ in self.overlaps():
+            member, begin = self.members[index], self.layout.offsets[index] - self.shard.start
+            if member.is_matrix:
+                place = slice(begin, begin + member.parameter.numel())
+                layout = layout_of(member.parameter)
+                found.append(Matrix(member.name, member.group, layout, owners[index], place, {}))
+        updated = [m for m in found if m.is_updated_by(self.context.tp_rank)]
+        if updated:
+            assert self.rule.matrices is not None
+            shapes = [self.rule.matrices.state(m.layout.full_shape) for m in updated]
+            for kind in shapes[0]:
+                places = FlatLayout.of([of[kind] for of in shapes], self.state_dtype.itemsize)
+                buffer = self._new(f"matrices.{kind}", self.state_dtype, places.size)
+                self.matrix_state[kind] = buffer
+                for matrix, view in zip(updated, places.views(buffer), strict=True):
+                    matrix.state[kind] = view
+        return found
+
+    def _new(self, kind: str, dtype: torch.dtype, size: int | None = None) -> Tensor:
+        size = self.shard_size if size is None else size
+        return self.storage.zeros(f"{self.name}.{kind}", size, dtype, self.device)
 
     @property
-    def kept(self) -> dict[str, Tensor]:
-        """{name: buffer} of all that stays between steps."""
-        kept = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "grad": self.grad_shard}
-        kept["param"] = self.param_shard if self.stage == 3 else self.full
-        if self.grad is not None and self.stage < 2:
-            kept["grad"] = self.grad
-        if self.master is not None:
-            kept["master"] = self.master
-        return kept
+    def kept(self) -> list[tuple[str, Tensor]]:
+        """(kind, buffer) of all that stays between steps: of "param", "grad" and "state"."""
+        kept = [("param", self.param_shard if self.stage == 3 else self.full)]
+        kept.append(("grad", self.grad if self.grad is not None and self.stage < 2 else self.grad_shard))
+        kept += [("state", b) for b in (*self.state.values(), *self.matrix_state.values())]
+        return kept if self.master is None else [*kept, ("state", self.master)]
+
+    @property
+    def matrix_numel(self) -> int:
+        """Elements of the matrices of all shards, of all tensor-parallel ranks together."""
+        return sum(layout_of(m.parameter).full_numel for m in self.members if m.is_matrix)
 
     @property
     def weight_shard(self) -> Tensor:
@@ -145,8 +200,7 @@ class Unit:
         self.full.untyped_storage().resize_(self.full.numel() * self.full.element_size())
         self.full[self.shard].copy_(self.param_shard)
         self.storage.release([self.param_shard])
-        rows = self.full.view(self.num_shards, self.shard_size)
-        self._coming = messages.start_fill_rows(rows, self.context, "dp")
+        self._coming = messages.start_fill_rows(self.layout.rows(self.full), self.context, "dp")
 
     def gather(self) -> None:
         """Makes them there, now."""
@@ -173,8 +227,7 @@ class Unit:
             self.free()
         if self.stage == 3 or self.num_shards == 1:
             return messages.done(self.full)
-        rows = self.full.view(self.num_shards, self.shard_size)
-        return messages.start_fill_rows(rows, self.context, "dp")
+        return messages.start_fill_rows(self.layout.rows(self.full), self.context, "dp")
 
     # Gradients
 
@@ -210,13 +263,13 @@ class Unit:
         return self.grad
 
     @torch.no_grad()
-    def rows_to_send(self) -> Tensor:
-        """Gradients, (shards, elements of a shard); what has not arrived is zero."""
+    def rows_to_send(self) -> list[Tensor]:
+        """Gradients, one row for each shard; what has not arrived is zero."""
         grad = self._make_grad()
         for index in set(range(len(self.members))) - self._arrived:
             self.grad_views[index].zero_()
             self.members[index].parameter.grad = self._home(index)
-        return grad.view(self.num_shards, self.shard_size)
+        return self.layout.rows(grad)
 
     def let_gradients_go(self) -> None:
         """Stages 2 and 3: what was sent is kept no longer."""
@@ -225,8 +278,9 @@ class Unit:
             self._arrived.clear()
 
     def columns(self, chunk: int) -> list[slice]:
-        """The shard in runs of at most `chunk` elements: each travels in a message of its own."""
-        return [slice(a, min(a + chunk, self.shard_size)) for a in range(0, self.shard_size, chunk)]
+        """Every shard in runs of at most `chunk` elements: each travels in a message of its own."""
+        longest = self.layout.longest
+        return [slice(a, min(a + chunk, longest)) for a in range(0, longest, chunk)]
 
     def take_reduced(self, columns: slice, values: Tensor, fresh: bool) -> None:
         """Sums over the data-parallel ranks for a part of this rank's shard; `fresh`: the step's first.
@@ -245,46 +299,50 @@ class Unit:
     # Step
 
     def runs(self) -> list[Run]:
-        """The shard cut where the parameter group changes; padding goes with what is before it."""
+        """The elements of the shard, cut where the parameter group changes; padding goes with what is before
+        it."""
         runs: list[Run] = []
-        for member, offset in zip(self.members, self.layout.offsets, strict=True):
-            if runs and runs[-1].group == member.group:
+        for index, (begin, _) in self.overlaps():
+            member, at = self.members[index], self.layout.offsets[index] + begin - self.shard.start
+            if member.is_matrix or (runs and runs[-1].group == member.group):
                 continue
             if runs:
-                runs[-1] = Run(runs[-1].begin, offset, runs[-1].group)
-            runs.append(Run(offset, self.layout.size, member.group))
-        start, stop = self.shard.start, self.shard.stop
-        cut = [Run(max(r.begin, start) - start, min(r.end, stop) - start, r.group) for r in runs]
-        return [run for run in cut if run.begin < run.end]
+                runs[-1] = Run(runs[-1].begin, at, runs[-1].group)
+            runs.append(Run(at, self.shard_size, member.group))
+        return runs
 
-    def update(self, groups: Sequence[dict[str, object]], step: int, grad_scale: float) -> None:
-        """AdamW on this rank's shard; `groups` are the optimizer's."""
+    def update_elements(self, groups: Sequence[Mapping[str, Any]], step: int, grad_scale: float) -> None:
+        """The rule of elements on this rank's shard; `groups` are the optimizer's."""
         # The step runs where the state lies, which offloading may have put on the host.
-        weights = self.param_shard.to(self.exp_avg.device)
-        grads = self.grad_shard.to(self.exp_avg.device)
+        device = next(iter(self.state.values()), self.param_shard).device
+        weights, grads = self.param_shard.to(device), self.grad_shard.to(device)
         for run in self.runs():
-            group, at = groups[run.group], slice(run.begin, run.end)
-            adamw_(
-                weights[at],
-                grads[at],
-                self.exp_avg[at],
-                self.exp_avg_sq[at],
-                None if self.master is None else self.master[at],
-                lr=float(group["lr"]),  # type: ignore[arg-type]
-                betas=group["betas"],  # type: ignore[arg-type]
-                eps=group["eps"],  # type: ignore[arg-type]
-                weight_decay=group["weight_decay"],  # type: ignore[arg-type]
-                step=step,
-                grad_scale=grad_scale,
-            )
+            at, own = slice(run.begin, run.end), slice(run.begin - self.first, run.end - self.first)
+            state = {name: buffer[own] for name, buffer in self.state.items()}
+            master = None if self.master is None else self.master[at]
+            rest = (groups[run.group], step, grad_scale)
+            self.rule.elements.update(weights[at], grads[at], state, master, *rest)
         if weights is not self.param_shard:
             self.param_shard.copy_(weights)
 
+    def work(self, groups: Sequence[Mapping[str, Any]], grad_scale: float) -> list[Work]:
+        """The matrices of the shard that are not frozen, with `grad_scale` times their gradients."""
+        moving = [m for m in self.matrices if not groups[m.group].get(FROZEN)]
+        return [Work(m, m.of(self.grad_shard).to(self.device) * grad_scale) for m in moving]
+
+    def apply(self, matrix: Matrix, direction: Tensor, settings: Mapping[str, Any]) -> None:
+        """One step of a matrix, or of this rank's slice: decay, then the direction times the rate."""
+        rate, weights = float(settings["lr"]), matrix.of(self.weight_shard)
+        weights.mul_(1 - rate * settings["weight_decay"]).sub_(direction.to(weights.device), alpha=rate)
+        if self.master is not None:
+            matrix.of(self.param_shard).copy_(weights)
+
     def clear_gradients(self, groups: Collection[int]) -> None:
         """Zero this rank's gradients of some parameter groups."""
-        found = [run for run in self.runs() if run.group in groups]
-        for run in found:
-            self.grad_shard[run.begin : run.end].zero_()
+        found = [slice(run.begin, run.end) for run in self.runs() if run.group in groups]
+        found += [matrix.shard for matrix in self.matrices if matrix.group in groups]
+        for elements in found:
+            self.grad_shard[elements].zero_()
         if found:
             self.storage.release([self.grad_shard])
 
@@ -312,19 +370,23 @@ class Unit:
 
     def pieces(self, kind: str, buffer: Tensor) -> list[Piece]:
         """What of a buffer of the shard's length belongs to which parameter."""
-        found = []
-        for index, (begin, end) in self.overlaps():
-            start = self.layout.offsets[index] - self.shard.start
-            member = self.members[index]
-            found.append(
-                Piece(
-                    member.name,
-                    kind,
-                    layout_of(member.parameter),
-                    begin,
-                    end,
-                    buffer[start + begin : start + end],
-                    replicated=self.num_shards == 1,
-                )
-            )
+        return [self._piece(kind, buffer, 0, *overlap) for overlap in self.overlaps()]
+
+    def state_pieces(self) -> list[Piece]:
+        """The state that this rank keeps."""
+        elements = [(i, part) for i, part in self.overlaps() if not self.members[i].is_matrix]
+        found = [
+            self._piece(kind, b, self.first, *part) for kind, b in self.state.items() for part in elements
+        ]
+        for matrix in self.matrices:
+            for kind, whole in matrix.state.items():
+                layout, run, alike = ParameterLayout(tuple(whole.shape)), whole.view(-1), self.num_shards == 1
+                alone = matrix.owner is not None
+                found.append(Piece(matrix.name, kind, layout, 0, len(run), run, alike, alone))
         return found
+
+    def _piece(self, kind: str, buffer: Tensor, first: int, index: int, part: tuple[int, int]) -> Piece:
+        member, (begin, end) = self.members[index], part
+        start = self.layout.offsets[index] - self.shard.start - first
+        values, replicated = buffer[start + begin : start + end], self.num_shards == 1
+        return Piece(member.name, kind, layout_of(member.parameter), begin, end, values, replicated)

@@ -19,7 +19,7 @@ from megagnn.optim.average import ShardedAverage
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import WeightAverage, make_optimizer, make_sharded_optimizer, parameter_groups
 from megagnn.optim.zero.offload import DiskStorage
-from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedOptimizer
 from megagnn.optim.zero.unit import Unit
 from megagnn.parallel.context import ParallelContext
 from tests.models.physics import STATISTICS, model_config
@@ -46,26 +46,26 @@ class Chain(nn.Module):
         return [(f"layers.{k}", layer) for k, layer in enumerate(self.layers)]
 
 
-def make(model: Chain, stage: int, **settings: Any) -> ShardedAdamW:
+def make(model: Chain, stage: int, **settings: Any) -> ShardedOptimizer:
     groups = parameter_groups(model, CONFIG)
-    return ShardedAdamW(model.blocks(), groups, CONTEXT, stage, lr=1e-2, betas=CONFIG.betas, **settings)
+    return ShardedOptimizer(model.blocks(), groups, CONTEXT, stage, lr=1e-2, betas=CONFIG.betas, **settings)
 
 
 def steps(model: Chain, optimizer: Any, number: int, average: Any = None) -> None:
     x = torch.linspace(-1, 1, 12, dtype=model.layers[0].weight.dtype).view(2, 6)  # type: ignore[union-attr]
     for _ in range(number):
         optimizer.zero_grad()
-        if isinstance(optimizer, ShardedAdamW):
+        if isinstance(optimizer, ShardedOptimizer):
             optimizer.reducer.start()
         (model(x) - x.roll(1, 1)).square().sum().backward()
-        if isinstance(optimizer, ShardedAdamW):
+        if isinstance(optimizer, ShardedOptimizer):
             optimizer.reducer.finish()
         optimizer.step()
         if average is not None:
             average.update()
 
 
-def whole(model: Chain, optimizer: ShardedAdamW) -> list[Tensor]:
+def whole(model: Chain, optimizer: ShardedOptimizer) -> list[Tensor]:
     for unit in optimizer.units:
         unit.gather()
     return [p.detach().clone() for p in model.parameters()]
@@ -167,7 +167,7 @@ def test_shards_in_files_leave_the_process_during_a_step(tmp_path: Path) -> None
     optimizer.reducer.finish()
     for unit in optimizer.units:
         assert {unit.param_shard.data_ptr(), unit.grad_shard.data_ptr()} <= released
-        assert unit.exp_avg.data_ptr() not in released
+        assert unit.state["exp_avg"].data_ptr() not in released
 
 
 def test_released_pages_are_not_resident(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_is_freed_with_its_model(stage: int) -> None:
     model = Chain()
     optimizer = make(model, stage)
     steps(model, optimizer, 1)
-    moments = weakref.ref(optimizer.units[0].exp_avg)
+    moments = weakref.ref(optimizer.units[0].state["exp_avg"])
     del model, optimizer
     gc.collect()
     assert moments() is None
@@ -254,14 +254,14 @@ def test_unknown_stage() -> None:
 def test_parameter_outside_of_the_modules() -> None:
     model = Chain()
     with pytest.raises(ValueError, match=r"2 parameter\(s\) of the groups are in none of the modules"):
-        ShardedAdamW(model.blocks()[:2], parameter_groups(model, CONFIG), CONTEXT, 1)
+        ShardedOptimizer(model.blocks()[:2], parameter_groups(model, CONFIG), CONTEXT, 1)
 
 
 def test_parameter_in_two_modules() -> None:
     model = Chain()
     twice = [*model.blocks(), ("again", model.layers[0])]
     with pytest.raises(ValueError, match=r"again\.weight is in two modules"):
-        ShardedAdamW(twice, parameter_groups(model, CONFIG), CONTEXT, 1)
+        ShardedOptimizer(twice, parameter_groups(model, CONFIG), CONTEXT, 1)
 
 
 def test_two_types_in_a_module() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from megagnn.data.batch import collate
@@ -20,18 +19,13 @@ from megagnn.models.potential import build_potential
 from megagnn.objective.config import LossConfig
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
-from megagnn.optim.adamw import FlatAdamW
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
-    clipped_step,
-    gradient_buffers,
-    gradient_norm,
     make_optimizer,
     make_sharded_optimizer,
 )
-from megagnn.optim.zero.offload import DiskStorage
-from megagnn.optim.zero.optimizer import ShardedAdamW
+from megagnn.optim.zero.optimizer import ShardedOptimizer
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import num_parameters
@@ -142,10 +136,10 @@ class Work:
             self.optimizer = make_optimizer(self.potential, OptimConfig(learning_rate=LEARNING_RATE))
             bucket_bytes = int(size.bucket_megabytes * 2**20)
             self.reducer = GradientReducer(
-                self.potential.parameters(), context, bucket_bytes, gradient_buffers(self.optimizer)
+                self.potential.parameters(), context, bucket_bytes, self.optimizer.gradient_buffers()
             )
 
-    def _sharded(self, size: Size) -> ShardedAdamW:
+    def _sharded(self, size: Size) -> ShardedOptimizer:
         folder = size.folder if self.row.offload == "disk" else None
         optim = OptimConfig(
             learning_rate=LEARNING_RATE,
@@ -166,25 +160,18 @@ class Work:
         with memory.phase("messages"):
             self.reducer.finish()
         with memory.phase("optimizer"):
-            clipped_step(self.optimizer, gradient_norm(self.optimizer, self.context), None)
+            self.optimizer.clipped_step(self.optimizer.gradient_norm(self.context), None)
         return float(sum_over_dp(total, self.context))
 
     def kept(self) -> dict[int, str]:
         """{address: category} of the buffers that stay between steps."""
-        named: list[tuple[str, Tensor]] = []
-        if isinstance(self.optimizer, FlatAdamW):
-            for buffers in self.optimizer._all_buffers():
-                named += [("param", buffers.param), ("grad", buffers.grad)]
-                named += [("state", b) for b in (buffers.exp_avg, buffers.exp_avg_sq)]
-        else:
-            named = [item for unit in self.optimizer.units for item in unit.kept.items()]
-        kinds = {"param": memory.PARAMETERS, "grad": memory.GRADIENTS}
-        return {b.untyped_storage().data_ptr(): kinds.get(name, memory.STATE) for name, b in named}
+        kinds = {"param": memory.PARAMETERS, "grad": memory.GRADIENTS, "state": memory.STATE}
+        return {b.untyped_storage().data_ptr(): kinds[name] for name, b in self.optimizer.kept()}
 
     @property
     def in_files(self) -> bool:
         """Whether buffers lie in files."""
-        return isinstance(self.optimizer, ShardedAdamW) and isinstance(self.optimizer.storage, DiskStorage)
+        return self.row.offload == "disk"
 
 
 def measure(context: ParallelContext, row: Row, size: Size) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from megagnn.checkpoint.folder import open_folder
-from megagnn.checkpoint.pieces import num_steps_of, pieces_loaded, pieces_of
 from megagnn.checkpoint.progress import Progress
 from megagnn.checkpoint.writer import CheckpointStore
 from megagnn.config import RunConfig
 from megagnn.optim.config import OptimConfig
+from megagnn.optim.interface import RunOptimizer
 from megagnn.optim.optimizer import WeightAverage, make_optimizer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import Constant, Normal, initialise, layout_of
@@ -18,7 +18,7 @@ from megagnn.tensor_parallel.layers import LinearLaws, RowLinear
 from tests.models.physics import STATISTICS
 from tests.tolerances import assert_close
 
-Built = tuple[RowLinear, torch.optim.Optimizer, WeightAverage]
+Built = tuple[RowLinear, RunOptimizer, WeightAverage]
 
 
 def linear(implementation: str, context: ParallelContext, seed: int, dtype: torch.dtype) -> Built:
@@ -49,16 +49,16 @@ def test_slices_continue_as_the_whole(tmp_path: Path, writer: str, reader: str, 
     for seed in (0, 1):
         take_step(whole, seed)
     store = CheckpointStore(tmp_path, ParallelContext(), asynchronous=False)
-    steps = num_steps_of(whole[1])
+    steps = whole[1].num_steps
     assert steps == 2
-    store.save(pieces_of(whole[1], whole[0], whole[2]), RunConfig(), STATISTICS, Progress(step=2))
+    store.save([*whole[1].pieces(whole[0]), *whole[2].pieces()], RunConfig(), STATISTICS, Progress(step=2))
     take_step(whole, 2)
     parts = []
     for rank in (0, 1):
         context = ParallelContext(tp_size=2, tp_rank=rank)
         part = linear(reader, context, 7, torch.float32)
-        open_folder(tmp_path / "step-00000002").load(pieces_of(part[1], part[0], part[2]))
-        pieces_loaded(part[1], 0 if forgets else steps)
+        open_folder(tmp_path / "step-00000002").load([*part[1].pieces(part[0]), *part[2].pieces()])
+        part[1].pieces_loaded(0 if forgets else steps)
         part[2].num_updates = 2
         take_step(part, 2)
         parts.append(part)
@@ -77,17 +77,17 @@ def test_master_copies_are_what_is_kept(tmp_path: Path) -> None:
     whole = linear("own", ParallelContext(), 0, torch.bfloat16)
     for seed in (0, 1):
         take_step(whole, seed)
-    pieces = pieces_of(whole[1], whole[0], whole[2])
+    pieces = [*whole[1].pieces(whole[0]), *whole[2].pieces()]
     assert {p.values.dtype for p in pieces if p.kind == "model"} == {torch.float32}
     store = CheckpointStore(tmp_path, ParallelContext(), asynchronous=False)
     store.save(pieces, RunConfig(), STATISTICS, Progress(step=2))
     other = linear("own", ParallelContext(), 7, torch.bfloat16)
-    open_folder(tmp_path / "step-00000002").load(pieces_of(other[1], other[0], other[2]))
-    pieces_loaded(other[1], 2)
+    open_folder(tmp_path / "step-00000002").load([*other[1].pieces(other[0]), *other[2].pieces()])
+    other[1].pieces_loaded(2)
     for _ in range(2):
         for p, q in zip(whole[0].parameters(), other[0].parameters(), strict=True):
             assert torch.equal(p, q)
-        for a, b in zip(pieces, pieces_of(other[1], other[0], other[2]), strict=True):
+        for a, b in zip(pieces, [*other[1].pieces(other[0]), *other[2].pieces()], strict=True):
             assert a.kind == "average" or torch.equal(a.values, b.values), (a.name, a.kind)
         for built in (whole, other):
             take_step(built, 3)
@@ -101,4 +101,4 @@ def test_parameters_that_took_other_numbers_of_steps_are_refused() -> None:
     with pytest.raises(
         ValueError, match=r"one number of optimizer steps, the parameters have taken \[1, 2\]"
     ):
-        num_steps_of(built[1])
+        _ = built[1].num_steps

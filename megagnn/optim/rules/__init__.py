@@ -1,0 +1,18 @@
+"""The optimizers of `optim.rule`, one line each."""
+
+from megagnn.optim.rule import Rule
+from megagnn.optim.rules.adamw import ADAMW
+
+RULES = {
+    "adamw": Rule(ADAMW),
+}
+
+
+def rule_of(name: str) -> Rule:
+    """The optimizer of this name.
+
+    Raises ValueError, which names those that there are.
+    """
+    if name not in RULES:
+        raise ValueError(f"optim.rule must be one of {', '.join(RULES)}; got '{name}'")
+    return RULES[name]
