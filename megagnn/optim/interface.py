@@ -17,7 +17,7 @@ from megagnn.parallel.parameter import layout_of
 
 
 class RunOptimizer(torch.optim.Optimizer):
-    """The interface. A subclass writes `scaled_step`, or `clipped_step` where it cannot read gradients scaled."""
+    """The interface. A subclass writes `scaled_step`, or `clipped_step` where it cannot."""
 
     num_steps: int
     """Steps that it has taken."""

@@ -10,7 +10,7 @@ import torch
 from megagnn.checkpoint import manifest as checkpoint_manifest
 from megagnn.checkpoint.folder import open_folder
 from megagnn.checkpoint.manifest import complaints
-from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
+from megagnn.checkpoint.single_file import load_checkpoint
 from tests import runs
 
 FILES = ("manifest.json", "rank-00000.safetensors")
@@ -98,9 +98,9 @@ def test_without_checksums_it_would_be_read(damaged: Path, monkeypatch: pytest.M
     path = damaged / FILES[1]
     entry = open_folder(damaged).manifest.files[FILES[1]]
     monkeypatch.setattr(checkpoint_manifest, "sha256_of", lambda path: entry.sha256)
-    before = load_checkpoint(damaged, EVERYTHING).tensors
+    before = load_checkpoint(damaged, optimizer=True).tensors
     for _ in flipped(path, [entry.size // 2]):
-        after = load_checkpoint(damaged, EVERYTHING).tensors
+        after = load_checkpoint(damaged, optimizer=True).tensors
         assert not all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -120,8 +120,8 @@ def test_the_one_before_is_used(
     assert "steps 50 to 60" in told
     assert (run / "checkpoints" / "step-00000060.damaged" / name).exists()
     for link in ("last", "best"):
-        expected = load_checkpoint(run_dir / "checkpoints" / link, EVERYTHING)
-        got = load_checkpoint(run / "checkpoints" / link, EVERYTHING)
+        expected = load_checkpoint(run_dir / "checkpoints" / link, optimizer=True)
+        got = load_checkpoint(run / "checkpoints" / link, optimizer=True)
         assert got.progress == expected.progress
         assert all(torch.equal(got.tensors[key], tensor) for key, tensor in expected.tensors.items())
 

@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from megagnn.checkpoint.pieces import MOMENTS
 
 from megagnn.checkpoint import manifest as checkpoint_manifest
 from megagnn.checkpoint.single_file import (
-    EVERYTHING,
     load_checkpoint,
     load_potential,
     load_weights,
@@ -141,7 +139,7 @@ def test_a_folder_and_a_file_hold_the_same(checkpoint: Path, folder: Path) -> No
     assert whole.progress == best.progress
     assert whole.tensors.keys() == best.tensors.keys()
     assert all(torch.equal(whole.tensors[name], tensor) for name, tensor in best.tensors.items())
-    assert load_checkpoint(folder, EVERYTHING).tensors.keys() > whole.tensors.keys()
+    assert load_checkpoint(folder, optimizer=True).tensors.keys() > whole.tensors.keys()
 
 
 def test_export_and_import_lose_nothing(folder: Path, store: Path, tmp_path: Path) -> None:
@@ -153,7 +151,7 @@ def test_export_and_import_lose_nothing(folder: Path, store: Path, tmp_path: Pat
     for run in (again, tmp_path / "copy"):
         assert runs.train(store, run, "--resume", "--train.num_steps", "66") == 0
     expected, got = (
-        load_checkpoint(run / "checkpoints" / "last", EVERYTHING) for run in (tmp_path / "copy", again)
+        load_checkpoint(run / "checkpoints" / "last", optimizer=True) for run in (tmp_path / "copy", again)
     )
     assert got.progress == expected.progress
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())
@@ -161,18 +159,18 @@ def test_export_and_import_lose_nothing(folder: Path, store: Path, tmp_path: Pat
 
 def test_import_of_the_earlier_format(folder: Path, tmp_path: Path) -> None:
     """There the optimizer's state has the numbers of parameters, matrices first."""
-    loaded = load_checkpoint(folder, EVERYTHING)
+    loaded = load_checkpoint(folder, optimizer=True)
     weights = loaded.weights("model")
     model = [name for name, _ in load_potential(loaded).model.named_parameters()]
     order = sorted(model, key=lambda name: weights[name].ndim < 2)
-    tensors = {n: t for n, t in loaded.tensors.items() if n.split("/")[0] not in MOMENTS}
+    tensors = {n: t for n, t in loaded.tensors.items() if n.split("/")[0] not in ADAMW.state}
     for index, name in enumerate(order):
         tensors[f"optimizer/{index}/step"] = torch.tensor(60.0)
-        tensors |= {f"optimizer/{index}/{kind}": loaded.tensors[f"{kind}/{name}"] for kind in MOMENTS}
+        tensors |= {f"optimizer/{index}/{kind}": loaded.tensors[f"{kind}/{name}"] for kind in ADAMW.state}
     file = tmp_path / "last.safetensors"
     save_checkpoint(file, loaded.config, loaded.statistics, loaded.progress, tensors)
     assert main(["import", str(file), str(tmp_path / "run")]) == 0
-    got = load_checkpoint(tmp_path / "run" / "checkpoints" / "last", EVERYTHING)
+    got = load_checkpoint(tmp_path / "run" / "checkpoints" / "last", optimizer=True)
     assert got.progress.optimizer_steps == 60
     assert got.tensors.keys() == loaded.tensors.keys()
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in loaded.tensors.items())

@@ -45,6 +45,7 @@ class Case(NamedTuple):
     recomputation: str = "none"
     method: str = "one_backward"
     bucket_bytes: int = 1000
+    rule: str = "adamw"
 
     def __str__(self) -> str:
         return f"dp{self.dp}-tp{self.tp} stage {self.stage} {' '.join(map(str, self[3:]))}"
@@ -62,7 +63,9 @@ def optimizer_of(
 ) -> ShardedOptimizer:
     """The sharded one; settings may be replaced."""
     parallel = ParallelConfig(zero_stage=case.stage, bucket_megabytes=case.bucket_bytes / 2**20)
-    return make_sharded_optimizer(potential.model, OptimConfig(**{**_SETTINGS, **optim}), parallel, context)
+    return make_sharded_optimizer(
+        potential.model, OptimConfig(**{**_SETTINGS, "rule": case.rule, **optim}), parallel, context
+    )
 
 
 _SETTINGS: dict[str, Any] = {"learning_rate": 1e-3, "clip_norm": 0.25, "weight_decay": 0.1}

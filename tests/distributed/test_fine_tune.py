@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megagnn.checkpoint.folder import folder_name
-from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
+from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.config import load_config
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.train.trainer import Trainer
@@ -63,7 +63,7 @@ def on_rank(context: ParallelContext, folder: Path, names: tuple[str, ...], froz
 
 
 def saved(folder: Path, name: str, step: int) -> dict[str, Tensor]:
-    return load_checkpoint(folder / name / "checkpoints" / folder_name(step), EVERYTHING).tensors
+    return load_checkpoint(folder / name / "checkpoints" / folder_name(step), optimizer=True).tensors
 
 
 @pytest.fixture(scope="module")

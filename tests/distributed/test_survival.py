@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
+from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.launch.watch import SAME_WISH_SECONDS
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import sum_over_dp
@@ -88,7 +88,7 @@ def children(pid: int) -> dict[str, int]:
 def same_end(first: Path, second: Path) -> None:
     """Every tensor of the last and of the best checkpoint, and where the runs stand."""
     for name in (LAST, "checkpoints/best"):
-        a, b = (load_checkpoint(run / name, EVERYTHING) for run in (first, second))
+        a, b = (load_checkpoint(run / name, optimizer=True) for run in (first, second))
         assert a.progress == b.progress
         assert a.tensors.keys() == b.tensors.keys()
         assert all(torch.equal(a.tensors[n], t) for n, t in b.tensors.items()), name

@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megagnn.checkpoint.progress import Progress
-from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
+from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.cli import main
 from megagnn.config import config_from_dict
 from megagnn.data import keys
@@ -163,14 +163,14 @@ def test_a_skipped_step_leaves_everything_as_it_was(store: Path, tmp_path: Path,
     def keep() -> None:
         original()
         trainer.checkpoints.wait()
-        before.append(load_checkpoint(trainer.last_path, EVERYTHING).tensors)
+        before.append(load_checkpoint(trainer.last_path, optimizer=True).tensors)
 
     trainer._save = keep  # type: ignore[method-assign]
     trainer.config = dataclasses.replace(
         trainer.config, train=dataclasses.replace(trainer.config.train, checkpoint_every=5)
     )
     assert trainer.run() == ""
-    after = load_checkpoint(trainer.last_path, EVERYTHING)
+    after = load_checkpoint(trainer.last_path, optimizer=True)
     assert after.progress.step == 6
     assert after.progress.step_in_epoch + after.progress.epoch > 0
     assert after.progress.skipped_steps == 1
@@ -223,7 +223,7 @@ def test_a_spike_is_skipped_and_a_resumed_run_skips_it_too(store: Path, tmp_path
     assert forgetful.progress.skipped_steps == 0, "the mistake: a history that starts again"
     spoiled(Trainer(first.config, ParallelContext(), resume=True), (25,), large_gradient).run()
     expected, got = (
-        load_checkpoint(tmp_path / name / "checkpoints/last", EVERYTHING) for name in ("whole", "parts")
+        load_checkpoint(tmp_path / name / "checkpoints/last", optimizer=True) for name in ("whole", "parts")
     )
     assert got.progress == expected.progress
     assert len(got.progress.recent_norms) == 29
@@ -268,7 +268,7 @@ def test_steps_of_several_batches(store: Path, tmp_path: Path) -> None:
         again.run()
     Trainer(again.config, ParallelContext(), resume=True).run()
     expected, got = (
-        load_checkpoint(tmp_path / name / "checkpoints/last", EVERYTHING) for name in ("run", "parts")
+        load_checkpoint(tmp_path / name / "checkpoints/last", optimizer=True) for name in ("run", "parts")
     )
     assert got.progress == expected.progress
     assert all(torch.equal(got.tensors[name], tensor) for name, tensor in expected.tensors.items())

@@ -11,7 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megagnn.checkpoint.single_file import EVERYTHING, load_checkpoint
+from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.cli import main
 from megagnn.optim.optimizer import WeightAverage
 from megagnn.train.evaluate import evaluate
@@ -75,8 +75,8 @@ def test_resume_gives_the_same_bits(store: Path, run_dir: Path, tmp_path: Path) 
     )
     assert runs.train(store, out_dir, "--resume") == 0
     for name in ("last", "best"):
-        resumed = load_checkpoint(out_dir / "checkpoints" / name, EVERYTHING)
-        undisturbed = load_checkpoint(run_dir / "checkpoints" / name, EVERYTHING)
+        resumed = load_checkpoint(out_dir / "checkpoints" / name, optimizer=True)
+        undisturbed = load_checkpoint(run_dir / "checkpoints" / name, optimizer=True)
         assert resumed.progress == undisturbed.progress
         assert resumed.tensors.keys() == undisturbed.tensors.keys()
         for key, tensor in undisturbed.tensors.items():
@@ -198,7 +198,7 @@ def test_an_exploding_run_stops_and_keeps_its_checkpoint(store: Path, tmp_path: 
         FloatingPointError, match=r"gradient norm is nan at step 5; .*checkpoints/last is from before"
     ):
         trainer.run()
-    kept = load_checkpoint(trainer.last_path, EVERYTHING)
+    kept = load_checkpoint(trainer.last_path, optimizer=True)
     assert kept.progress.step == 4
     assert all(torch.isfinite(tensor).all() for tensor in kept.tensors.values())
 
