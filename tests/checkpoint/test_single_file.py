@@ -17,6 +17,7 @@ from megagnn.checkpoint.single_file import (
     save_checkpoint,
 )
 from megagnn.cli import main
+from megagnn.optim.rules.adamw import ADAMW
 from tests import runs
 
 
