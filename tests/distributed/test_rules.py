@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from megagnn.config import config_from_dict
 from megagnn.optim.rule import Rule
 from megagnn.optim.rules import RULES
 from megagnn.parallel.context import ParallelContext, grid_context
@@ -15,7 +16,7 @@ from tests.distributed.spawn import spawn
 from tests.optim import toy_rules  # noqa: F401 (registers the rules)
 
 PARITY = 1e-10
-STATE = {"sign_momentum": {"sign"}, "normalised": {"exp_avg", "exp_avg_sq", "velocity", "rows"}}
+STATE = {"lion": {"momentum"}, "normalised": {"exp_avg", "exp_avg_sq", "velocity", "rows"}}
 CASES = [
     Case(dp, tp, stage, rule=rule)
     for dp, tp in ((2, 1), (1, 2))
@@ -57,7 +58,7 @@ def test_layouts_equal_one_process(ranks: Any) -> None:
     for found, _ in ranks:
         for case, got in zip(CASES, found, strict=True):
             assert worst(got["final"], plain[case.rule]["final"]) <= PARITY, str(case)
-    assert worst(plain["sign_momentum"]["final"], plain["normalised"]["final"]) > 1e-6
+    assert worst(plain["lion"]["final"], plain["normalised"]["final"]) > 1e-6
 
 
 def test_stages_1_to_3_give_the_same_bits(ranks: Any) -> None:
@@ -124,3 +125,30 @@ def test_offloaded_state_gives_the_same_bits(
     settings = {**sharded._SETTINGS, "offload": "disk", "offload_dir": str(tmp_path)}
     monkeypatch.setattr(sharded, "_SETTINGS", settings)
     assert worst(one_process(rule, 3, stage=2)["final"], want["final"]) == 0
+
+
+def test_lion_by_hand() -> None:
+    """The document's rule: two steps from zero momentum, with decay, on numbers of either sign."""
+    weights, momentum = torch.tensor([1.0, -2.0]), torch.zeros(2)
+    settings = {"lr": 0.1, "betas": (0.9, 0.5), "weight_decay": 0.5}
+    for step, grad in ((1, [4.0, -2.0]), (2, [-2.0, -2.0])):
+        RULES["lion"].elements.update(
+            weights, torch.tensor(grad), {"momentum": momentum}, None, settings, step, 0.5
+        )
+    assert momentum.tolist() == pytest.approx([0.0, -0.75])
+    assert weights.tolist() == pytest.approx([(0.95 - 0.1) * 0.95 - 0.1, (-1.9 + 0.1) * 0.95 + 0.1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "adam"}, r"optim.rule must be one of adamw.*got 'adam'"),
+        (
+            {"rule": "lion", "implementation": "torch"},
+            "'lion' needs optim.implementation = 'own'",
+        ),
+    ],
+)
+def test_errors(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_dict({"data": {"paths": ["a.xyz"]}, "optim": settings})

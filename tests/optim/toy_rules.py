@@ -1,20 +1,27 @@
-"""Two update rules that only tests know: of elements, and of whole matrices with state of another shape."""
+"""Two update rules that only tests know: of elements, that of docs/extending.md, and of whole matrices."""
 
 import math
+import re
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from megagnn.optim.rule import ElementRule, MatrixRule, Rule
+from megagnn.optim.rule import MatrixRule, Rule
 from megagnn.optim.rules import RULES
 from megagnn.optim.rules.adamw import ADAMW
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "extending.md"
 
-def _sign_momentum(param, grad, state, master, settings, step, grad_scale):  # type: ignore[no-untyped-def]
-    weights = param if master is None else master
-    state["sign"].lerp_(grad.to(weights.dtype) * grad_scale, 0.1)
-    weights.sub_(state["sign"].sign(), alpha=float(settings["lr"]))
-    if master is not None:
-        param.copy_(master)
+
+def _documented() -> dict[str, Rule]:
+    """The file's text and the line of `RULES`, as the document has them."""
+    section = DOCUMENT.read_text().split("\n## An optimizer\n")[1].split("\n## ")[0]
+    (source,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    (line,) = re.findall(r"^    (\"lion\": .*),$", section, re.MULTILINE)
+    names: dict[str, Any] = {"__name__": "megagnn.optim.rules.lion", "Rule": Rule}
+    exec(compile(source, str(DOCUMENT), "exec"), names)
+    return eval(f"{{{line}}}", names)  # type: ignore[no-any-return]
 
 
 def _normalised(gradients, states, settings, step):  # type: ignore[no-untyped-def]
@@ -27,7 +34,7 @@ def _normalised(gradients, states, settings, step):  # type: ignore[no-untyped-d
     return found
 
 
-RULES["sign_momentum"] = Rule(ElementRule(("sign",), _sign_momentum))
+RULES.update(_documented())
 RULES["normalised"] = Rule(
     ADAMW,
     MatrixRule(lambda shape: {"velocity": shape, "rows": shape[:1]}, _normalised, lambda s: 3 * math.prod(s)),
