@@ -41,7 +41,7 @@ MADE, STEP = "construct", "whole step"
 _MADE_FOR: list[tuple[Any, str, str]] = [
     (Unit, "start_gather", PARAMETERS),
     (Unit, "take_gradient", GRADIENTS),
-    (Unit, "update", STATE),
+    (Unit, "update_elements", STATE),
     (ShardedReducer, "_send", GRADIENTS),
     (ShardedReducer, "_launch", MESSAGES),
     (Bucket, "_packed", MESSAGES),
