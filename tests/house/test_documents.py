@@ -18,6 +18,7 @@ EXAMPLES = {
     "megagnn.models.schnet.model",
     "schedules/gpipe_fifo.py",
     "megagnn/data/formats/json_lines.py",
+    "megagnn/optim/rules/lion.py",
     "megagnn/ops/cube.py",
     "csrc/cube.cpp",
 }
