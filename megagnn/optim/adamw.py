@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from megagnn.ops import square_sum
 from megagnn.optim.flat import FlatLayout
-from megagnn.optim.interface import RunOptimizer, one_number_of_steps, parameters_of, whole_norm
+from megagnn.optim.interface import PiecesOptimizer, one_number_of_steps, parameters_of, whole_norm
 from megagnn.optim.pieces import Piece, whole_slice
 from megagnn.optim.rules.adamw import ADAMW
 from megagnn.parallel.context import ParallelContext
@@ -80,15 +80,15 @@ class FlatBuffers:
             p.grad = grad
 
 
-class FlatAdamW(RunOptimizer):
+class FlatAdamW(PiecesOptimizer):
     """AdamW (Loshchilov and Hutter, ICLR 2019, Algorithm 2), one pass over one buffer per parameter group.
 
     It differs from torch.optim.AdamW in this: it takes the parameters' memory over, one buffer for each type
     and device of a group (move the model first); `zero_grad` keeps the gradients, zeroed; a missing gradient
     counts as zero; all parameters of a buffer have taken the same number of steps; lr is a float; float32,
     float64 and bfloat16 alone, the last with float32 master copies. Weights of bfloat16 that are set from
-    outside count after `take_weights`. The state dict is that of torch.optim.AdamW, in the parameters' own
-    shapes, with `master` besides where there is one, and either loads the other's.
+    outside count after `take_weights`. Its `pieces` are its state, and those of the
+    other implementations of AdamW are alike.
 
     Raises ValueError for parameters of another type.
     """
@@ -114,10 +114,6 @@ class FlatAdamW(RunOptimizer):
                 raise ValueError(f"FlatAdamW: parameters must be float32, float64 or bfloat16, got {p.dtype}")
             kinds.setdefault((p.dtype, p.device), []).append(p)
         self.buffers.append([FlatBuffers(params) for params in kinds.values()])
-        for buffers in self.buffers[-1]:
-            for name, views in buffers.state().items():
-                for p, view in zip(buffers.params, views, strict=True):
-                    self.state[p][name] = view
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As torch.optim.Optimizer."""
@@ -186,57 +182,6 @@ class FlatAdamW(RunOptimizer):
         buffers = self._all_buffers()
         state = [("state", s) for b in buffers for s in (*b.moments.values(), b.master) if s is not None]
         return state + [pair for b in buffers for pair in (("param", b.param), ("grad", b.grad))]
-
-    def state_dict(self) -> dict[str, Any]:
-        """As torch.optim.AdamW's; tensors are views of the buffers."""
-        packed = super().state_dict()
-        steps = {p: b.num_steps for b in self._all_buffers() for p in b.params}
-        params = [p for group in self.param_groups for p in group["params"]]
-        packed["state"] = {
-            index: {"step": torch.tensor(float(steps[p])), **self.state[p]} for index, p in enumerate(params)
-        }
-        return packed
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copies a state of this optimizer, or of torch.optim.AdamW, into the buffers.
-
-        Raises ValueError where groups or shapes differ, or where parameters of a buffer have taken different
-        numbers of steps.
-        """
-        saved, own = state_dict["param_groups"], self.param_groups
-        sizes = [[len(group["params"]) for group in groups] for groups in (saved, own)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"FlatAdamW: the state has groups of {sizes[0]} parameters, the optimizer has {sizes[1]}"
-            )
-        for group, values in zip(own, saved, strict=True):
-            group.update({name: value for name, value in values.items() if name != "params"})
-        numbers = [i for group in saved for i in group["params"]]
-        params = [p for group in own for p in group["params"]]
-        entries = {p: state_dict["state"].get(i, {}) for p, i in zip(params, numbers, strict=True)}
-        for b in self._all_buffers():
-            self._load_buffers(b, [entries[p] for p in b.params])
-
-    def _load_buffers(self, b: FlatBuffers, entries: list[dict[str, Any]]) -> None:
-        steps = sorted({int(entry.get("step", 0)) for entry in entries})
-        if len(steps) != 1:
-            raise ValueError(
-                f"FlatAdamW: the parameters of a group must have taken the same number of steps, got {steps}"
-            )
-        b.num_steps = steps[0]
-        b.take_weights()  # where the state has no master copy
-        for name, views in b.state().items():
-            for view, entry in zip(views, entries, strict=True):
-                if name in entry and entry[name].shape != view.shape:
-                    raise ValueError(
-                        f"FlatAdamW: {name} of the state has shape {tuple(entry[name].shape)}, the parameter "
-                        f"has {tuple(view.shape)}"
-                    )
-                if name in entry:
-                    view.copy_(entry[name])
-                elif name != "master":
-                    view.zero_()
 
     def _all_buffers(self) -> list[FlatBuffers]:
         return [b for kinds in self.buffers for b in kinds]

@@ -59,6 +59,19 @@ class RunOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
+class PiecesOptimizer(RunOptimizer):
+    """One whose state lies in flat buffers, of which a rank may hold a share."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raises NotImplementedError."""
+        name = type(self).__name__
+        raise NotImplementedError(f"{name} has no state dict; save and load its pieces() instead")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises NotImplementedError."""
+        self.state_dict()
+
+
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """All parameters, group by group."""
     return [p for group in optimizer.param_groups for p in group["params"]]

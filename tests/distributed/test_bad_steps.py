@@ -35,8 +35,7 @@ def train(context: ParallelContext, folder: Path) -> dict[str, Any]:
     trainer.gradient_method = spoil
     assert trainer.run() == ""
     weights = {name: p.detach().clone() for name, p in trainer.potential.named_parameters()}
-    steps = [float(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()]
-    return {"progress": trainer.progress, "weights": weights, "steps": steps}
+    return {"progress": trainer.progress, "weights": weights, "steps": trainer.optimizer.num_steps}
 
 
 def on_rank(context: ParallelContext, folder: Path) -> list[dict[str, Any]]:
@@ -56,7 +55,7 @@ def test_one_rank_sees_it(folder: Path) -> None:
     for a, b in zip(first, second, strict=True):
         assert a["progress"] == b["progress"]
         assert (a["progress"].step, a["progress"].skipped_steps) == (8, 1)
-        assert set(a["steps"]) == set(b["steps"]) == {7.0}, "the optimizer has not seen the bad step"
+        assert a["steps"] == b["steps"] == 7, "the optimizer has not seen the bad step"
         assert all(torch.isfinite(w).all() for w in a["weights"].values())
     assert all(torch.equal(first[0]["weights"][n], w) for n, w in second[0]["weights"].items())
     for (tp, dp), name in zip(LAYOUTS, ("tp1", "tp2"), strict=True):

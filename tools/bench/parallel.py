@@ -67,10 +67,9 @@ def step(context: ParallelContext, batch: Any, config: Any, plan: Any) -> dict[s
         peak = peak_of_events(run)
     optimizer = make_optimizer(potential, OptimConfig())
     optimizer.step()
-    state = optimizer.state_dict()["state"].values()
     parameters = sum(p.numel() * p.element_size() for p in potential.parameters())
     gradients = sum(p.grad.numel() * p.element_size() for p in potential.parameters() if p.grad is not None)
-    moments = sum(t.numel() * t.element_size() for entry in state for t in entry.values() if t.dim())
+    moments = sum(piece.values.nbytes for piece in optimizer.pieces(potential) if piece.kind != "model")
     return {
         "tp": context.tp_size,
         "plan": plan if context.tp_size > 1 else "-",

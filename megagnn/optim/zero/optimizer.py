@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.optim.bucket_reducer import BUCKET_BYTES
-from megagnn.optim.interface import RunOptimizer, sum_over
+from megagnn.optim.interface import PiecesOptimizer, sum_over
 from megagnn.optim.parts import FROZEN
 from megagnn.optim.pieces import Piece
 from megagnn.optim.rule import Rule
@@ -27,7 +27,7 @@ MATRICES = "matrices"
 """Key of a parameter group that is for the rule of matrices."""
 
 
-class ShardedOptimizer(RunOptimizer):
+class ShardedOptimizer(PiecesOptimizer):
     """Any update rule (optim/rule.py) by ZeRO (Rajbhandari et al., SC 2020).
 
     It takes the parameters' memory over, one flat buffer for each of `modules`: move the model first. What a
@@ -199,14 +199,6 @@ class ShardedOptimizer(RunOptimizer):
         for unit, shard in zip(self.units, shards, strict=True):
             unit.weight_shard.copy_(shard)
         self.take_weights()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Raises NotImplementedError: a rank holds a share, which `pieces` describes."""
-        raise NotImplementedError("ShardedOptimizer has no state dict; save and load its pieces() instead")
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises NotImplementedError, as `state_dict`."""
-        raise NotImplementedError("ShardedOptimizer has no state dict; save and load its pieces() instead")
 
 
 def _members(
