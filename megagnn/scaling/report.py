@@ -10,14 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import megagnn
-from megagnn.scaling import ablation, compare
+from megagnn.scaling import compare, rates
 from megagnn.scaling.drawing import Drawn, save_figures, write_tensorboard
 from megagnn.scaling.figures import draw_all
 from megagnn.scaling.fit_command import add_selection, describe, options_of
 from megagnn.scaling.laws.analysis import Analysis, Options, analyse
 from megagnn.scaling.laws.record import RunRecord
-from megagnn.scaling.rates import describe as describe_rates
-from megagnn.scaling.rates import draw as draw_rates
 from megagnn.scaling.records import read_records, slug
 
 _STYLE = """
@@ -55,12 +53,12 @@ def run(arguments: argparse.Namespace) -> int:
     chapters = chapters_of(read_records(arguments.runs), options)
     if arguments.ablation:
         between = read_records(arguments.ablation)
-        lines = ablation.describe(between, options)
-        chapters.append(Chapter("Between the recipes", [ablation.draw(between, options)], lines))
+        lines = rates.describe_recipes(between, options)
+        chapters.append(Chapter("Between the recipes", [rates.draw_recipes(between, options)], lines))
     if arguments.rates:
-        rates = read_records(arguments.rates)
+        search = read_records(arguments.rates)
         chapters.append(
-            Chapter("Learning rates", [draw_rates(rates, options)], describe_rates(rates, options))
+            Chapter("Learning rates", [rates.draw(search, options)], rates.describe(search, options))
         )
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(page(chapters), encoding="utf-8")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megagnn.cli import main
-from megagnn.scaling import ablation, compare, rates
+from megagnn.scaling import compare, rates
 from megagnn.scaling.figures import draw_all
 from megagnn.scaling.laws.analysis import Options, analyse, hold_out_largest, select
 from megagnn.scaling.laws.intervals import Interval
@@ -253,11 +253,11 @@ def test_search_and_ablation_on_the_page(tmp_path: Path) -> None:
         for r in first
         if r.learning_rate <= 4e-3
     ]
-    found, loss, unit = ablation.best_of([*first, *second], Options())
+    found, loss, unit = rates.best_of([*first, *second], Options())
     assert (loss, unit, len(found)) == ("force_mae", "eV/Å", 6)
     assert [b.rate for b in found[:3]] == pytest.approx([8e-3, 4e-3, 2e-3])
     assert [b.at_end for b in found] == [False, False, False, True, True, False]
-    lines = ablation.describe([*first, *second], Options())
+    lines = rates.describe_recipes([*first, *second], Options())
     assert lines[1].split()[-1] == "1.00"
     assert lines[-2].split()[-1] == "0.50"
     assert lines[-1].startswith("*")
