@@ -17,7 +17,7 @@ from megagnn.data import keys
 from megagnn.data.arrays import Bools, Ints
 from megagnn.data.baseline import Baseline, Part, elements_of, fit_baseline, given_references
 from megagnn.data.batch import Graph, build_graph, collate
-from megagnn.data.isolated import ISOLATED_DISTANCE
+from megagnn.data.record import ISOLATED_DISTANCE
 from megagnn.data.reference_file import References
 from megagnn.data.references import NUM_ELEMENTS
 from megagnn.data.store import Store, cached_num_edges, check_together
@@ -152,10 +152,6 @@ class StructureDataset(Dataset[Graph]):
         """Number the levels of theory anew: these first, whether the data hold them or not."""
         self.levels = _merge([first, self.levels], None, "level")
         self._level_maps = [_map(store.header.levels, self.levels) for store in self.stores]
-
-    def origin(self, index: int) -> tuple[Path, int]:
-        """The store that holds a structure, and its number there."""
-        return self.stores[int(self._store_of[index])].path, int(self._index_in_store[index])
 
     def origins(self) -> tuple[Ints, Ints]:
         """(S,) number of the store that holds each structure, and its number there."""

@@ -17,15 +17,18 @@ from tqdm import tqdm
 from megagnn.data.copies import Copies
 from megagnn.data.formats import ReadOptions, UnreadableError, detect_format, read_structures
 from megagnn.data.formats.packed import store_header
-from megagnn.data.isolated import (
+from megagnn.data.plausibility import LabelCheck
+from megagnn.data.record import (
     ISOLATED_DISTANCE,
     NEARLY_ISOLATED,
+    Rules,
+    Structure,
+    StructureError,
+    check_structure,
     is_isolated_atom,
     is_nearly_isolated,
     isolated_group,
 )
-from megagnn.data.plausibility import LabelCheck
-from megagnn.data.record import Rules, Structure, StructureError, check_structure
 from megagnn.data.reference_file import EVERY_SOURCE, References, for_sources
 from megagnn.data.sides import Sides
 from megagnn.data.split import DEFAULT_FRACTIONS, FIXED_PREFIXES, SPLITS, without_prefix

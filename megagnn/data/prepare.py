@@ -13,9 +13,8 @@ from megagnn.data import keys
 from megagnn.data.formats import FORMATS, ReadOptions, Units, detect_format, parse_species, parse_units
 from megagnn.data.formats.packed import is_store, unpack_store
 from megagnn.data.inspect import describe
-from megagnn.data.isolated import ISOLATED_DISTANCE
 from megagnn.data.preparation import Input, Preparation
-from megagnn.data.record import Rules
+from megagnn.data.record import ISOLATED_DISTANCE, Rules
 from megagnn.data.reference_file import read_reference_energies
 from megagnn.data.split import DEFAULT_FRACTIONS
 from megagnn.data.store import Store, StoreHeader

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from megagnn.data import keys
 from megagnn.data.arrays import Bools, Ints
-from megagnn.data.isolated import ISOLATED_DISTANCE, ISOLATED_PREFIX, is_isolated
 from megagnn.data.neighbours import neighbour_list
+from megagnn.data.record import ISOLATED_DISTANCE, ISOLATED_PREFIX, is_isolated
 from megagnn.data.split import SPLITS, without_prefix
 from megagnn.data.store_format import ALL_ARRAYS, ARRAYS, GROUPS_FILE, OPTIONAL_ARRAYS, StoreHeader, sha256_of
 from megagnn.data.store_writer import SplitRule, write_store

@@ -11,8 +11,8 @@ from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
 from megagnn.data import keys, prepare
-from megagnn.data.formats.packed import pack_store
 from megagnn.data.store import Store
+from tools.pack_store import pack_store
 
 FORMULAS = ("CH4", "H2O", "NH3", "C2H6", "CO2", "HCN", "CH4O", "C2H2", "N2", "O2", "H2", "CO")
 

@@ -8,11 +8,11 @@ import pytest
 from megagnn.cli import main
 from megagnn.data import keys
 from megagnn.data.formats import ReadOptions
-from megagnn.data.formats.packed import pack_store
 from megagnn.data.preparation import Input, Preparation
 from megagnn.data.store import Store, write_store
 from tests.data.conftest import make_structure
 from tests.data.formats.frames import STRESS, VOLUME, crystal, text_of, write
+from tools.pack_store import pack_store
 
 ONE_SPLIT = ("--split", "1,0,0", "--group-by", "frame")
 

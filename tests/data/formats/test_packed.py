@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from megagnn.data.formats import ReadOptions, detect_format, read_structures
-from megagnn.data.formats.packed import pack_store, store_header, unpack_store
+from megagnn.data.formats.packed import store_header, unpack_store
 from megagnn.data.store import Store
+from tools.pack_store import pack_store
 
 TOOL = Path(__file__).parents[3] / "tools" / "pack_store.py"
 
