@@ -153,6 +153,10 @@ class StructureDataset(Dataset[Graph]):
         self.levels = _merge([first, self.levels], None, "level")
         self._level_maps = [_map(store.header.levels, self.levels) for store in self.stores]
 
+    def origin(self, index: int) -> tuple[Path, int]:
+        """The store that holds a structure, and its number there."""
+        return self.stores[int(self._store_of[index])].path, int(self._index_in_store[index])
+
     def origins(self) -> tuple[Ints, Ints]:
         """(S,) number of the store that holds each structure, and its number there."""
         return self._store_of, self._index_in_store

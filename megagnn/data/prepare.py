@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megagnn.data import keys
 from megagnn.data.formats import FORMATS, ReadOptions, Units, detect_format, parse_species, parse_units
+from megagnn.data.formats.options import USUAL_NAMES
 from megagnn.data.formats.packed import is_store, unpack_store
 from megagnn.data.inspect import describe
 from megagnn.data.preparation import Input, Preparation
@@ -157,10 +158,7 @@ def run(args: argparse.Namespace) -> int:
                 source=None,
                 level=args.level,
                 group_by=args.group_by or "auto",
-                energy_key=args.energy_key,
-                forces_key=args.forces_key,
-                stress_key=args.stress_key,
-                virial_key=args.virial_key,
+                **{f"{label}_key": getattr(args, f"{label}_key") for label in USUAL_NAMES},
                 other_keys=_other_keys(args),
                 units=Units() if args.units is None else parse_units(args.units),
                 species={} if args.species is None else parse_species(args.species),
