@@ -5,8 +5,6 @@ that begins near zero would first have to learn that constant, so each source ha
 MACE (Batatia et al., NeurIPS 2022, scale and shift). Fitted references hold it already.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 

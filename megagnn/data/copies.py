@@ -5,8 +5,6 @@ whole translations and another choice of periodic images, and differ for any oth
 by sorting them, so that memory and time grow with the number of structures only.
 """
 
-from __future__ import annotations
-
 import zlib
 from array import array
 from collections.abc import Iterator

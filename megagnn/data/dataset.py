@@ -1,7 +1,5 @@
 """A torch data set over one or several stores: structures of one split, with their neighbour lists."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a store holds, in words and numbers: `megagnn inspect DATA`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -9,8 +9,6 @@ energies). A unit or a sign that is wrong in one of the three shows as a factor,
 cells differ and no stress is known, the second term is a fitted function of the volume instead.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

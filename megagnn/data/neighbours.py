@@ -4,8 +4,6 @@ Pairs and shifts are constants; models recompute the vectors from positions and 
 any order and the strain derivative come out right.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import vesin
 from numpy.typing import ArrayLike

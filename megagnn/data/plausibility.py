@@ -6,8 +6,6 @@ suspicions. The limits are such that right data pass: molecules by xTB and all-e
 crystals and melts by DFT, at the most some eV/Å and tens of GPa.
 """
 
-from __future__ import annotations
-
 import math
 from array import array
 from collections import defaultdict

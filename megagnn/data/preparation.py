@@ -1,7 +1,5 @@
 """From files to a packed store: read, check, split, write, and remember where everything came from."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """`megagnn prepare`: the command line of preparation.py."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,8 +4,6 @@ Every reader yields such records and every writer takes them. A broken label fou
 found in training it costs a run. Isolated atoms, which no other atom or image sees, have reference energies.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """Reference energies that a user gives: a file of elements and energies, for all sources or by source."""
 
-from __future__ import annotations
-
 import ast
 import json
 import math

@@ -4,8 +4,6 @@ Total energies of different elements and Hamiltonians differ by orders of magnit
 The references are fitted on the training split only, so that nothing of the test energies enters the model.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ Nearest neighbours of usual matter are near the sum of their covalent radii. Of 
 equal compositions and like structures lie in two heaps.
 """
 
-from __future__ import annotations
-
 import numpy as np
 from ase.data import covalent_radii
 

@@ -1,7 +1,5 @@
 """Which side of the split each structure lies on that `prepare` reads: kept, fixed by its file, or drawn."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 

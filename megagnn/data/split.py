@@ -5,8 +5,6 @@ training and others in the test set, the test measures memory. So the unit of a 
 name means one group over all sources: a molecule labelled by two methods lies on the same side in both.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence

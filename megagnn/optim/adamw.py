@@ -1,7 +1,5 @@
 """AdamW whose parameters, gradients and moments live in flat buffers, updated by `megagnn.ops.adamw_`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -123,7 +121,6 @@ class FlatAdamW(PiecesOptimizer):
 
     @torch.no_grad()
     def scaled_step(self, grad_scale: float) -> None:
-        """See the interface."""
         for group, kinds in zip(self.param_groups, self.buffers, strict=True):
             for b in kinds:
                 b.collect_gradients()
@@ -141,7 +138,6 @@ class FlatAdamW(PiecesOptimizer):
         return [b.grad for b in self._all_buffers()]
 
     def gradient_norm(self, context: ParallelContext) -> Tensor:
-        """See the interface."""
         total = torch.zeros((), dtype=torch.float64)
         for b in self._all_buffers():
             b.collect_gradients()
@@ -159,7 +155,6 @@ class FlatAdamW(PiecesOptimizer):
         return one_number_of_steps(b.num_steps for b in self._all_buffers())
 
     def pieces(self, model: nn.Module) -> list[Piece]:
-        """See the interface."""
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         found = []
         for b in self._all_buffers():
@@ -171,14 +166,12 @@ class FlatAdamW(PiecesOptimizer):
 
     @torch.no_grad()
     def pieces_loaded(self, num_steps: int) -> None:
-        """See the interface."""
         for b in self._all_buffers():
             b.num_steps = num_steps
             if b.master is not None:
                 b.param.copy_(b.master)
 
     def kept(self) -> list[tuple[str, Tensor]]:
-        """See the interface."""
         buffers = self._all_buffers()
         state = [("state", s) for b in buffers for s in (*b.moments.values(), b.master) if s is not None]
         return state + [pair for b in buffers for pair in (("param", b.param), ("grad", b.grad))]

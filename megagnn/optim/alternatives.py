@@ -1,7 +1,5 @@
 """AdamW of PyTorch and of NVIDIA apex, with what a run asks of an optimizer."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -29,14 +27,12 @@ class _PerParameter(RunOptimizer):
         return one_number_of_steps(entry["step"] for entry in self.state_dict()["state"].values())
 
     def gradient_norm(self, context: ParallelContext) -> Tensor:
-        """See the interface."""
         parameters = parameters_of(self)
         if context.tp_size == 1 and context.pp_size == 1:
             return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         return whole_norm(gradient_square_sum(parameters), parameters, context)
 
     def clipped_step(self, norm: Tensor, clip_norm: float | None) -> None:
-        """See the interface."""
         parameters = parameters_of(self)
         if clip_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
@@ -59,7 +55,6 @@ class _PerParameter(RunOptimizer):
         ]
 
     def pieces_loaded(self, num_steps: int) -> None:
-        """See the interface."""
         packed = self.state_dict()
         for entry in packed["state"].values():
             entry["step"] = torch.tensor(float(num_steps))

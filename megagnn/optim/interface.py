@@ -1,7 +1,5 @@
 """What a run asks of an optimizer, whoever wrote it and whoever keeps which share of its state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ An optimizer is an entry of `optim/rules/__init__.py`. Layouts, messages, offloa
 same for all of them: `optim/zero/`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ that mixes channels on edges sends nothing of the size of edges (docs/tensor-par
 on the edges alone, as vectors and envelopes, are made for the rank's own edges and are not sent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any

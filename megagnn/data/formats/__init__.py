@@ -4,8 +4,6 @@ A reader yields one record for every frame it can read, in order, and does not j
 raises only where the file itself cannot be understood.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace

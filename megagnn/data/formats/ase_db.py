@@ -1,7 +1,5 @@
 """ASE databases: labels in `data` and `key_value_pairs` of their rows, and SchNetPack's units."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

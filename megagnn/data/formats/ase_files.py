@@ -1,7 +1,5 @@
 """Any file ASE reads, extended XYZ first."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterator, Mapping

@@ -4,8 +4,6 @@ They give the labels of a frame without a word on whether the electronic steps b
 program reached its largest number of steps first, energy and forces are those of an unfinished iteration.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import xml.etree.ElementTree as ElementTree

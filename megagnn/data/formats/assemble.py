@@ -1,7 +1,5 @@
 """From what a reader of any format found of a frame to its `Structure`: units, virials, weights, groups."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

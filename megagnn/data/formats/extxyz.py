@@ -4,8 +4,6 @@ ASE's reader stops at the first frame it cannot parse, at a species that is no e
 `virial` that has not nine numbers, whether it is wanted or not.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections import deque

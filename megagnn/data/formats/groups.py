@@ -1,7 +1,5 @@
 """Names of groups: what stays on one side of a split."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from functools import reduce

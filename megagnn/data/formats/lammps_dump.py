@@ -3,8 +3,6 @@
 ASE's reader takes types 1, 2, 3 for H, He, Li, and gives every frame with forces an energy of 0.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from functools import partial

@@ -12,8 +12,6 @@ opposite to the others at small strain. Frames without a strain in their descrip
 vacancies, surfaces) give no means to tell, so no order is right for a file one has not checked.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from functools import partial

@@ -1,7 +1,5 @@
 """What a reader of any format is told: names, keys and units of labels, species, how frames are grouped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Stores as input, and their archives: one .tar.xz file to ship a store in."""
 
-from __future__ import annotations
-
 import lzma
 import shutil
 import tarfile

@@ -10,8 +10,6 @@ numbers, but neither their sign nor their order, so they are read only where uni
 xx, yy, zz, yz, xz, xy.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial

@@ -1,7 +1,5 @@
 """Names of species in files: elements as a rule, else what the user's map says they are."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ nothing of each other, so the data do not depend on how many workers made them, 
 sittings.
 """
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections import Counter

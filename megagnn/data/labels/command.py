@@ -1,7 +1,5 @@
 """`megagnn label`: make a data set labelled by real engines."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Labelling engines: geometry in, energy and forces out, with the name, version and method that made them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Label sources in parallel, in chunks that survive interruption, and assemble the packed store."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

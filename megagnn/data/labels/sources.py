@@ -4,8 +4,6 @@ A recipe is the numbers behind a generator, recorded with the data it makes. The
 (RDKit, ASE) load when a recipe is first used, not when it is named.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol

@@ -1,7 +1,5 @@
 """AdamW (Loshchilov and Hutter, ICLR 2019, Algorithm 2) by the kernel of `megagnn.ops.adamw_`."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from megagnn.ops import adamw_

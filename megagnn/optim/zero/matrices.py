@@ -5,8 +5,6 @@ its state. That one finds the direction of the update and sends each rank's slic
 all-to-all for the matrices of several units; that of the next ones travels while these are updated.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

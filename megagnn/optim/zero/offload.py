@@ -5,8 +5,6 @@ back and frees them, so that of a model's state only what is at work at the mome
 asks the system to read ahead meanwhile.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import os
@@ -47,7 +45,6 @@ class MemoryStorage:
         self.host = host
 
     def zeros(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Storage`."""
         if self.host and device.type == "cuda":
             return torch.zeros(numel, dtype=dtype, pin_memory=True)
         return torch.zeros(numel, dtype=dtype, device=device)

@@ -1,7 +1,5 @@
 """An optimizer whose state, gradients and parameters the ranks divide: ZeRO stages 1 to 3."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -101,7 +99,6 @@ class ShardedOptimizer(PiecesOptimizer):
 
     @torch.no_grad()
     def scaled_step(self, grad_scale: float) -> None:
-        """See the interface."""
         self.num_steps += 1
         coming: list[messages.Pending] = []
         windows = list(self._windows())
@@ -178,12 +175,10 @@ class ShardedOptimizer(PiecesOptimizer):
         return found
 
     def pieces_loaded(self, num_steps: int) -> None:
-        """See the interface."""
         self.num_steps = num_steps
         self.take_weights()
 
     def kept(self) -> list[tuple[str, Tensor]]:
-        """See the interface."""
         return [item for unit in self.units for item in unit.kept]
 
     @contextlib.contextmanager

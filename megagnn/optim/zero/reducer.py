@@ -8,8 +8,6 @@ for whole gradients, in every one. With several backwards, stage 1 adds up over 
 then, stages 2 and 3 the other way round: the same sums, rounded differently.
 """
 
-from __future__ import annotations
-
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence

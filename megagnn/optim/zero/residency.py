@@ -13,8 +13,6 @@ autograd takes nodes that are ready in the reverse order of their making. A modu
 (`ops.recompute`) runs its forward between its two backward events, and then nothing is freed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

@@ -20,8 +20,6 @@ Tensor-parallel ranks divide the work in the same way: of a matrix that they div
 (optim/zero/matrices.py), while weights and gradients stay divided.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
