@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megagnn.train import trainer
+from megagnn.optim.adamw import FlatAdamW
 from tests import runs
 from tests.distributed.kills import compare
 from tests.distributed.ranks import clean_environment
@@ -43,8 +43,8 @@ def test_the_comparison_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     shutil.copytree(tmp_path / "whole", tmp_path / "killed", symlinks=True)
     shutil.rmtree(tmp_path / "killed" / "checkpoints" / "step-00000012")
     if forgets:
-        original = trainer.pieces_loaded
-        monkeypatch.setattr(trainer, "pieces_loaded", lambda optimizer, num_steps: original(optimizer, 0))
+        original = FlatAdamW.pieces_loaded
+        monkeypatch.setattr(FlatAdamW, "pieces_loaded", lambda self, num_steps: original(self, 0))
     assert runs.train(store, tmp_path / "killed", *often, *steps, "--resume") == 0
     if forgets:
         with pytest.raises(AssertionError):
