@@ -22,7 +22,7 @@ COMMANDS = {
     "config": ("megagnn.describe", "the keys of a configuration: --describe [SECTION]"),
     "inspect": ("megagnn.train.inspect", "what a checkpoint or a data set holds"),
     "prepare": ("megagnn.data.prepare", "make a packed store from files that ASE reads, and others"),
-    "label": ("megagnn.data.labels.command", "make structures and label them with a simulation engine"),
+    "label": ("megagnn.data.labels.run", "make structures and label them with a simulation engine"),
     "fit": ("megagnn.scaling.fit_command", "scaling laws of finished runs: RUNS.jsonl"),
     "report": (
         "megagnn.scaling.report",

@@ -29,7 +29,6 @@ class Box:
 
     @property
     def numel(self) -> int:
-        """Elements in it."""
         return math.prod(self.sizes)
 
     def key(self, name: str) -> str:

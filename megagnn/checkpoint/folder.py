@@ -36,17 +36,14 @@ class FolderCheckpoint:
 
     @property
     def config(self) -> RunConfig:
-        """Configuration of the run that wrote it."""
         return self.manifest.config
 
     @property
     def statistics(self) -> Statistics:
-        """Statistics of the training split of that run."""
         return self.manifest.statistics
 
     @property
     def progress(self) -> Progress:
-        """Position of that run."""
         return self.manifest.progress
 
     def load(self, pieces: Sequence[Piece]) -> None:

@@ -63,7 +63,6 @@ class Manifest:
     files: dict[str, FileEntry]
 
     def text(self) -> str:
-        """The whole file, sealed by its checksum."""
         content = {
             "format": FORMAT,
             "version": VERSION,

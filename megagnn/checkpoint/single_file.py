@@ -219,7 +219,6 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], path: Path) -> No
 
 
 def _checksum(tensors: dict[str, Tensor], content: dict[str, Any]) -> str:
-    """SHA-256 of the rest of the metadata and of every tensor's name, type, shape and bytes."""
     rest = {key: value for key, value in content.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
     for name in sorted(tensors):

@@ -224,7 +224,6 @@ class CheckpointStore:
         return staged
 
     def _run(self, job: _Job) -> None:
-        """This rank's part of a save."""
         marker = job.temporary / f"{self._rank_name(self.context.rank)}.json"
         try:
             job.temporary.mkdir(parents=True, exist_ok=True)
@@ -259,7 +258,6 @@ class CheckpointStore:
         rotate(self.folder, self.keep)
 
     def _markers(self, folder: Path) -> dict[str, dict[str, Any]]:
-        """The markers of all ranks' files, by rank."""
         names = [self._rank_name(rank) for rank in range(self.context.world_size)]
         found: dict[str, dict[str, Any]] = {}
         deadline, pause = time.monotonic() + WAIT_SECONDS, 0.002
@@ -301,7 +299,6 @@ def save_parts(path: Path, parts: Parts) -> None:
 
 
 def _write_rank(job: _Job, name: str) -> dict[str, Any]:
-    """Write a rank's file; what its marker says of it."""
     path = job.temporary / f"{name}.safetensors"
     save_parts(path, job.parts)
     boxes = tuple(part.box.key(tensor) for tensor, parts in job.parts.items() for part in parts)
@@ -321,11 +318,7 @@ def _leave(marker: Path, content: dict[str, Any]) -> None:
 
 
 def _leave_word(marker: Path, text: str) -> None:
-    """Tells of a failure, so that no rank waits for this one; on a full disk, too.
-
-    What was written goes, which makes room. Where there is still none, a name says it: to change one takes no
-    room.
-    """
+    """Tells of a failure, so that no rank waits; on a full disk by a name, which takes no room."""
     data = marker.with_suffix(".safetensors")
     with contextlib.suppress(OSError):
         if data.exists():

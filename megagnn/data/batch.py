@@ -90,7 +90,9 @@ def collate(graphs: Sequence[Mapping[str, Any]], dtype: torch.dtype = torch.floa
         keys.SOURCE_PTR: source_ptr,
         keys.SOURCE_PERM: source_perm,
         **{name: _label(graphs, name, counts, real) for name in keys.LABELS},
-        **{keys.has(name): _has(graphs, name) for name in keys.LABELS},
+        **{
+            keys.has(k): np.array([g.get(k) is not None for g in graphs], dtype=np.bool_) for k in keys.LABELS
+        },
         keys.WEIGHTS: _stack(graphs, keys.WEIGHTS, (3,), real, missing=1),
         keys.FIXED: _per_atom(graphs, keys.FIXED, counts, (), np.bool_),
         keys.SOURCE: np.array([g.get(keys.SOURCE, 0) for g in graphs], dtype=np.int64),
@@ -152,10 +154,6 @@ def _label(graphs: Sequence[Mapping[str, Any]], name: str, counts: Ints, real: D
     if label.per_atom:
         return _per_atom(graphs, name, counts, label.shape, dtype)
     return _stack(graphs, name, label.shape, dtype)
-
-
-def _has(graphs: Sequence[Mapping[str, Any]], name: str) -> Bools:
-    return np.array([graph.get(name) is not None for graph in graphs], dtype=np.bool_)
 
 
 def _per_atom(

@@ -49,7 +49,6 @@ class Places:
         self._frames.append(frame)
 
     def name(self, index: int) -> str:
-        """The place of a structure in words."""
         return f"{list(self._files)[self._of_file[index]]}, frame {self._frames[index]}"
 
 

@@ -121,7 +121,6 @@ class StructureDataset(Dataset[Graph]):
         return np.array([f"{stores[k]}/{file}" if file else stores[k] for k, file in pairs])
 
     def source_names(self) -> NDArray[np.str_]:
-        """(S,) name of the source of each structure."""
         return self._of_stores([np.array(store.header.sources)[store.source] for store in self.stores])
 
     def _of_stores(self, columns: Sequence[NDArray[Any]]) -> NDArray[Any]:
@@ -226,7 +225,6 @@ class StructureDataset(Dataset[Graph]):
     def batch(
         self, indices: Sequence[int] | NDArray[np.integer], dtype: torch.dtype = torch.float32
     ) -> dict[str, Tensor]:
-        """The batch of some structures (see `collate`)."""
         return collate([self[int(i)] for i in indices], dtype)
 
     def baseline(self, given: References | None = None) -> Baseline:

@@ -326,11 +326,7 @@ def _room(slope: Slope) -> float:
 
 
 def _per_atom_first(texts: list[str], pairs: list[Pair], which: int) -> list[str]:
-    """The units that explain a factor; before them energies per atom, where they do.
-
-    Args:
-        which: 0 for the factor of forces, 1 for that of stress.
-    """
+    """Units that explain a factor, of forces (0) or stress (1); energies per atom first, where they do."""
     slope = slopes(pairs, per="atom")[which]
     if slope is None or min(pair.num_atoms for pair in pairs) <= 2:
         return texts

@@ -222,8 +222,7 @@ class Preparation:
             print(f"warning: {self.warnings[-1]}", file=sys.stderr)
 
     def _placed(self, structure: Structure, entry: Input, frame: int) -> Structure:
-        """The structure with the name of its group in the store. Test and validation files keep their groups
-        apart; a store split anew no longer does."""
+        """The structure, its group named apart in test and validation files; not in a store split anew."""
         kept = structure.split if self.keep_splits and entry.side is None else None
         isolated = is_isolated_atom(structure, self.isolated_distance)
         if entry.side is not None:

@@ -76,7 +76,6 @@ class Structure:
 
     @property
     def labels(self) -> dict[str, Any]:
-        """The labels that it has, by their names in `keys.LABELS`."""
         three = {keys.ENERGY: self.energy, keys.FORCES: self.forces, keys.STRESS: self.stress}
         return {name: value for name, value in {**three, **self.others}.items() if value is not None}
 

@@ -139,11 +139,7 @@ def blocks(num_structures: int) -> Iterator[slice]:
 
 
 def _fit(equations: _Equations, elements: Ints, known: Floats) -> tuple[Floats, Floats]:
-    """References of one source (k,) and what is open of them (m, k).
-
-    Args:
-        elements: (k,) atomic numbers; known: (k,) their references, NaN for those to be fitted.
-    """
+    """References of one source (k,) and what is open of them (m, k); `known` is NaN where to be fitted."""
     free = np.isnan(known)
     found, nothing = np.where(free, 0.0, known), np.zeros((0, len(elements)))
     if not free.any() or equations.num_rows == 0:

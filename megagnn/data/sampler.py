@@ -141,7 +141,6 @@ class BudgetSampler:
         return steps
 
     def _rounds(self, dealt: list[Batch]) -> list[list[Batch]]:
-        """A step's batches by micro-batch and rank."""
         if self.per_step == 1:
             return [dealt]
         cost = [int((self.num_edges[batch] + self.num_atoms[batch]).sum()) for batch in dealt]
@@ -161,11 +160,7 @@ class BudgetSampler:
         return count
 
     def _deal(self, chosen: Ints) -> list[Batch] | None:
-        """Give structures to batches, the costliest first, each to the cheapest one that has room.
-
-        Returns None when some structure finds no room. Longest-processing-time-first is within 4/3 of the
-        best balance (Graham 1969).
-        """
+        """Structures to batches, the costliest to the cheapest first (Graham 1969); None without room."""
         cost = self.num_edges[chosen] + self.num_atoms[chosen]
         num = self.dp_size * self.per_step
         batches: list[list[int]] = [[] for _ in range(num)]

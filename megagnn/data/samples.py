@@ -57,7 +57,6 @@ class Lengths:
         return float(np.median(self._ratios)) if len(self._ratios) >= MIN_RATIOS else 1.0
 
     def told(self) -> list[str]:
-        """What is odd, in words."""
         ratio = self.ratio
         if SHORT <= ratio <= LONG:
             return []
@@ -88,7 +87,6 @@ class TwoMethods:
         self._count += 1
 
     def told(self) -> list[str]:
-        """What is odd, in words."""
         of: dict[bytes, list[tuple[Structure, str]]] = {}
         for entry in self._kept:
             of.setdefault(np.sort(entry[0].atomic_numbers).tobytes(), []).append(entry)

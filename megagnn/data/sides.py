@@ -113,8 +113,7 @@ class Sides:
     def _keep_elements(
         self, sides: NDArray[np.uint8], groups: Sequence[str], sources: Sequence[str], movable: set[str]
     ) -> None:
-        """Move to train the smallest drawn groups whose elements of a source are not there, one by one,
-        unless that would empty a side of a source."""
+        """Moves the smallest drawn groups to train, one by one, whose elements it lacks; empties no side."""
         members: dict[str, list[int]] = defaultdict(list)
         if self._missing(sides, sources):
             for index, group in enumerate(groups):

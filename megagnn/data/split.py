@@ -150,7 +150,6 @@ class _Draw:
                 )
 
     def _way_out(self, source: str) -> str:
-        """What to do where the groups of a source are too few."""
         mine = [group for group, of in self.sizes.items() if source in of]
         no_test = "with a validation file of its own (--valid FILE --split 0.9,0.1,0) training needs no more"
         if all(group.startswith(FRAME_PREFIX) for group in mine):
@@ -169,7 +168,6 @@ class _Draw:
         return f"{files}, {frames}or a split fraction of 0; {no_test}"
 
     def best(self, seed: int) -> dict[str, int]:
-        """Side of each group."""
         found: dict[str, int] = {}
         best = (len(self.targets) + 1, float("inf"))
         for attempt in range(MAX_ATTEMPTS):
@@ -256,5 +254,4 @@ class _Draw:
 
 
 def _draw(seed: int, attempt: int, group: str) -> bytes:
-    """A random key that is the same in every process and on every machine, unlike Python's hash."""
     return hashlib.sha256(repr((seed, attempt, group)).encode()).digest()

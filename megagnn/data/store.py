@@ -192,7 +192,6 @@ class Store:
 
 
 def _names(header: StoreHeader) -> list[str]:
-    """Arrays that the store of a header has."""
     return [*ARRAYS, *(name for name in OPTIONAL_ARRAYS if f"{name}.npy" in header.sha256)]
 
 

@@ -159,7 +159,6 @@ class _Writer:
             file.close()
 
     def add(self, s: Structure) -> None:
-        """Append one structure that passed `check_structure`."""
         labels = s.labels
         self.num_atoms += s.num_atoms
         row: dict[str, Any] = {
@@ -191,7 +190,6 @@ class _Writer:
         provenance: Mapping[str, Mapping[str, Any]],
         warnings: Sequence[str],
     ) -> StoreHeader:
-        """Write splits, shapes and checksums, and return the header."""
         if not self.groups:
             raise ValueError("no structure to write: the input is empty or every structure was left out")
         chosen = splits(self.groups, self.group_sources) if callable(splits) else splits

@@ -180,8 +180,7 @@ def parallel_context(
 
 
 def _join(meeting: Rendezvous, fingerprint: Mapping[str, Any]) -> tuple[dist.Store, dist.Store, Roll]:
-    """Meet the others and agree with them, before there is any process group: two connections to the store,
-    for a connection serves one thread at a time, and the roll of ranks."""
+    """Two connections to the store, for one serves one thread at a time, and the roll of ranks."""
     store, own = open_store(meeting), open_store(meeting, first=False)
     try:
         if meeting.outlives:

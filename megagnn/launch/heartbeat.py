@@ -41,12 +41,10 @@ class Peer:
         return f"rank {self.rank} ({self.name}, host {self.host}, pid {self.pid})"
 
     def to_json(self) -> str:
-        """For the store."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Peer":
-        """From the store."""
         return cls(**json.loads(text))
 
 
@@ -173,7 +171,6 @@ class Heartbeat(threading.Thread):
         self._due = 0.0
 
     def hurry(self) -> None:
-        """Look now."""
         self._wake.set()
 
     def accuse(self, verdict: Verdict, seconds: float) -> None:
@@ -194,7 +191,6 @@ class Heartbeat(threading.Thread):
         self.decided.set()
 
     def run(self) -> None:
-        """Thread body."""
         try:
             while not self._end:
                 self._exchange()

@@ -75,7 +75,6 @@ class Watcher:
         return PeerLostError(self._last_words(verdict))
 
     def stop(self, clean: bool) -> None:
-        """Stop watching; after a clean end nobody misses this rank."""
         with self._over:
             self._stopped.set()
         self._terminations.release()
@@ -137,10 +136,7 @@ def is_broken_connection(error: BaseException) -> bool:
 
 
 class _Terminations:
-    """SIGTERM as bytes in a pipe, which another thread reads while the main thread is inside a collective.
-
-    Only in the main thread, and where nobody else handles the signal; a forked child dies of it as usual.
-    """
+    """SIGTERM as bytes in a pipe, for another thread; in the main thread only, if nobody handles it."""
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe()
@@ -149,7 +145,6 @@ class _Terminations:
         os.register_at_fork(after_in_child=self.release)
 
     def catch(self) -> None:
-        """From now on."""
         main = threading.current_thread() is threading.main_thread()
         if main and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             self._former = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -166,7 +161,6 @@ class _Terminations:
         return signal.getsignal(signal.SIGTERM) is not _leave_it_to_the_guard
 
     def release(self) -> None:
-        """No longer."""
         if self._former is not None:
             signal.set_wakeup_fd(self._former)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

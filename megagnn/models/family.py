@@ -147,7 +147,6 @@ class Model(nn.Module, ABC):
     # What all families share.
 
     def layer(self, number: int) -> nn.Module:
-        """The layer with this number in the whole model."""
         return self.get_submodule(f"layers.{number}")
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +183,6 @@ class Model(nn.Module, ABC):
         return [(name, module) for name, module in found if module is not None]
 
     def num_parameters(self) -> int:
-        """Trainable parameters of the whole model, or of the part that is here."""
         return num_parameters(self)
 
     def outputs(self, batch: dict[str, Any], state: State) -> dict[str, Any]:

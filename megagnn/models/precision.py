@@ -56,7 +56,6 @@ class Precision:
             )
 
     def __str__(self) -> str:
-        """bfloat16, geometry float32."""
         return f"{type_name(self.parameters)}, geometry {type_name(self.geometry)}"
 
     @property

@@ -90,7 +90,6 @@ class DistanceFeature(nn.Module):
         self.register_buffer("centres_R", centres, persistent=False)
 
     def forward(self, d_E: T) -> T:
-        """See the class: (E, R), for a radial basis or the distance itself."""
         features: T = lift(distance_features)(self.kind, d_E, None, self.centres_R, self.cutoff, self.spread)
         return features
 

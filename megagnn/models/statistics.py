@@ -43,12 +43,10 @@ class Statistics:
     rows over `elements`; empty if there are none."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Statistics":
-        """The inverse of `to_dict`."""
         return TypeAdapter(cls).validate_python(values)
 
     def baseline(self) -> tuple[tuple[float, ...], ...]:

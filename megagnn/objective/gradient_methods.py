@@ -24,7 +24,6 @@ class GradientMethod(Protocol):
         self, potential: Potential, batch: dict[str, Tensor], loss: Loss, counts: LossCounts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Add to the parameters' `.grad`; return this rank's share of the loss and of its terms."""
-        ...
 
 
 def create_graph(
@@ -78,11 +77,9 @@ class Reducer(Protocol):
 
     def start(self) -> None:
         """The backward that follows is the last of the step."""
-        ...
 
     def finish(self) -> None:
         """All gradients are sums over the ranks afterwards."""
-        ...
 
 
 def accumulate(

@@ -43,11 +43,9 @@ class EnergyTerm(Term):
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
-        """See `Term`."""
         return batch[keys.HAS_ENERGY].sum()
 
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """See `Term`."""
         has_B = batch[keys.HAS_ENERGY]
         error = ((outputs[keys.ENERGY] - batch[keys.ENERGY]) / batch[keys.NUM_ATOMS])[has_B].double()
         return batch[keys.WEIGHTS][has_B, 0] * pointwise(self.config.energy, error, self.config.huber_delta)
@@ -68,11 +66,9 @@ class ForcesTerm(Term):
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
-        """See `Term`."""
         return 3 * free_atoms(batch).sum()
 
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """See `Term`."""
         free_N, delta = free_atoms(batch), self.config.huber_delta
         label_NC = batch[keys.FORCES][free_N]
         error_NC = (outputs[keys.FORCES][free_N] - label_NC).double()
@@ -104,11 +100,9 @@ class StressTerm(Term):
 
     @staticmethod
     def count(batch: dict[str, Tensor]) -> Tensor:
-        """See `Term`."""
         return 9 * batch[keys.HAS_STRESS].sum()
 
     def losses(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
-        """See `Term`."""
         has_B = batch[keys.HAS_STRESS]
         error_B33 = (outputs[keys.STRESS] - batch[keys.STRESS])[has_B].double()
         weight_B11 = batch[keys.WEIGHTS][has_B, 2].reshape(-1, 1, 1)

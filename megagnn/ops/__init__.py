@@ -6,9 +6,8 @@ Importing this without the compiled extension warns once; everything then runs o
 from megagnn.ops import extension
 from megagnn.ops.adamw import adamw_, square_sum
 from megagnn.ops.extension import backend, build_info
-from megagnn.ops.maximum import segment_max
 from megagnn.ops.scatter import gather_rows, scatter_add
-from megagnn.ops.segment import Segments, gather, segment_mean, segment_sum
+from megagnn.ops.segment import Segments, gather, segment_max, segment_mean, segment_sum
 from megagnn.ops.weighted import gather_weighted_sum
 
 __all__ = [

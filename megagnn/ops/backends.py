@@ -19,8 +19,7 @@ from torch import Tensor
 
 from megagnn.ops import reference
 from megagnn.ops.dispatch import linear_function
-from megagnn.ops.maximum import segment_max
-from megagnn.ops.segment import Segments, gather, segment_mean, segment_sum
+from megagnn.ops.segment import Segments, gather, segment_max, segment_mean, segment_sum
 
 
 class AggregationBackend:
@@ -67,7 +66,7 @@ class AggregationBackend:
     def segment_max(self, values: Tensor, segments: Segments) -> Tensor:
         """Maximum over the entries of each row, zero where there are none: values (E, ...) to (N, ...)."""
         out = values.new_zeros((segments.num_rows, *values.shape[1:]))
-        index = _expand(segments.index, values)
+        index = segments.index.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
         return out.scatter_reduce(0, index, values, "amax", include_self=False)
 
 
@@ -162,10 +161,6 @@ def _columns(segments: Segments) -> Tensor:
 def _flat(values: Tensor) -> Tensor:
     """(E, ...) as the contiguous matrix (E, K) that the library takes."""
     return values.reshape(values.shape[0], math.prod(values.shape[1:])).contiguous()
-
-
-def _expand(index: Tensor, values: Tensor) -> Tensor:
-    return index.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
 
 
 BACKENDS: dict[str, type[AggregationBackend]] = {

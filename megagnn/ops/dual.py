@@ -99,16 +99,13 @@ class Dual:
         return self.linear_map(lambda t: t.sum(dim, keepdim))
 
     def double(self) -> Dual:
-        """In float64."""
         return self.linear_map(Tensor.double)
 
     def to(self, dtype: torch.dtype) -> Dual:
-        """In another type."""
         return self if self.value.dtype == dtype else self.linear_map(lambda t: t.to(dtype))
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of value and tangent."""
         return self.value.dtype
 
     def __getitem__(self, rows: slice | Tensor) -> Dual:

@@ -175,7 +175,6 @@ def _by_autograd(
     used: Sequence[bool],
     bars: Sequence[Tensor],
 ) -> list[Tensor | None]:
-    """Gradients that can be differentiated again, as those of the reference."""
     aliases = [t.view_as(t) if t is not None and u else t for t, u in zip(tensors, used, strict=True)]
     wanted = [t for t, u in zip(aliases, used, strict=True) if t is not None and u]
     if not wanted:

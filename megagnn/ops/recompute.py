@@ -25,7 +25,6 @@ class Tape:
         self.replaying = False
 
     def put(self, outputs: Sequence[Tensor | None]) -> None:
-        """Keep the outputs of an operation."""
         self._outputs.append(outputs)
 
     def rewind(self, replaying: bool) -> None:

@@ -114,7 +114,6 @@ class FlatAdamW(PiecesOptimizer):
         self.buffers.append([FlatBuffers(params) for params in kinds.values()])
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As torch.optim.Optimizer."""
         loss = None if closure is None else closure()
         self.scaled_step(1.0)
         return loss
@@ -134,7 +133,6 @@ class FlatAdamW(PiecesOptimizer):
             b.zero_gradients()
 
     def gradient_buffers(self) -> list[Tensor]:
-        """The flat gradients, of which the parameters' `.grad` are views."""
         return [b.grad for b in self._all_buffers()]
 
     def gradient_norm(self, context: ParallelContext) -> Tensor:

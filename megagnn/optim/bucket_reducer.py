@@ -69,7 +69,6 @@ class Bucket:
         return (self.end - self.begin) * self.extents[0].parameter.element_size()
 
     def views(self, message: Tensor) -> list[Tensor]:
-        """Each gradient's part of the message, in its shape."""
         return [
             message[e.begin - self.begin : e.end - self.begin].view(e.parameter.shape) for e in self.extents
         ]

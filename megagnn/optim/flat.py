@@ -55,17 +55,14 @@ class FlatLayout:
 
     @property
     def size(self) -> int:
-        """Elements in all, padding included."""
         return self.borders[-1]
 
     @property
     def num_shards(self) -> int:
-        """Into how many it is cut."""
         return len(self.borders) - 1
 
     @property
     def longest(self) -> int:
-        """Elements of the longest shard."""
         return max(end - begin for begin, end in itertools.pairwise(self.borders))
 
     def views(self, buffer: Tensor) -> list[Tensor]:

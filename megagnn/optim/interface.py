@@ -61,12 +61,10 @@ class PiecesOptimizer(RunOptimizer):
     """One whose state lies in flat buffers, of which a rank may hold a share."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Raises NotImplementedError."""
         name = type(self).__name__
         raise NotImplementedError(f"{name} has no state dict; save and load its pieces() instead")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Raises NotImplementedError."""
         self.state_dict()
 
 

@@ -57,6 +57,5 @@ class Rule:
 
     @property
     def state(self) -> tuple[str, ...]:
-        """Names of all state."""
         of_matrices = () if self.matrices is None else self.matrices.state((1, 1))
         return tuple(dict.fromkeys((*self.elements.state, *of_matrices)))

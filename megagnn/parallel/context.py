@@ -38,7 +38,6 @@ class Traffic:
         self.bytes: Counter[tuple[str, str]] = Counter()
 
     def count(self, axis: str, kind: str, elements: Fraction | int, element_size: int) -> None:
-        """One collective: `kind` along `axis`."""
         self.elements[axis, kind] += elements  # type: ignore[assignment] # exact fractions
         self.bytes[axis, kind] += elements * element_size  # type: ignore[assignment]
 
@@ -79,7 +78,6 @@ class ParallelContext:
 
     @property
     def world_size(self) -> int:
-        """Ranks in all."""
         return self.dp_size * self.pp_size * self.tp_size
 
     @property

@@ -21,7 +21,6 @@ class Pending:
         self._work, self._finish = work, finish
 
     def wait(self) -> Tensor:
-        """The result, when it is there."""
         if self._work is not None:
             self._work.wait()
         return self._finish()

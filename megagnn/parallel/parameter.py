@@ -40,7 +40,6 @@ class ParameterLayout:
 
     @property
     def full_numel(self) -> int:
-        """Elements of the whole."""
         return math.prod(self.full_shape)
 
     def slice_of(self, whole: Tensor) -> Tensor:
@@ -170,7 +169,6 @@ class Normal:
     std: float
 
     def __call__(self, whole: Tensor, generator: torch.Generator) -> None:
-        """Fill a whole parameter."""
         whole.normal_(0.0, self.std, generator=generator)
 
 
@@ -181,7 +179,6 @@ class Uniform:
     bound: float
 
     def __call__(self, whole: Tensor, generator: torch.Generator) -> None:
-        """Fill a whole parameter."""
         whole.uniform_(-self.bound, self.bound, generator=generator)
 
 
@@ -192,7 +189,6 @@ class Constant:
     value: float
 
     def __call__(self, whole: Tensor, generator: torch.Generator) -> None:
-        """Fill a whole parameter."""
         whole.fill_(self.value)
 
 

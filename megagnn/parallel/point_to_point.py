@@ -22,7 +22,6 @@ class Expected(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its numbers."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -33,7 +32,6 @@ class Sent:
         self._work, self._buffer = work, buffer
 
     def wait(self) -> None:
-        """Until it has left."""
         if self._work is not None:
             self._work.wait()
         self._work = self._buffer = None
@@ -46,7 +44,6 @@ class Incoming:
         self._work, self._buffer, self._expected = work, buffer, expected
 
     def wait(self) -> tuple[Tensor, ...]:
-        """The tensors, when they are there."""
         if self._work is not None:
             self._work.wait()
         places, _ = _places(self._expected)

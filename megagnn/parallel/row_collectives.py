@@ -26,12 +26,10 @@ class Rows:
 
     @property
     def counts(self) -> list[int]:
-        """Rows of each rank."""
         return [end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False)]
 
     @property
     def own(self) -> slice:
-        """This rank's rows."""
         rank = self.context.tp_rank
         return slice(self.bounds[rank], self.bounds[rank + 1])
 

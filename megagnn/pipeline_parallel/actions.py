@@ -123,7 +123,6 @@ class Schedule:
         return any(action.kind in "fbR" for row in self.rows for action in row)
 
     def actions(self) -> Iterator[tuple[int, int, Action]]:
-        """(rank, step, action) of all."""
         for rank, row in enumerate(self.rows):
             for step, action in enumerate(row):
                 yield rank, step, action

@@ -34,15 +34,12 @@ class Work(Protocol):
 
     def expects(self, message: Message) -> Sequence[Expected]:
         """The tensors of a message, from sizes that this rank knows."""
-        ...
 
     def run(self, action: Action, received: Sequence[Tensor]) -> Sequence[Tensor]:
         """Do the action with the tensors of its message, if it has one; returns those of the one it makes."""
-        ...
 
     def kept(self) -> Sequence[str]:
         """Names of what is still kept for a later action."""
-        ...
 
 
 class Executor:
@@ -136,7 +133,6 @@ class _Ahead:
             self._posted = message, self._channels.receive(expected, message.kind, source)
 
     def take(self, message: Message) -> tuple[Tensor, ...]:
-        """The tensors of a message, the next in turn."""
         assert self._posted is not None
         assert self._posted[0] == message
         tensors = self._posted[1].wait()

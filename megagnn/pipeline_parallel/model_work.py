@@ -243,8 +243,7 @@ class ModelWork:
         return along(batch, rest[0], rest[1] if self.potential.stress else None)
 
     def _objective(self, i: int, predicted: dict[str, Any], rest: Tensors) -> Tensor:
-        """The scalar whose gradient is the loss's: the loss, or sum(u E) + sum(E') and the terms of other
-        labels."""
+        """Its gradient is the loss's: the loss, or sum(u E) + sum(E') and the terms of other labels."""
         if not self.conservative:
             return self._take_loss(i, predicted)
         energy_B = predicted[keys.ENERGY]
@@ -258,7 +257,6 @@ class ModelWork:
         return [None] if self.stages[stage].is_last else list(received)
 
     def _backward(self, stage: int, i: int, received: Tensors) -> Tensors:
-        """B: to the inputs and the parameters."""
         leaves, _, outputs = self._kept.pop(Action(stage, "F", i))
         torch.autograd.backward(outputs, self._bars(stage, received))
         return [_gradient(leaf) for leaf in leaves]
@@ -281,7 +279,6 @@ class ModelWork:
             )
 
     def _weight_backward(self, stage: int, i: int, _: Tensors) -> Tensors:
-        """W: to the parameters alone, or with the inputs."""
         leaves, outputs, bars = self._split.pop(Action(stage, "I", i))
         goals: list[Tensor] = [*self._parameters(stage)]
         if self.sharding.through_inputs:
@@ -290,8 +287,7 @@ class ModelWork:
         return []
 
     def _parameters(self, stage: int) -> list[nn.Parameter]:
-        """Those of the stage's blocks: its layers, the embeddings before the first and the head behind the
-        last."""
+        """Those of the stage's layers, of the embeddings before the first, of the head behind the last."""
         others = {f"layers.{k}" for k in self.model.part.layers if k not in self.stages[stage].layers}
         if not self.stages[stage].is_first:
             others |= {"element_embedding", "level_embedding"}

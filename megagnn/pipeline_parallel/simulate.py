@@ -31,16 +31,13 @@ class Costs:
     per_size: float = 0.0
 
     def size(self, micro_batch: int) -> float:
-        """Relative size of a micro-batch."""
         return self.micro_batch[micro_batch] if len(self.micro_batch) else 1
 
     def duration(self, action: Action) -> float:
-        """Time of an action."""
         stage = self.stage[action.stage] if len(self.stage) else 1
         return self.phase[action.kind] * stage * self.size(action.micro_batch)
 
     def flight(self, micro_batch: int) -> float:
-        """Time of a message between ranks."""
         return self.latency + self.per_size * self.size(micro_batch)
 
     def check(self, schedule: Schedule) -> None:

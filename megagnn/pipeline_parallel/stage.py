@@ -81,12 +81,10 @@ class Stage(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether it begins with the embedding."""
         return self.layers.start == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether it ends with the energy head."""
         return self.layers.stop == self.num_layers
 
 

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.models.config import ModelConfig
@@ -55,7 +54,7 @@ def run_stages(
         return stages_of_sizes(earlier, model.num_layers, num_stages)
     costs: list[float] = []
     if context.dp_rank == context.pp_rank == 0:
-        batch = max(step(), key=_num_edges)
+        batch = max(step(), key=lambda batch: batch[keys.EDGE_INDEX].shape[1])
         costs = measured_costs(model, statistics, batch, loss, context, precision, parallel.plan)
     return stages_of(broadcast_object(costs, context), num_stages)
 
@@ -101,7 +100,3 @@ def layer_by_layer(num_layers: int, conservative: bool) -> Schedule:
         first = [Action(k, "f", 0) for k in down] + [Action(k, "b", 0) for k in up]
         row = [*first, Action(0, "R", 0), *row]
     return Schedule("layer by layer", (0,) * num_layers, 1, (tuple(row),))
-
-
-def _num_edges(batch: dict[str, Tensor]) -> int:
-    return batch[keys.EDGE_INDEX].shape[1]

@@ -92,7 +92,6 @@ def timeline_figure(timelines: Mapping[str, Sequence[Event]], unit: str = FORWAR
 
 
 def _draw(axes: Any, events: Sequence[Event]) -> None:
-    """One timeline's bars; micro-batches carry numbers where they are few."""
     numbered = max(event.action.micro_batch for event in events) < NUMBERED
     for kind, colour in COLOURS.items():
         chosen = [event for event in events if event.action.kind == kind]
@@ -141,7 +140,6 @@ class Record(NamedTuple):
         return timeline_figure(timelines, "seconds")
 
     def save_trace(self, path: Path) -> None:
-        """A Chrome trace of the plan and of every rank."""
         save_trace(path, by_rank(self.planned, "planned ") | self.measured)
 
 
@@ -177,7 +175,10 @@ def record(
         begin = zero.setdefault(host, now)
         measured[name] = [e._replace(start=e.start - begin, end=e.end - begin) for e in theirs]
     first = min(e.start for theirs in measured.values() for e in theirs)
-    shifted = {name: _moved(theirs, first) for name, theirs in measured.items()}
+    shifted = {
+        name: [e._replace(start=e.start - first, end=e.end - first) for e in theirs]
+        for name, theirs in measured.items()
+    }
     found = Record([], shifted, schedule)
     return found._replace(
         planned=plan(schedule, stage_costs, micro_batches, sum(map(_length, found.first_pipeline)))
@@ -193,10 +194,6 @@ def plan(
     found = simulate(schedule, Costs(phase, stage=stage_costs, micro_batch=sizes)).events
     unit = seconds / max(sum(map(_length, found)), 1e-30)
     return [e._replace(start=e.start * unit, end=e.end * unit) for e in found]
-
-
-def _moved(events: Sequence[Event], first: float) -> list[Event]:
-    return [e._replace(start=e.start - first, end=e.end - first) for e in events]
 
 
 def _length(event: Event) -> float:

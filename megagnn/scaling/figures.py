@@ -34,7 +34,6 @@ def draw_all(analysis: Analysis) -> list[Drawn]:
 def _curves(
     analysis: Analysis, varied: Array, fixed: Array, joint: Callable[[float, float], float] | None, name: str
 ) -> tuple[Figure, Axes]:
-    """Runs as points and the joint law as lines, one colour for each value of the fixed variable."""
     figure, (ax,) = make_axes()
     losses, values = analysis.losses(), np.unique(fixed)
     shades = colours(len(values))

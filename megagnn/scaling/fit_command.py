@@ -160,10 +160,6 @@ def describe(analysis: Analysis) -> list[str]:
     return [*lines, "", *exponents_note(analysis)]
 
 
-def _of_seeds(spread: float | None) -> str:
-    return "" if spread is None else f", of seeds {100 * spread:.1f} %"
-
-
 def describe_law(result: LawResult) -> list[str]:
     """The chosen law with intervals, and by how much the others lose."""
     best = result.choices[0]
@@ -171,12 +167,12 @@ def describe_law(result: LawResult) -> list[str]:
         f"{name} = {show(result.intervals[name])}" if name in result.intervals else f"{name} = {value:.4g}"
         for name, value in best.fit.parameters().items()
     ]
-    law = best.fit.law
+    law, seeds = best.fit.law, best.fit.seed_spread()
     lines = [
         f"{result.what}: {law.name}, {law.formula}",
         f"    {', '.join(parts)}",
         f"    {best.fit.num_runs} runs at {len(best.fit.x_GV)} points, scatter of a run "
-        f"{100 * best.fit.spread():.1f} %" + _of_seeds(best.fit.seed_spread()),
+        f"{100 * best.fit.spread():.1f} %" + ("" if seeds is None else f", of seeds {100 * seeds:.1f} %"),
     ]
     if best.fit.spare < FEW:
         lines.append(f"    only {best.fit.spare} more point(s) than parameters: take the intervals as rough")

@@ -133,7 +133,6 @@ def page(chapters: Sequence[Chapter]) -> str:
 
 
 def _figure(drawn: Drawn) -> str:
-    """A figure, or the sentence that says why there is none."""
     title, text = html.escape(drawn.title), html.escape(drawn.text)
     if drawn.figure is None:
         return f'<h3>{title}</h3><p class="missing">{text}</p>'

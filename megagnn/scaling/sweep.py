@@ -96,7 +96,6 @@ class PlannedRun:
 
     @property
     def out_dir(self) -> Path:
-        """Folder of this run."""
         return Path(self.config.out_dir)
 
     @property
@@ -304,8 +303,7 @@ def run_name(settings: Mapping[str, Any]) -> str:
 
 
 def _digest(config: RunConfig) -> str:
-    """Digest of what differs from the first defaults: neither a key that a later version brings nor a
-    default that it changes makes another run of an earlier one, or the same of two that differ."""
+    """Digest of what differs from the first defaults, so that neither new keys nor new defaults change it."""
     usual = {**flat_config(RunConfig()), **FIRST_DEFAULTS}
     flat = {
         key: value

@@ -104,7 +104,6 @@ def run_all(sweep: Sweep, processes: int) -> int:
 
 
 def _start(sweep: Sweep, index: int) -> subprocess.Popen[bytes]:
-    """A process of its own, whose output goes to the run's folder."""
     folder = sweep.runs[index].out_dir
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "megagnn", "sweep", str(sweep.path), "--index", str(index)]

@@ -162,7 +162,6 @@ def technique(model: ModelConfig, config: RunConfig) -> str:
 
 
 def _peak_memory(context: ParallelContext) -> float:
-    """GiB of this rank: of the GPU where there is one, else of the process."""
     if context.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -82,7 +82,6 @@ class ColumnLinear(nn.Module):
             self.bias = make_parameter(shape[:1], 0, context, laws.bias, dtype, name, laws.bias_rate)
 
     def forward(self, x: T) -> T:
-        """See the class."""
         return dual.linear(x, self.weight, self.bias)
 
 
@@ -115,7 +114,6 @@ class RowLinear(nn.Module):
             self.bias = make_parameter(shape[:1], dim, context, laws.bias, dtype, names[1], laws.bias_rate)
 
     def forward(self, x: T) -> T:
-        """See the class."""
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if not self.scattered:
@@ -140,7 +138,6 @@ class Embedding(nn.Module):
         self.weight = make_parameter((num_rows, width), 1, context, Normal(1.0), dtype, "model.width")
 
     def forward(self, index_N: Tensor) -> Tensor:
-        """See the class."""
         table = self.weight.to(accumulator_type(self.weight.dtype))
         return nn.functional.embedding(index_N, table).to(self.weight.dtype)
 
@@ -164,7 +161,6 @@ class RMSNorm(nn.Module):
         self.gain_F = make_parameter((width,), 0, context, Constant(1.0), dtype, "model.width", rate)
 
     def forward(self, h_NF: T) -> T:
-        """See the class."""
         sum_N1 = reduce_partial(dual.square_sum(h_NF), self.context)
         inverse_N1 = share(dual.rsqrt(sum_N1 * (1.0 / self.width) + self.eps), self.context)
         return dual.scale_rows(h_NF, inverse_N1, self.gain_F)

@@ -76,20 +76,13 @@ class Launch:
             print("started again by torchrun: continuing", file=sys.stderr)
 
     def claim(self) -> None:
-        """The run in `out_dir` is this command's from now."""
         if self._identity:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._path.write_text(self._identity)
 
 
 def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwrite: bool) -> bool:
-    """Whether to resume. With --resume a run without a checkpoint yet starts from the beginning: jobs can be
-    chained.
-
-    Raises:
-        ValueError: there is an earlier run, and neither --resume nor --overwrite says what to do with it; or
-            it is of a form that cannot be resumed.
-    """
+    """Whether to resume; ValueError where an earlier run is there that the flags do not provide for."""
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other; give one of them")
     checkpoints = Path(config.out_dir) / "checkpoints"
@@ -113,7 +106,6 @@ def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwr
 
 
 def _remove_earlier_run(out_dir: Path, context: ParallelContext) -> None:
-    """Remove what an earlier run wrote, and nothing else."""
     if context.is_main:
         for folder in (out_dir / "checkpoints", out_dir / "tensorboard", out_dir / "bad_batches"):
             if folder.exists():

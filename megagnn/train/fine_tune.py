@@ -231,7 +231,6 @@ class Beginning:
         return _rows(table, old, statistics.levels, self.settings.new_levels)
 
     def describe(self, statistics: Statistics) -> str:
-        """A summary of what is kept and what is new."""
         old, settings = self.checkpoint.statistics, self.settings
         new = [chemical_symbols[z] for z in statistics.elements if z not in old.elements]
         new_elements = [f"{s} (as {settings.new_elements.get(s, 'the mean of all')})" for s in new]
@@ -247,7 +246,6 @@ class Beginning:
         )
 
     def warnings(self, statistics: Statistics, optim: OptimConfig) -> list[str]:
-        """Warnings of new rows of embeddings that are not trained."""
         old = self.checkpoint.statistics
         tables = [(old.elements, statistics.elements, ELEMENTS), (old.levels, statistics.levels, LEVELS)]
         return [

@@ -65,7 +65,6 @@ class ErrorSums:
 
     @torch.no_grad()
     def add(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        """Take the errors of one batch."""
         source_B, num_atoms_B = batch[keys.SOURCE], batch[keys.NUM_ATOMS]
         rows_BG = self._rows(batch)
         self.structures.index_add_(
@@ -201,7 +200,6 @@ class ParityPoints:
 
     @torch.no_grad()
     def add(self, outputs: dict[str, Tensor], batch: dict[str, Tensor]) -> None:
-        """Take one batch."""
         has_B = batch[keys.HAS_ENERGY]
         reference_B = self.potential.model.reference_energy(batch)
         label_B = (batch[keys.ENERGY] - reference_B) / batch[keys.NUM_ATOMS]
@@ -252,7 +250,6 @@ class ParityPoints:
         return figure
 
     def save(self, path: Path) -> None:
-        """Draw and write the figure; the file's ending chooses the format."""
         figure = self.figure()
         if figure is not None:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -118,17 +118,14 @@ class Monitor:
         self._since, self._processor_since = time.perf_counter(), time.process_time()
 
     def say(self, text: str) -> None:
-        """Print a line above the bar, on the main rank."""
         if self.bar is not None:
             self.bar.write(text, file=sys.stderr)
 
     def figure(self, name: str, step: int, figure: Any) -> None:
-        """A matplotlib figure in TensorBoard."""
         if self.writer is not None:
             self.writer.add_figure(name, figure, step)
 
     def text(self, name: str, text: str) -> None:
-        """A text page in TensorBoard."""
         if self.writer is not None:
             self.writer.add_text(name, text)
 

@@ -131,7 +131,6 @@ class Tally:
     symbols: set[str] = field(default_factory=set)
 
     def count(self, results: Results) -> None:
-        """Take one frame's predictions."""
         self.frames, self.atoms = self.frames + 1, self.atoms + len(results["energies"])
         self.with_stress += "stress" in results
         self.forces = "forces" in results

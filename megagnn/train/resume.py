@@ -118,11 +118,7 @@ def _same_new_data(then: Statistics, now: Statistics) -> bool:
 
 
 def _same_data(then: Statistics, now: Statistics, has_forces: bool) -> bool:
-    """Equal except for the rounding of a fit on another machine.
-
-    References and what belongs to them follow from the data by rules that may be told otherwise at a resume;
-    the run keeps its own. Without forces the output scale is of what references leave over.
-    """
+    """Equal but for rounding of the fit; references follow from rules that a resume may change."""
     a, b = dataclasses.asdict(then), dataclasses.asdict(now)
     fitted: tuple[str, ...] = ("mean_energy", "mean_neighbours")
     chosen: tuple[str, ...] = ("references", "shifts", "unspanned")

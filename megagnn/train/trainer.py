@@ -27,7 +27,6 @@ from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics, compute_statistics
 from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
 from megagnn.objective.loss import Loss, check_labels, step_counts
-from megagnn.optim.average import ShardedAverage
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.interface import RunOptimizer
 from megagnn.optim.optimizer import (
@@ -40,6 +39,7 @@ from megagnn.optim.optimizer import (
 from megagnn.optim.parts import check_parts
 from megagnn.optim.pieces import Piece
 from megagnn.optim.schedule import learning_rate
+from megagnn.optim.zero.optimizer import ShardedAverage
 from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import (
@@ -153,7 +153,7 @@ class Trainer:
                 self.statistics,
                 schedule.num_stages,
                 context,
-                self._first_step,
+                lambda: next(self.train.steps(0, 0)),
                 Loss(config.loss),
                 self.precision,
                 earlier,
@@ -163,9 +163,6 @@ class Trainer:
         else:
             self.potential = build_potential(config.model, self.statistics, **settings)
         self.potential.to(context.device)
-
-    def _first_step(self) -> list[dict[str, Tensor]]:
-        return next(self.train.steps(0, 0))
 
     def _make_optimizer(self) -> None:
         """The optimizer, what sums its gradients over ranks, and the moving average."""
@@ -250,8 +247,7 @@ class Trainer:
         return ""
 
     def _after_step(self, stop: bool, monitor: Monitor, signals: StopSignals) -> bool:
-        """Validation and checkpoint, where they are due; whether to stop. A validation for which a signal
-        leaves no time is the first that a resumed run does, so that both end alike."""
+        """Validation and checkpoint, where due; whether to stop, the validation left to a resumed run."""
         step, train, best = self.progress.step, self.config.train, False
         self.progress = dataclasses.replace(self.progress, validation_due=False)
         if step % train.validate_every == 0 or self._is_done:
@@ -327,10 +323,7 @@ class Trainer:
     def _leave_out(
         self, fault: str, batches: list[dict[str, Tensor]], loss: float, norm: float, monitor: Monitor
     ) -> None:
-        """Before the optimizer's step, so that no checkpoint ever holds a NaN; the same on every rank.
-
-        Raises FloatingPointError where the run is to stop.
-        """
+        """Before the optimizer's step, so that no checkpoint holds a NaN; FloatingPointError ends the run."""
         step, train = self.progress.step, self.config.train
         where = save_bad_batches(
             self.out_dir, fault, batches, self.train.dataset, self.progress, loss, norm, self.context
@@ -360,7 +353,6 @@ class Trainer:
         monitor.log_throughput(self.progress.step)
 
     def _keep_timeline(self, pipeline: Pipeline, batches: list[dict[str, Tensor]], monitor: Monitor) -> None:
-        """Draws the timeline of the step that was just taken."""
         found, step = pipeline.record(batches), self.progress.step
         if found is not None:
             planned, measured = found.bubbles
@@ -370,8 +362,7 @@ class Trainer:
         monitor.restart_clock()
 
     def _validate(self, monitor: Monitor, signals: StopSignals) -> tuple[bool, bool]:
-        """Whether the loss is the lowest so far, and whether a signal ended it before it was known; the same
-        on all ranks."""
+        """Whether the loss is the lowest so far, and whether a signal ended it first; on all ranks."""
         start = time.perf_counter()
         # of every validation where any may be the last
         keeps = self.config.train.patience is not None or self._is_done

@@ -18,12 +18,12 @@ from megagnn.config import RunConfig
 from megagnn.models.potential import Potential
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
-from megagnn.optim.average import ShardedAverage
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.optimizer import (
     WeightAverage,
     make_optimizer,
 )
+from megagnn.optim.zero.optimizer import ShardedAverage
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import barrier, sum_over_dp
 from tests.distributed.parity import CONFIGURATIONS, batch_of

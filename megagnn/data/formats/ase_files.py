@@ -1,29 +1,104 @@
-"""Any file ASE reads, extended XYZ first."""
+"""Any file ASE reads, extended XYZ and its databases among them."""
 
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ase
+import ase.db
 import ase.io
 import ase.io.aims
 import numpy as np
 from ase.constraints import FixAtoms, FixCartesian
+from ase.db.row import AtomsRow
 from ase.io.formats import open_with_compression
+from ase.io.jsonio import read_json
 
 from megagnn.data.arrays import Bools
 from megagnn.data.formats import ase_formats
-from megagnn.data.formats.ase_db import DB_FORMATS, iterate_rows, open_database
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
 from megagnn.data.formats.lammps_dump import iterate_dump
-from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError, cannot_read
+from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError, cannot_read, parsed_frames
 from megagnn.data.formats.units import Units, convert_frame
 from megagnn.data.record import Structure
+
+DB_FORMATS = {"db": "db", "json": "json"}
+"""ASE's name of the format -> the type of the database."""
+
+
+def open_database(path: Path, name: str, options: ReadOptions) -> tuple[Any, Units, frozenset[str]]:
+    """A database, read-only, and what its metadata say of all its rows: units, and names of labels.
+
+    Properties whose units are declared are labels under their usual names, beside ASE's own. SchNetPack
+    writes `_property_unit_dict` and `_distance_unit`; a unit of a label that is read must be known here, or
+    be given by the user.
+
+    Raises:
+        UnreadableError: not a database of ASE.
+        ValueError: a unit that is not known.
+    """
+    try:
+        database = ase.db.connect(str(path), type=DB_FORMATS[name], create_indices=False, serial=True)
+        metadata = dict(database.metadata)
+    except Exception as error:
+        raise cannot_read(path, 0, error, hint="is it a database of ASE?") from error
+    declared = metadata.get("_property_unit_dict")
+    declared = declared if isinstance(declared, dict) else {}
+    wanted = {
+        label: str(declared[key or label])
+        for label, key in options.label_keys.items()
+        if declared.get(key or label) and label not in options.units.of
+    }
+    if metadata.get("_distance_unit") and "length" not in options.units.of:
+        wanted["length"] = str(metadata["_distance_unit"])
+    try:
+        return database, Units(wanted), frozenset(declared)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} declares units that are not known here ({error}); give them with --units"
+        ) from error
+
+
+def iterate_rows(
+    path: Path, database: Any, options: ReadOptions
+) -> Iterator[tuple[int, tuple[ase.Atoms, dict[str, Any]]]]:
+    """(index, (atoms, extra values by name)) of each row, each read by itself.
+
+    Raises:
+        UnreadableError: a row that cannot be read.
+    """
+    yield from parsed_frames(path, _rows(path, database), _atoms, options)
+
+
+def _atoms(row_of: Callable[[], AtomsRow]) -> tuple[ase.Atoms, dict[str, Any]]:
+    row = row_of()
+    atoms, extra = row.toatoms(), {**dict(row.data), **dict(row.key_value_pairs)}
+    atoms.info = {**extra, **atoms.info}
+    return atoms, extra
+
+
+def _rows(path: Path, database: Any) -> Iterator[Callable[[], AtomsRow]]:
+    """A function that reads it, for each row; ASE's own loop over rows ends at the first it cannot read."""
+    if path.suffix.lower() == ".json":
+        with path.open() as file:
+            entries = read_json(file)
+        for number in entries.get("ids", [1]):
+            yield partial(_json_row, entries, number)
+        return
+    with database:  # one connection for all rows
+        numbers = [row.id for row in database.select(columns=["id"], include_data=False, sort="id")]
+        for number in numbers:
+            yield partial(database.get, id=number)
+
+
+def _json_row(entries: dict[int, Any], number: int) -> AtomsRow:
+    return AtomsRow(entries[number])
+
 
 LABEL_WORDS = re.compile("energy|forces?|stress|virials?")
 KIN = {
@@ -147,10 +222,7 @@ def _frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
 
 
 def _other_frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
-    """Frames by ASE's own readers; whatever they raise becomes an error naming the frame.
-
-    Their warnings are silenced: they repeat what the program wrote into its output.
-    """
+    """Frames by ASE's own readers, whose warnings repeat the file; whatever they raise becomes an error."""
     frames = _aims_frames(path) if name == "aims-output" else _ase_frames(path, name)
     num_read = 0
     try:
@@ -189,7 +261,6 @@ def _aims_frames(path: Path) -> Iterator[Found]:
 
 
 def _usual(found: Found, label: str, ase_name: str = "") -> Any:
-    """A label under its usual names."""
     names = USUAL_NAMES[label]
     if label == "energy" and ase_name in ase_formats.FREE_ENERGY:
         names = names[::-1]
@@ -212,7 +283,6 @@ def _by_key(found: Found, key: str) -> Any:
 
 
 def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Frame:
-    """The frame with its labels, in the units of the file."""
     atoms, notes = found.atoms, found.notes
     labels: dict[str, Any] = {}
     for label, key in options.label_keys.items():
@@ -254,8 +324,7 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
 
 
 def _unused_kin(found: Found, labels: Mapping[str, Any], options: ReadOptions) -> tuple[str, ...]:
-    """Notes on labels that nobody named, under keys of the style of those that were: REF_forces beside
-    --energy-key REF_energy."""
+    """Notes on labels left unnamed: REF_forces beside --energy-key REF_energy."""
     given = [str(options.label_keys[name]) for name in options.foreign_keys]
     has_stress = labels["stress"] is not None or labels["virial"] is not None
     notes = []

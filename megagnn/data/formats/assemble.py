@@ -82,7 +82,9 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
         positions = np.asarray(frame.positions, dtype=np.float64) * length
         cell = np.asarray(frame.cell, dtype=np.float64) * length if pbc.any() else np.zeros((3, 3))
         energy = _number(frame.energy, units.factor("energy", num_atoms))
-        forces = _array(frame.forces, units.factor("forces"))
+        forces = (
+            None if frame.forces is None else np.asarray(frame.forces, np.float64) * units.factor("forces")
+        )
         stress, notes = _stress(frame, units, cell, pbc)
         others = {k: np.asarray(v, dtype=np.float64) for k, v in frame.others.items() if v is not None}
         weights = _weights(frame.info)
@@ -145,10 +147,6 @@ def full_tensor(value: Any, what: str = "stress") -> Floats:
 
 def _number(value: Any, factor: float) -> float | None:
     return None if value is None else float(np.asarray(value, dtype=np.float64).reshape(())) * factor
-
-
-def _array(value: Any, factor: float) -> Floats | None:
-    return None if value is None else np.asarray(value, dtype=np.float64) * factor
 
 
 def _stress(frame: Frame, units: Units, cell: Floats, pbc: Bools) -> tuple[Floats | None, tuple[str, ...]]:

@@ -141,12 +141,9 @@ def _atoms(lines: list[str] | ValueError, species: Mapping[str, str]) -> ase.Ato
             for row, name in zip(rows, names, strict=True):
                 row[column : column + 1] = [species.get(name, name)]
             lines = [*lines[:2], *map(" ".join, rows), *lines[2 + num_atoms :]]
-    (atoms,) = read_xyz(io.StringIO("".join(_ended(lines))), slice(0, 1), properties_parser=parse_comment)
+    text = "".join(line if line.endswith("\n") else line + "\n" for line in lines)
+    (atoms,) = read_xyz(io.StringIO(text), slice(0, 1), properties_parser=parse_comment)
     return atoms
-
-
-def _ended(lines: list[str]) -> list[str]:
-    return [line if line.endswith("\n") else line + "\n" for line in lines]
 
 
 def _species_column(comment: str) -> int | None:

@@ -93,8 +93,7 @@ def content_name(
 
 
 def _mark_weights(length: int) -> Floats:
-    """(NUM_MARKS, length) in [-1, 1): fractional parts of squares times irrational numbers (Weyl), which are
-    spread evenly, and the same in every release of every library."""
+    """(NUM_MARKS, length) in [-1, 1), spread evenly (Weyl), the same in every release of every library."""
     squares = np.arange(1, length + 1, dtype=np.float64) ** 2
     irrational = np.sqrt(np.array([2.0, 3.0, 5.0]))[:NUM_MARKS, None]
     return 2 * ((squares * irrational) % 1.0) - 1

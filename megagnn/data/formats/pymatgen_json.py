@@ -256,7 +256,6 @@ class _Buffer:
         self.decoder = json.JSONDecoder()
 
     def read(self, size: int = CHUNK) -> bool:
-        """Append some of the file; False at its end."""
         more = self.file.read(size)
         self.text, self.start = self.text[self.start :] + more, 0
         return bool(more)

@@ -37,11 +37,9 @@ class Engine(Protocol):
     @property
     def settings(self) -> dict[str, float]:
         """Numerical settings, recorded with the labels."""
-        ...
 
     def label(self, structure: Structure) -> Labels:
         """Label one geometry. Raises LabelError where the method does not converge."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class TBLite:
 
     @property
     def settings(self) -> dict[str, float]:
-        """Numerical settings, recorded with the labels."""
         return {"max_iterations": self.max_iterations, "accuracy": self.accuracy}
 
     def label(self, structure: Structure) -> Labels:

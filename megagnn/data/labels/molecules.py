@@ -123,7 +123,6 @@ def _bond_order(atom: Chem.Atom) -> int:
 
 
 def _bond(mol: Chem.RWMol, free: list[int], a: int, b: int, order: int) -> None:
-    """Add a bond and take its order off what both atoms have free."""
     free[a] -= order
     free[b] -= order
     assert min(free[a], free[b]) >= 0
@@ -131,7 +130,6 @@ def _bond(mol: Chem.RWMol, free: list[int], a: int, b: int, order: int) -> None:
 
 
 def _close_rings(mol: Chem.RWMol, free: list[int], rng: np.random.Generator) -> None:
-    """Close up to two rings of five or six atoms."""
     for _ in range(int(rng.choice([0, 1, 2], p=[0.45, 0.42, 0.13]))):
         distance = Chem.GetDistanceMatrix(mol, force=True)
         pairs = [(i, j) for i in range(len(free)) for j in range(i)
@@ -160,7 +158,6 @@ def normal_modes(mol: Chem.Mol, conformer: int) -> tuple[np.ndarray, np.ndarray,
 
 
 def _gradient(field: Any, positions: np.ndarray) -> np.ndarray:
-    """Gradient (3N,) of an RDKit force field in eV/Å, at positions (3N,)."""
     coordinates = positions.tolist()
     # CalcGrad takes distances between atoms from a table that only CalcEnergy brings up to date (seen with
     # RDKit 2026.9.1): without this call it mixes two geometries.

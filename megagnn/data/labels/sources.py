@@ -19,7 +19,6 @@ class Recipe(Protocol):
 
     def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
         """Yield `count` structures, not yet labelled, of one new group."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,6 @@ class MoleculeRecipe:
     conformers: int = 2
 
     def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
-        """Yield `count` displaced geometries of one random molecule."""
         from megagnn.data.labels.molecules import random_molecules
 
         return random_molecules(self, count, rng)
@@ -75,7 +73,6 @@ class SlabRecipe:
     max_atoms: int = 40
 
     def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
-        """Yield `count` poses on one random slab."""
         from megagnn.data.labels.slabs import random_slabs
 
         return random_slabs(self, count, rng)

@@ -70,7 +70,6 @@ class EGNNConfig(ModelConfig):
 
     @property
     def has_self_edges(self) -> bool:
-        """Whether every atom is a neighbour of itself."""
         return self.self_edges
 
     def check_dtype(self, dtype: str) -> None:

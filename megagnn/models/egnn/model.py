@@ -96,7 +96,6 @@ class EGNN(Model):
 
     @staticmethod
     def work(config: EGNNConfig, layer: int) -> Work:
-        """Multiply-adds of phi_e, phi_x and phi_h in a layer, or of the head's two products."""
         w = Widths.of(config)
         if layer == config.num_layers:
             return Work(0, w.F * (w.F + 1))

@@ -42,7 +42,6 @@ class Widths:
 
     @classmethod
     def of(cls, config: EGNNConfig) -> Widths:
-        """Those of a configuration."""
         width = config.width
         return cls(
             F=width,

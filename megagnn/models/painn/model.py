@@ -211,7 +211,6 @@ class PaiNN(Model):
 
     @staticmethod
     def work(config: PaiNNConfig, layer: int) -> Work:
-        """Multiply-adds of the filters, phi, psi, P and Q in a layer, or of the head's two products."""
         square = config.width**2
         if layer == config.num_layers:
             return Work(0, (config.width + 1) * head_width(config))

@@ -39,7 +39,6 @@ class Matrix:
 
     @property
     def slice_shape(self) -> Shape:
-        """Shape of what every tensor-parallel rank has of it."""
         shape = list(self.layout.full_shape)
         if self.layout.is_sharded:
             assert self.layout.dim is not None

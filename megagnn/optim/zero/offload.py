@@ -25,15 +25,12 @@ class Storage(Protocol):
 
     def zeros(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A buffer of zeros, (numel,); names are unique."""
-        ...
 
     def fetch(self, buffers: Iterable[Tensor]) -> None:
         """These will be used soon."""
-        ...
 
     def release(self, buffers: Iterable[Tensor]) -> None:
         """These will not be used for a while; what they hold is kept."""
-        ...
 
 
 class MemoryStorage:

@@ -1,4 +1,4 @@
-"""An optimizer whose state, gradients and parameters the ranks divide: ZeRO stages 1 to 3."""
+"""ZeRO stages 1 to 3: ranks divide state, gradients and parameters; the average of weights alike."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -148,13 +148,11 @@ class ShardedOptimizer(PiecesOptimizer):
             self.storage.release(buffer for _, buffer in unit.kept)
 
     def clear_frozen_gradients(self) -> None:
-        """Zero those of the groups that are frozen (optim/parts.py), in this rank's shards."""
         frozen = {index for index, group in enumerate(self.param_groups) if group.get(FROZEN)}
         for unit in self.units if frozen else ():
             unit.clear_gradients(frozen)
 
     def gradient_norm(self, context: ParallelContext) -> Tensor:
-        """See the interface; every rank adds up its shards."""
         squares = [unit.square_sum() for unit in self.units]
         total = torch.stack([s.to(squares[0].device) for s in squares]).sum()
         return sum_over(total, context, ("dp", "tp", "pp") if self.stage > 0 else ("tp", "pp")).sqrt()
@@ -222,3 +220,34 @@ def _members(
             f"modules {', '.join(found)}; name the modules that hold them"
         )
     return found
+
+
+class ShardedAverage:
+    """`optim.optimizer.WeightAverage` of the shards that a rank keeps, in the type of the master copies."""
+
+    def __init__(self, optimizer: ShardedOptimizer, decay: float) -> None:
+        self.optimizer, self.decay, self.num_updates = optimizer, decay, 0
+        storage = optimizer.storage
+        self.shards = [
+            storage.zeros(f"{unit.name}.average", unit.shard_size, unit.state_dtype, unit.weight_shard.device)
+            for unit in optimizer.units
+        ]
+        for unit, shard in zip(optimizer.units, self.shards, strict=True):
+            shard.copy_(unit.weight_shard)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates)) if self.decay > 0 else 0.0
+        self.num_updates += 1
+        for unit, shard in zip(self.optimizer.units, self.shards, strict=True):
+            shard.lerp_(unit.weight_shard.to(shard.device), 1.0 - decay)
+            self.optimizer.storage.release([shard])
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        with self.optimizer.swapped(self.shards):
+            yield
+
+    def pieces(self) -> list[Piece]:
+        units = zip(self.optimizer.units, self.shards, strict=True)
+        return [piece for unit, shard in units for piece in unit.pieces("average", shard)]

@@ -201,7 +201,6 @@ class Unit:
         self._coming = messages.start_fill_rows(self.layout.rows(self.full), self.context, "dp")
 
     def gather(self) -> None:
-        """Makes them there, now."""
         self.start_gather()
         if self._coming is not None:
             self._coming.wait()
@@ -230,7 +229,6 @@ class Unit:
     # Gradients
 
     def zero_grad(self) -> None:
-        """Begins a step."""
         self.fresh = True
         self._arrived.clear()
         for member in self.members:

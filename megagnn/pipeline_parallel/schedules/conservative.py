@@ -203,11 +203,9 @@ class Job:
 
     @property
     def num_stages(self) -> int:
-        """Stages."""
         return len(self.placement)
 
     def actions(self) -> list[Action]:
-        """All of them; R at stage 0 only."""
         return [
             Action(stage, kind, i)
             for i in range(self.num_micro_batches)
@@ -251,7 +249,6 @@ class ListScheduler:
         heapq.heappush(self.ready[self.job.placement[action.stage]], (self.priority(action), action))
 
     def run(self) -> tuple[tuple[Action, ...], ...]:
-        """The rows of all ranks."""
         now, freed = 0.0, list(range(len(self.rows)))
         while True:
             for rank in sorted(set(freed)):

@@ -104,7 +104,6 @@ class Analysis:
     """Runs that the laws leave out for their depth."""
 
     def sizes(self) -> Array:
-        """Parameters of each run."""
         return np.array([float(r.parameters) for r in self.records])
 
     def data(self) -> Array:
@@ -112,11 +111,9 @@ class Analysis:
         return np.array([float(getattr(r, self.options.data_unit)) for r in self.records])
 
     def flops(self) -> Array:
-        """Compute of each run."""
         return np.array([r.flops for r in self.records])
 
     def losses(self) -> Array:
-        """The chosen loss of each run."""
         return np.array([r.losses[self.loss][0] for r in self.records])
 
     def loss_in_words(self) -> str:

@@ -32,12 +32,10 @@ class Fit:
 
     @property
     def num_runs(self) -> int:
-        """Runs fitted to."""
         return int(np.isfinite(self.y_GS).sum())
 
     @property
     def num_seeds(self) -> Array:
-        """Runs of each point."""
         return np.isfinite(self.y_GS).sum(1).astype(np.float64)
 
     @property
@@ -58,7 +56,6 @@ class Fit:
         return (np.log(np.array([variables], dtype=np.float64)) - self.mean_V).reshape(1, -1)
 
     def predict(self, variables: Sequence[float]) -> float:
-        """Loss at a point."""
         x_1V = self.coordinates(variables)
         return float(np.exp(self.law.log_loss(self.theta[None], x_1V)[0, 0] + self.low))
 
@@ -154,7 +151,6 @@ def _check_points(law: Law, points_GV: Array) -> None:
 
 
 def _best(law: Law, design: Design, also: Array | None = None) -> tuple[Array, float]:
-    """Best of several starts."""
     mean_G = np.nanmean(design.y_BGS[0], 1)
     starts = law.starts(design.x_GV, mean_G, np.isfinite(design.y_BGS[0]).sum(1).astype(np.float64))
     if also is not None:
@@ -165,8 +161,7 @@ def _best(law: Law, design: Design, also: Array | None = None) -> tuple[Array, f
 
 
 def _scale(fit: Fit) -> float:
-    """Standard deviation of log residuals from their median size, the P smallest left out: those are the runs
-    that the parameters could be bent to."""
+    """Deviation of log residuals from their median size, the P smallest left out: bent to by the fit."""
     size = np.sort(np.abs(fit.residuals()[np.isfinite(fit.y_GS)]))[len(fit.theta) :]
     return max(1.4826 * float(np.median(size)), SMALLEST_SCALE)
 

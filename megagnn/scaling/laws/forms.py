@@ -94,7 +94,6 @@ class SumOfPowers(Law):
         return np.array(low), np.array(high)
 
     def starts(self, x_GV: Array, y_G: Array, weight_G: Array) -> Array:
-        """For each pair of exponents the rest is a linear, non-negative problem in the loss."""
         grid = np.meshgrid(*[[0.05, 0.15, 0.3, 0.5, 0.9, 1.5]] * self.num_variables)
         found = []
         scale_G = np.sqrt(weight_G) * np.exp(-y_G)  # residuals of the loss, as shares of it
@@ -159,7 +158,6 @@ class BrokenPower(Law):
         return -high, high
 
     def starts(self, x_GV: Array, y_G: Array, weight_G: Array) -> Array:
-        """For each break the rest is linear."""
         x, root = x_GV[:, 0], np.sqrt(weight_G)
         found = []
         for x0 in np.linspace(x.min(), x.max(), 9)[1:-1]:

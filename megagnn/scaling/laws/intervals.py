@@ -41,12 +41,10 @@ class Interval:
     level: float
 
     def map(self, function: Callable[[float], float]) -> "Interval":
-        """The interval of an increasing function."""
         value, low, high = (float(function(v)) for v in (self.value, self.low, self.high))
         return Interval(value, low, high, self.level)
 
     def covers(self, truth: float) -> bool:
-        """Whether the ends enclose a value."""
         return self.low <= truth <= self.high
 
 
@@ -74,8 +72,7 @@ class Bootstrap:
         self.variance = float(group_variance(fit.residuals()[None], fit.delta, len(fit.theta))[0])
 
     def _draw(self, rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-        """Mean and deviations come from the same point: of a run that went wrong both are large, and apart
-        they would look like a wrong point."""
+        """Mean and deviations of one point together: of a run that went wrong both are large."""
         num_seeds = self.fit.num_seeds[:, None]
         drawn = rng.integers(len(self.point_errors), size=shape[:2])
         deviations = np.where(np.isfinite(self.fit.y_GS), self.seed_errors[drawn], np.nan)
@@ -183,8 +180,7 @@ def _crossing(grid: Array, curve: Array, level: float, beyond: float, side: int)
 
 
 def _errors(fit: Fit) -> tuple[Array, Array]:
-    """Errors to draw from: (G,) of points, times sqrt(seeds), leverage corrected; (G, S) of seeds about their
-    point, where a point with fewer seeds repeats them."""
+    """Errors to draw from: (G,) of points, times sqrt(seeds), leverage corrected; (G, S) of seeds."""
     residual = fit.residuals()
     num_seeds = fit.num_seeds
     mean_G = np.nansum(residual, 1) / num_seeds

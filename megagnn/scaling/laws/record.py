@@ -51,7 +51,6 @@ class RunRecord:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        """One line without its end."""
         values = {k: v for k, v in asdict(self).items() if v is not None}
         values["data"] = {"structures": values.pop("structures"), "atoms": values.pop("atoms")}
         values["losses"] = {name: loss._asdict() for name, loss in self.losses.items()}

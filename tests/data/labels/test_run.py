@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megagnn.data.labels import command
 from megagnn.data.labels import engines as engines_module
+from megagnn.data.labels import run as command
 from megagnn.data.labels.chunks import chunk_path
 from megagnn.data.labels.run import LabelJob, hash_splits, label
 from megagnn.data.labels.sources import SOURCES, find_sources
@@ -64,7 +64,7 @@ def test_two_workers_equal_one(tmp_path: Path, reference: Store) -> None:
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, reference: Store) -> None:
     out = tmp_path / "store"
     program = (
-        "import sys, argparse; from megagnn.data.labels import command as c; p = argparse.ArgumentParser();"
+        "import sys, argparse; from megagnn.data.labels import run as c; p = argparse.ArgumentParser();"
         "c.add_arguments(p); sys.exit(c.run(p.parse_args()))"
     )
     arguments = [

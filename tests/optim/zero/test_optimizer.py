@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from megagnn.config import config_from_dict
 from megagnn.models.potential import build_potential
-from megagnn.optim.average import ShardedAverage
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import WeightAverage, make_optimizer, make_sharded_optimizer, parameter_groups
 from megagnn.optim.zero.offload import DiskStorage
-from megagnn.optim.zero.optimizer import ShardedOptimizer
+from megagnn.optim.zero.optimizer import ShardedAverage, ShardedOptimizer
 from megagnn.optim.zero.unit import Unit
 from megagnn.parallel.context import ParallelContext
 from tests.models.physics import STATISTICS, model_config

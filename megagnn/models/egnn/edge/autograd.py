@@ -75,10 +75,7 @@ def _run_forward(
 def _last_derivative(
     gradients: list[Tensor | None], made_of: tuple[Tensor | None, ...]
 ) -> list[Tensor | None]:
-    """Gradients whose own derivative is an error, where a graph of them is asked for.
-
-    once_differentiable would leave constants where the cotangents are, and a derivative silently incomplete.
-    """
+    """Gradients whose own derivative is an error, not silently incomplete, where it is asked for."""
     if not torch.is_grad_enabled():
         return gradients
     return list(_Last.apply(len(gradients), *gradients, *made_of))

@@ -58,7 +58,6 @@ class EdgeRunner(Protocol):
 
         That is c and g of all edges with `save`, else empty tensors, and what else the runner may want.
         """
-        ...
 
     def backward(
         self, call: Call, kept: Tensors, bars: Tensors, wanted: tuple[bool, bool], outputs: bool = False
@@ -68,7 +67,6 @@ class EdgeRunner(Protocol):
         bars: cotangents of the results, 2 or, of pairs, 4; None for zero. wanted: whether gradients of
         (r or f), of the weights, will be used.
         """
-        ...
 
 
 def check_types(call: Call) -> None:
@@ -109,7 +107,6 @@ def edge_type(p_NH: Tensor) -> torch.dtype:
 
 
 def _is_of(call: Call, kind: torch.dtype) -> bool:
-    """Whether all tensors are of one type."""
     return all(t is None or t.dtype == kind for t in call.tensors)
 
 
@@ -195,7 +192,6 @@ def compiled_arguments(call: Call) -> tuple[Any, ...]:
 
 
 def _check_rows(graph: EdgeGraph, p_NH: Tensor | None, q_NH: Tensor | None) -> None:
-    """Checks rows of p and q, which the kernels cannot: they do not know how many atoms the graph has."""
     for name, tensor, segments in (("p", p_NH, graph.destination), ("q", q_NH, graph.source)):
         if tensor is None or tensor.dim() != 2 or tensor.shape[0] != segments.num_rows:
             got = "None" if tensor is None else f"shape {tuple(tensor.shape)}"

@@ -257,7 +257,6 @@ class Awaited(Protocol):
 
     def wait(self) -> Tensor:
         """The result, when it is there."""
-        ...
 
 
 class Links(Protocol):
@@ -265,15 +264,12 @@ class Links(Protocol):
 
     def product(self, x: Tensor, y: Tensor, out: Tensor) -> Awaited:
         """x y written to out; over ranks, x y summed and scattered by columns."""
-        ...
 
     def reduce_scalar(self, w: Tensor) -> Awaited:
         """w (planes, count) summed over ranks."""
-        ...
 
     def gather(self, bar: Tensor) -> Awaited:
         """A cotangent (rows, width / tp) to that of all channels, (rows, width)."""
-        ...
 
 
 Steps = Generator[Awaited, Tensor, None]
