@@ -82,12 +82,13 @@ def laws(
     ratio = (
         1.0 if kind == "input" or config.parametrisation == "standard" else in_features / config.base_width
     )
+    matrix_rate = rate * ratio**-0.5 if kind == "hidden" else None
     size = scale * std * (ratio**-0.5 if kind == "output" else 1.0)
     if config.initialisation == "lecun":
-        return LinearLaws(Normal(size), Constant(0.0), rate / ratio, rate, kind == "hidden")
+        return LinearLaws(Normal(size), Constant(0.0), rate / ratio, rate, matrix_rate)
     # U(-a, a) with a = sqrt(3) gain std and PyTorch's gain of sqrt(1/3), for weight and bias alike
     bias = Constant(0.0) if zero_bias else Uniform(std)
-    return LinearLaws(Uniform(size), bias, rate / ratio, rate, kind == "hidden")
+    return LinearLaws(Uniform(size), bias, rate / ratio, rate, matrix_rate)
 
 
 def branch_rate(config: ModelConfig) -> float:

@@ -20,6 +20,8 @@ class OptimConfig:
     """Peak learning rate."""
     betas: Told[tuple[float, float]] = (0.9, 0.99)
     """Decay rates of AdamW's moments."""
+    momentum: Told[Annotated[float, Field(ge=0, lt=1)]] = 0.95
+    """Decay rate of Muon's momentum."""
     eps: Told[PositiveFloat] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Told[NonNegativeFloat] = 0.0

@@ -152,15 +152,16 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     has_matrices = rule_of(config.rule).matrices is not None
     for name, p in model.named_parameters():
         share = share_of(name.removeprefix("model."), config)  # a potential's, or those of its model
-        is_matrix = has_matrices and getattr(p, "hidden_matrix", False)
-        kinds.setdefault((is_matrix, p.ndim < 2, getattr(p, "rate", 1.0), share), []).append(p)
+        rate = getattr(p, "matrix_rate", None) if has_matrices else None
+        is_matrix = rate is not None
+        kinds.setdefault((is_matrix, p.ndim < 2, rate or getattr(p, "rate", 1.0), share), []).append(p)
     return [
         {
             "params": params,
             "weight_decay": 0.0 if vectors else config.weight_decay / rate,
             "rate": rate * share,
             **({FROZEN: True} if share == 0 else {}),
-            **({MATRICES: True} if is_matrix else {}),
+            **({MATRICES: True, "momentum": config.momentum} if is_matrix else {}),
         }
         for (is_matrix, vectors, rate, share), params in sorted(kinds.items(), key=lambda kind: kind[0])
         if params or rate == share == 1.0

@@ -53,7 +53,7 @@ class Rule:
 
     elements: ElementRule
     matrices: MatrixRule | None = None
-    """For parameters whose `hidden_matrix` says so (parallel/parameter.py)."""
+    """For parameters that have a `matrix_rate` (parallel/parameter.py)."""
 
     @property
     def state(self) -> tuple[str, ...]:

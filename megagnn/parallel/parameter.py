@@ -56,7 +56,7 @@ class Parameter(nn.Parameter):
     sharding: ParameterLayout  # `layout` is a tensor's own word for strided or sparse
     initial: Initial
     rate: float
-    hidden_matrix: bool
+    matrix_rate: float | None
 
     def __new__(
         cls,
@@ -64,20 +64,21 @@ class Parameter(nn.Parameter):
         layout: ParameterLayout,
         initial: Initial,
         rate: float = 1.0,
-        hidden_matrix: bool = False,
+        matrix_rate: float | None = None,
     ) -> "Parameter":
         """data: this rank's slice. rate: [Note: maximal update] in models/parts.py.
 
-        hidden_matrix: whether it maps features to features, so that rules of matrices are meant for it.
+        matrix_rate: its share of the rate under an update rule of matrices (optim/rule.py), if it maps features
+        to features, for which these rules are meant.
         """
         parameter = super().__new__(cls, data)
         parameter.sharding, parameter.initial, parameter.rate = layout, initial, rate
-        parameter.hidden_matrix = hidden_matrix
+        parameter.matrix_rate = matrix_rate
         return parameter
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Parameter":
         if id(self) not in memo:
-            copied = type(self)(self.data.clone(), self.sharding, self.initial, self.rate, self.hidden_matrix)
+            copied = type(self)(self.data.clone(), self.sharding, self.initial, self.rate, self.matrix_rate)
             copied.requires_grad_(self.requires_grad)
             memo[id(self)] = copied
         return memo[id(self)]
@@ -91,7 +92,7 @@ def make_parameter(
     dtype: torch.dtype,
     name: str = "a parameter",
     rate: float = 1.0,
-    hidden_matrix: bool = False,
+    matrix_rate: float | None = None,
 ) -> Parameter:
     """A parameter divided along `dim` over the tensor-parallel ranks; `initialise` fills it.
 
@@ -106,10 +107,10 @@ def make_parameter(
         full_shape, dim, tp if dim is not None else 1, context.tp_rank if dim is not None else 0
     )
     if not _deferred.get():
-        return Parameter(torch.zeros(shape, dtype=dtype), layout, initial, rate, hidden_matrix)
+        return Parameter(torch.zeros(shape, dtype=dtype), layout, initial, rate, matrix_rate)
     data = torch.empty(shape, dtype=dtype, device=context.device)  # no page is touched
     data.untyped_storage().resize_(0)
-    return Parameter(data, layout, initial, rate, hidden_matrix)
+    return Parameter(data, layout, initial, rate, matrix_rate)
 
 
 def check_divisible(name: str, size: int, tp: int) -> None:

@@ -22,14 +22,14 @@ from megagnn.parallel.parameter import Constant, Initial, Normal, make_parameter
 
 @dataclass(frozen=True)
 class LinearLaws:
-    """How a Linear's weight and bias begin, their shares of the learning rate, and the weight's kind."""
+    """How a Linear's weight and bias begin, and their shares of the learning rate."""
 
     weight: Initial
     bias: Initial
     weight_rate: float = 1.0
     bias_rate: float = 1.0
-    hidden_matrix: bool = False
-    """Whether the weight maps features to features (parallel/parameter.py)."""
+    matrix_rate: float | None = None
+    """The weight's under an update rule of matrices (parallel/parameter.py)."""
 
 
 def gather_channels(x: T, context: ParallelContext) -> T:
@@ -75,7 +75,7 @@ class ColumnLinear(nn.Module):
         super().__init__()
         shape = (out_features, in_features)
         self.weight = make_parameter(
-            shape, 0, context, laws.weight, dtype, name, laws.weight_rate, laws.hidden_matrix
+            shape, 0, context, laws.weight, dtype, name, laws.weight_rate, laws.matrix_rate
         )
         self.bias = None
         if bias:
@@ -106,7 +106,7 @@ class RowLinear(nn.Module):
         self.context, self.scattered = context, out_features > 1
         shape = (out_features, in_features)
         self.weight = make_parameter(
-            shape, 1, context, laws.weight, dtype, names[0], laws.weight_rate, laws.hidden_matrix
+            shape, 1, context, laws.weight, dtype, names[0], laws.weight_rate, laws.matrix_rate
         )
         self.bias = None
         if bias:

@@ -2,9 +2,11 @@
 
 from megagnn.optim.rule import Rule
 from megagnn.optim.rules.adamw import ADAMW
+from megagnn.optim.rules.muon import MUON
 
 RULES = {
     "adamw": Rule(ADAMW),
+    "muon": Rule(ADAMW, MUON),
 }
 
 
