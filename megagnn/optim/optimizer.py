@@ -152,9 +152,9 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     has_matrices = rule_of(config.rule).matrices is not None
     for name, p in model.named_parameters():
         share = share_of(name.removeprefix("model."), config)  # a potential's, or those of its model
-        rate = getattr(p, "matrix_rate", None) if has_matrices else None
-        is_matrix = rate is not None
-        kinds.setdefault((is_matrix, p.ndim < 2, rate or getattr(p, "rate", 1.0), share), []).append(p)
+        is_matrix = has_matrices and getattr(p, "matrix_rate", None) is not None
+        rate: float = getattr(p, "matrix_rate" if is_matrix else "rate", 1.0)
+        kinds.setdefault((is_matrix, p.ndim < 2, rate, share), []).append(p)
     return [
         {
             "params": params,

@@ -68,8 +68,8 @@ class Parameter(nn.Parameter):
     ) -> "Parameter":
         """data: this rank's slice. rate: [Note: maximal update] in models/parts.py.
 
-        matrix_rate: its share of the rate under an update rule of matrices (optim/rule.py), if it maps features
-        to features, for which these rules are meant.
+        matrix_rate: its share of the rate under an update rule of matrices (optim/rule.py), meant for what
+        maps features to features.
         """
         parameter = super().__new__(cls, data)
         parameter.sharding, parameter.initial, parameter.rate = layout, initial, rate

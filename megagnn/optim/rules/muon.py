@@ -44,10 +44,9 @@ def orthogonalised(matrices: Tensor) -> Tensor:
 def _directions(
     gradients: Sequence[Tensor], states: Sequence[State], settings: Settings, step: int
 ) -> list[Tensor]:
-    beta = settings["momentum"]
-    momenta = [state["momentum"] for state in states]
-    torch._foreach_lerp_(momenta, gradients, 1 - beta)
-    ahead = torch._foreach_lerp(gradients, momenta, beta)
+    beta, momenta = settings["momentum"], [state["momentum"] for state in states]
+    torch._foreach_lerp_(momenta, list(gradients), 1 - beta)
+    ahead = torch._foreach_lerp(list(gradients), momenta, beta)
     shapes: dict[Shape, list[int]] = {}
     for index, gradient in enumerate(ahead):
         shapes.setdefault(tuple(sorted(gradient.shape)), []).append(index)
