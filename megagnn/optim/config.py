@@ -12,10 +12,10 @@ from megagnn.overrides import STRICT, Factors, Names, Refused, Told, UserPath
 class OptimConfig:
     """The optimizer, its learning-rate schedule, clipping and weight averaging."""
 
-    rule: Refused[str] = "adamw"
-    """Update rule, by its name in optim/rules/; `implementation` is one of AdamW."""
+    rule: Told[str] = "adamw"
+    """Update rule: adamw, or muon for hidden matrices and AdamW for the rest."""
     implementation: Told[Literal["own", "torch", "apex"]] = "own"
-    """AdamW by megagnn's kernel over flat buffers, PyTorch's fused one, or NVIDIA apex's where installed."""
+    """Of AdamW: megagnn's kernel over flat buffers, PyTorch's fused one, or NVIDIA apex's."""
     learning_rate: Told[PositiveFloat] = 1e-3
     """Peak learning rate."""
     betas: Told[tuple[float, float]] = (0.9, 0.99)

@@ -429,7 +429,19 @@ class Trainer:
         self.checkpoints.save(self._pieces(), self.config, self.statistics, progress)
 
     def _take_over(self, checkpoint: FolderCheckpoint) -> None:
-        checkpoint.load(self._pieces())
+        pieces = self._pieces()
+        if (before := checkpoint.config.optim.rule) != self.config.optim.rule:
+            known = [p for p in pieces if f"{p.kind}/{p.name}" in checkpoint.manifest.tensors]
+            names = {id(p) for p in known}
+            anew = sorted({p.kind for p in pieces if id(p) not in names})
+            pieces = known
+            if self.context.is_main:
+                print(
+                    f"warning: optim.rule was '{before}' and is '{self.config.optim.rule}' now: "
+                    f"{' and '.join(anew)} of hidden matrices begin anew; weights, average and the state that both rules have go on",
+                    file=sys.stderr,
+                )
+        checkpoint.load(pieces)
         self.optimizer.pieces_loaded(checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates
         checkpoint.restore_random_state(self.context)
