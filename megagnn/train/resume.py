@@ -14,6 +14,7 @@ from megagnn.config import RunConfig, flat_config
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.sampler import BudgetSampler
 from megagnn.models.statistics import Statistics
+from megagnn.optim.pieces import Piece
 from megagnn.overrides import Change, change_of
 from megagnn.parallel.context import ParallelContext
 
@@ -78,6 +79,22 @@ def judges_anew(checkpoint: FolderCheckpoint, config: RunConfig, judged_by: str)
         f"validation losses cannot be compared with those before, for {', '.join(why)} changed: the best "
         f"checkpoint is sought anew, and that of step {progress.best_step} stays best until the next "
         "validation"
+    )
+
+
+def known_pieces(
+    checkpoint: FolderCheckpoint, pieces: list[Piece], config: RunConfig
+) -> tuple[list[Piece], str]:
+    """Those that a checkpoint of another update rule has, and what begins anew, in words."""
+    before, now = checkpoint.config.optim.rule, config.optim.rule
+    if before == now:
+        return pieces, ""
+    known = [f"{p.kind}/{p.name}" in checkpoint.manifest.tensors for p in pieces]
+    anew = sorted({p.kind for p, there in zip(pieces, known, strict=True) if not there})
+    told = f"{' and '.join(anew)} of hidden matrices begin{'s' if len(anew) == 1 else ''} anew"
+    return (
+        [p for p, there in zip(pieces, known, strict=True) if there],
+        f"optim.rule was '{before}' and is '{now}' now: {told}; all else goes on",
     )
 
 

@@ -56,7 +56,7 @@ from megagnn.train.fine_tune import Beginning
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.metrics import ParityPoints
 from megagnn.train.monitor import Monitor
-from megagnn.train.resume import check_same_run, fingerprint_of, judges_anew, position_of
+from megagnn.train.resume import check_same_run, fingerprint_of, judges_anew, known_pieces, position_of
 from megagnn.train.signals import StopSignals
 
 
@@ -429,18 +429,9 @@ class Trainer:
         self.checkpoints.save(self._pieces(), self.config, self.statistics, progress)
 
     def _take_over(self, checkpoint: FolderCheckpoint) -> None:
-        pieces = self._pieces()
-        if (before := checkpoint.config.optim.rule) != self.config.optim.rule:
-            known = [p for p in pieces if f"{p.kind}/{p.name}" in checkpoint.manifest.tensors]
-            names = {id(p) for p in known}
-            anew = sorted({p.kind for p in pieces if id(p) not in names})
-            pieces = known
-            if self.context.is_main:
-                print(
-                    f"warning: optim.rule was '{before}' and is '{self.config.optim.rule}' now: "
-                    f"{' and '.join(anew)} of hidden matrices begin anew; weights, average and the state that both rules have go on",
-                    file=sys.stderr,
-                )
+        pieces, begins_anew = known_pieces(checkpoint, self._pieces(), self.config)
+        if begins_anew and self.context.is_main:
+            print(f"warning: {begins_anew}", file=sys.stderr)
         checkpoint.load(pieces)
         self.optimizer.pieces_loaded(checkpoint.progress.optimizer_steps)
         self.average.num_updates = checkpoint.progress.average_updates

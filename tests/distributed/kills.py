@@ -75,6 +75,7 @@ class Harness:
             "train.export_best": "false",
             "parallel.tensor": arguments.tensor,
             "parallel.zero_stage": arguments.stage,
+            "optim.rule": arguments.rule,
         }
         self.command = ["train", str(folder / "config.toml")]
         self.command += [word for key, value in options.items() for word in (f"--{key}", str(value))]
@@ -267,6 +268,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--tensor", type=int, default=1)
     parser.add_argument("--stage", type=int, default=0)
+    parser.add_argument("--rule", default="adamw")
     parser.add_argument("--steps", type=int, default=120, help="of a run")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)

@@ -18,10 +18,11 @@ TIMEOUT_S = 3000
 
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_killed_runs_end_as_the_undisturbed(request: pytest.FixtureRequest) -> None:
-    """Three kills of two ranks; with --full 20, and 20 of four ranks at tp2, dp2 and ZeRO stage 3."""
-    cases = [["--kills", "3", "--steps", "40"]]
+    """Three kills of two ranks with Muon; with --full 20 with AdamW, and 20 of four ranks with each."""
+    cases = [["--kills", "3", "--steps", "40", "--rule", "muon", "--stage", "2"]]
     if request.config.getoption("--full"):
         cases = [["--kills", "20"], ["--kills", "20", "--ranks", "4", "--tensor", "2", "--stage", "3"]]
+        cases += [[*cases[-1], "--rule", "muon"]]
     for case in cases:
         command = [sys.executable, "-m", "tests.distributed.kills", *case]
         done = subprocess.run(

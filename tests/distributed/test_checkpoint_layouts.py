@@ -1,6 +1,7 @@
 """A checkpoint written on any layout and ZeRO stage continues on any other, from the same numbers."""
 
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from megagnn.models.potential import Potential
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.bucket_reducer import GradientReducer
+from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import (
     WeightAverage,
     make_optimizer,
@@ -31,6 +33,7 @@ from tests.distributed.sharded import OPTIMIZER, SHARES, Case, build, optimizer_
 from tests.distributed.spawn import spawn
 from tests.models.physics import STATISTICS
 
+MORE: dict[str, set[str]] = {"adamw": set(), "muon": {"momentum"}}
 KINDS = ("model", "average", "exp_avg", "exp_avg_sq")
 
 
@@ -45,16 +48,24 @@ class Layout(NamedTuple):
     tp: int
     dp: int
     stage: int | None
+    rule: str = "adamw"
 
     def __str__(self) -> str:
-        return f"tp{self.tp}-dp{self.dp}-stage{self.stage}"
+        return f"tp{self.tp}-dp{self.dp}-stage{self.stage}-{self.rule}"
 
 
-WRITERS = [Layout(2, 2, None), Layout(2, 2, 1), Layout(2, 2, 3)]
+ADAMW = [Layout(2, 2, None), Layout(2, 2, 1), Layout(2, 2, 3)]
+MUON = [Layout(2, 2, 2, "muon")]
+WRITERS = ADAMW + MUON
 READERS = [Layout(4, 1, None), Layout(4, 1, 3), Layout(1, 4, None), Layout(1, 4, 2), Layout(2, 2, 3)]
 ALONE = [Layout(1, 1, None), Layout(1, 1, 3)]
-PAIRS = [(writer, reader) for writer in WRITERS for reader in READERS]
-FEWER = [PAIRS[k] for k in (0, 2, 3, 9, 10, 11, 12)]  # without --full: stage 3 to most, the others to some
+READERS_MUON = [Layout(4, 1, 3, "muon"), Layout(1, 4, 1, "muon")]
+ALONE_MUON = [Layout(1, 1, 0, "muon")]
+PAIRS_MUON = [(writer, reader) for writer in MUON for reader in READERS_MUON]
+PAIRS = [(writer, reader) for writer in ADAMW for reader in READERS]
+# without --full: stage 3 to most, the others to some
+FEWER = [PAIRS[k] for k in (0, 2, 3, 9, 10, 11, 12)] + PAIRS_MUON
+PAIRS += PAIRS_MUON
 
 
 @dataclass
@@ -66,18 +77,21 @@ class Run:
     reducer: Any
     average: WeightAverage | ShardedAverage
     context: ParallelContext
+    rule: str = "adamw"
 
     @classmethod
     def begin(cls, layout: Layout, context: ParallelContext, factor: float = 1.0) -> "Run":
         """With initial weights times a factor, so that a loaded run began elsewhere."""
-        case = Case(layout.dp, layout.tp, layout.stage or 0)
+        case = Case(layout.dp, layout.tp, layout.stage or 0, rule=layout.rule)
         potential = build(case, context)
         with torch.no_grad():
             for p in potential.parameters():
                 p.mul_(factor)
         if layout.stage is not None:
             sharded = optimizer_of(potential, case, context)
-            return cls(potential, sharded, sharded.reducer, ShardedAverage(sharded, 0.9), context)
+            return cls(
+                potential, sharded, sharded.reducer, ShardedAverage(sharded, 0.9), context, layout.rule
+            )
         plain = make_optimizer(potential, OPTIMIZER)
         reducer = GradientReducer(potential.parameters(), context, 1000, plain.gradient_buffers())
         return cls(potential, plain, reducer, WeightAverage(potential.model, 0.9), context)
@@ -107,7 +121,8 @@ class Run:
             average_updates=self.average.num_updates,
         )
         pieces = [*self.optimizer.pieces(self.potential.model), *self.average.pieces()]
-        store.save(pieces, RunConfig(), STATISTICS, progress)
+        config = RunConfig(optim=OptimConfig(rule=self.rule))
+        store.save(pieces, config, STATISTICS, progress)
         store.wait()
 
     def load(self, folder: Path) -> None:
@@ -142,7 +157,7 @@ def on_rank(
     context: ParallelContext, folder: Path, pairs: list[tuple[Layout, Layout]]
 ) -> tuple[Any, Any, list[Any]]:
     written = write_all(context, folder)
-    contexts = {reader: grid_context(reader.dp, 1, reader.tp) for reader in READERS}
+    contexts = {reader: grid_context(reader.dp, 1, reader.tp) for reader in READERS + READERS_MUON}
     going_on = {(writer, reader): read(folder, writer, reader, contexts[reader]) for writer, reader in pairs}
     return (
         written,
@@ -236,8 +251,7 @@ def test_other_layouts_go_on_from_the_same_loss(ranks: list[Any]) -> None:
             check(losses, written[writer], f"{writer} read at {reader}")
 
 
-@pytest.mark.parametrize("reader", ALONE, ids=str)
-@pytest.mark.parametrize("writer", WRITERS, ids=str)
+@pytest.mark.parametrize(("writer", "reader"), [*product(ADAMW, ALONE), *product(MUON, ALONE_MUON)], ids=str)
 def test_one_process_goes_on_from_the_same_loss(
     ranks: list[Any], folder: Path, writer: Layout, reader: Layout
 ) -> None:
@@ -250,7 +264,7 @@ def test_nothing_is_lost_on_the_way(
     """Weights, their average and moments, read and written again on each layout: every bit."""
     for writer, reader in pairs:
         first = load_checkpoint(folder / str(writer) / "last", optimizer=True)
-        assert {name.split("/")[0] for name in first.tensors} == set(KINDS)
+        assert {name.split("/")[0] for name in first.tensors} == set(KINDS) | MORE[writer.rule]
         again = load_checkpoint(folder / f"{writer}-{reader}" / "last", optimizer=True)
         assert again.progress == first.progress
         assert again.tensors.keys() == first.tensors.keys()

@@ -54,7 +54,8 @@ def test_parameters_of_one_process(results: Callable[[int], Results], world_size
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_stages_1_to_3_give_the_same_bits(results: Callable[[int], Results], world_size: int) -> None:
     found = results(world_size)
-    compared = [cell for cell in found if cell.stage > 1 and cell._replace(stage=1) in found]
+    # Over micro-batches of a pipeline, stage 1 adds up before it sends and the others after it.
+    compared = [c for c in found if c.stage > 1 and c.layout[2] == 1 and c._replace(stage=1) in found]
     assert compared
     for cell in compared:
         for got, first in zip(found[cell], found[cell._replace(stage=1)], strict=True):
