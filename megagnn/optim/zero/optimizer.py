@@ -135,9 +135,19 @@ class ShardedOptimizer(PiecesOptimizer):
             return
         assert self.rule.matrices is not None
         directions = gathering.directions(self.rule.matrices, self.param_groups, self.num_steps)
-        home = {matrix: unit for unit in units for matrix in unit.matrices}
-        for work, direction in zip(gathering.work, directions, strict=True):
-            home[work.matrix].apply(work.matrix, direction, self.param_groups[work.matrix.group])
+        found = {w.matrix: d for w, d in zip(gathering.work, directions, strict=True)}
+        for number, settings in enumerate(self.param_groups):
+            chosen = [(u, m) for u in units for m in u.matrices if m.group == number and m in found]
+            if not chosen:
+                continue
+            weights, rate = [m.of(u.weight_shard) for u, m in chosen], float(settings["lr"])
+            steps = [found[m].to(w.device) for (_, m), w in zip(chosen, weights, strict=True)]
+            if settings["weight_decay"]:
+                torch._foreach_mul_(weights, 1 - rate * settings["weight_decay"])
+            torch._foreach_sub_(weights, steps, alpha=rate)
+            for (unit, matrix), weight in zip(chosen, weights, strict=True):
+                if unit.master is not None:
+                    matrix.of(unit.param_shard).copy_(weight)
 
     def _streamed(self) -> Iterator[Unit]:
         """The units one after another, what lies on a disk read ahead and released."""

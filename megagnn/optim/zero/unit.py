@@ -324,14 +324,9 @@ class Unit:
     def work(self, groups: Sequence[Mapping[str, Any]], grad_scale: float) -> list[Work]:
         """The matrices of the shard that are not frozen, with `grad_scale` times their gradients."""
         moving = [m for m in self.matrices if not groups[m.group].get(FROZEN)]
-        return [Work(m, m.of(self.grad_shard).to(self.device) * grad_scale) for m in moving]
-
-    def apply(self, matrix: Matrix, direction: Tensor, settings: Mapping[str, Any]) -> None:
-        """One step of a matrix, or of this rank's slice: decay, then the direction times the rate."""
-        rate, weights = float(settings["lr"]), matrix.of(self.weight_shard)
-        weights.mul_(1 - rate * settings["weight_decay"]).sub_(direction.to(weights.device), alpha=rate)
-        if self.master is not None:
-            matrix.of(self.param_shard).copy_(weights)
+        gradients = [m.of(self.grad_shard).to(self.device) for m in moving]
+        scaled = torch._foreach_mul(gradients, grad_scale) if moving else []
+        return [Work(m, gradient) for m, gradient in zip(moving, scaled, strict=True)]
 
     def clear_gradients(self, groups: Collection[int]) -> None:
         """Zero this rank's gradients of some parameter groups."""
