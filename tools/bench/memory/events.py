@@ -247,7 +247,8 @@ class FilePages:
     """Samples, while it is entered, what is resident of files of a folder: Linux's own count.
 
     `samples` are (Unix time in s, bytes): what the process holds of all mapped files (RssFile and RssShmem of
-    /proc/self/status), less what it held of others at the beginning, which /proc/self/smaps tells apart.
+    /proc/self/status), less what it held of others at the beginning or the end, where it held less, for the
+    system may take pages of libraries back. /proc/self/smaps tells them apart.
     """
 
     def __init__(self, folder: str, interval: float = 0.002) -> None:
@@ -264,10 +265,12 @@ class FilePages:
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
         self._thread.join()
+        others = min(self._others, _mapped() - resident_of(self.folder))
+        self.samples = [(at, max(0.0, held - others)) for at, held in self.samples]
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self.samples.append((time.time(), max(0.0, _mapped() - self._others)))
+            self.samples.append((time.time(), _mapped()))
             self._stop.wait(self.interval)
 
 
