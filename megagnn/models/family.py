@@ -45,6 +45,9 @@ class Work(NamedTuple):
 
     per_edge: float
     per_atom: float
+    channelwise: float = 0.0
+    """Of `per_edge`, what is multiplied channel by channel outside of matrix products, where it counts beside
+    them."""
 
 
 @dataclass(frozen=True)

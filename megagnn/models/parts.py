@@ -73,15 +73,17 @@ def laws(
     scale: float = 1.0,
     zero_bias: bool = False,
     rate: float = 1.0,
+    width: int | None = None,
 ) -> LinearLaws:
     """A Linear of so many inputs: N(0, scale^2/inputs) without bias, or PyTorch's even law (He et al. 2015).
 
-    Under `mup` also what [Note: maximal update] says of its kind. rate: of the branch that it is in.
+    Under `mup` also what [Note: maximal update] says of its kind. rate: of the branch that it is in. width:
+    the model's, where the inputs are a share or a multiple of it.
     """
     std = in_features**-0.5
-    ratio = (
-        1.0 if kind == "input" or config.parametrisation == "standard" else in_features / config.base_width
-    )
+    ratio = 1.0
+    if kind != "input" and config.parametrisation == "mup":
+        ratio = (width or in_features) / config.base_width
     matrix_rate = rate * ratio**-0.5 if kind == "hidden" else None
     size = scale * std * (ratio**-0.5 if kind == "output" else 1.0)
     if config.initialisation == "lecun":

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megagnn.models.cartesian.config import PRESETS as CARTESIAN_PRESETS
+from megagnn.models.cartesian.config import CartesianConfig
 from megagnn.models.config import ModelConfig
 from megagnn.models.egnn.config import PRESETS as EGNN_PRESETS
 from megagnn.models.egnn.config import EGNNConfig
@@ -27,6 +29,7 @@ class Family(NamedTuple):
 FAMILIES: dict[str, Family] = {
     "egnn": Family(EGNNConfig, EGNN_PRESETS, "megagnn.models.egnn.model:EGNN"),
     "painn": Family(PaiNNConfig, PAINN_PRESETS, "megagnn.models.painn.model:PaiNN"),
+    "cartesian": Family(CartesianConfig, CARTESIAN_PRESETS, "megagnn.models.cartesian.model:Cartesian"),
 }
 
 

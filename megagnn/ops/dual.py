@@ -108,12 +108,36 @@ class Dual:
     def dtype(self) -> torch.dtype:
         return self.value.dtype
 
+    @property
+    def mT(self) -> Dual:  # noqa: N802 (a tensor's own name)
+        """The last two dimensions exchanged."""
+        return self.linear_map(lambda t: t.mT)
+
+    def chunk(self, chunks: int, dim: int) -> list[Dual]:
+        """Parts along `dim`, which must be negative."""
+        return [
+            Dual(v, t)
+            for v, t in zip(self.value.chunk(chunks, dim), self.tangent.chunk(chunks, dim), strict=True)
+        ]
+
     def __getitem__(self, rows: slice | Tensor) -> Dual:
         return Dual(self.value[rows], self.tangent[rows])
 
 
 T = TypeVar("T", Tensor, Dual)
 Map = Callable[[Tensor], Tensor]
+
+
+def linear_map(x: T, function: Map) -> T:
+    """A linear function, of a Dual applied to value and tangent; it must accept a leading dimension more."""
+    return x.linear_map(function) if isinstance(x, Dual) else function(x)
+
+
+def matmul(a: T, b: T) -> T:
+    """Products of matrices: (..., n, k) and (..., k, m) to (..., n, m)."""
+    if isinstance(a, Dual) and isinstance(b, Dual):
+        return Dual(a.value @ b.value, a.tangent @ b.value + a.value @ b.tangent)
+    return a @ b
 
 
 def linear(x: T, weight: Tensor, bias: Tensor | None = None) -> T:
@@ -135,6 +159,14 @@ def silu(x: T) -> T:
         planes: Tensor = _PlanesSiLU.apply(x.planes)
         return Dual.of_planes(planes)
     return silu_of_tensor(x)
+
+
+def sigmoid(x: T) -> T:
+    """The logistic function."""
+    if isinstance(x, Dual):
+        value = torch.sigmoid(x.value)
+        return Dual(value, value * (1 - value) * x.tangent)
+    return torch.sigmoid(x)
 
 
 def relu(x: T) -> T:

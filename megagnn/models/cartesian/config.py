@@ -1,0 +1,59 @@
+"""The section [model] of the Cartesian family, and its presets."""
+
+from typing import Any, Literal
+
+from pydantic import PositiveInt
+from pydantic.dataclasses import dataclass
+
+from megagnn.models.config import ModelConfig
+from megagnn.overrides import STRICT, Refused
+
+
+@dataclass(frozen=True, config=STRICT)
+class CartesianConfig(ModelConfig):
+    """Scalars, vectors and symmetric traceless tensors on every atom, edges channel by channel."""
+
+    family: Refused[Literal["cartesian"]] = "cartesian"
+    """The model family."""
+    preset: Refused[Literal["default", "full", "lean", "painn"]] = "default"
+    """Named set of parts."""
+    num_radial: Refused[PositiveInt] = 8
+    """Bessel functions of the distance, R, of which every path's weight is a linear combination."""
+    paths: Refused[Literal["full", "lean", "painn"]] = "full"
+    """Products of a sender's features with the edge's direction: all 14 up to l = 2, the 5 that no product
+    with the sender's vectors and tensors needs, or the 3 of PaiNN's messages, which has no tensors."""
+    vector_width: Refused[PositiveInt | None] = None
+    """Channels of the vectors; half of `width` if not given."""
+    tensor_width: Refused[PositiveInt | None] = None
+    """Channels of the tensors; a quarter of `width` if not given."""
+    edge_width: Refused[PositiveInt | None] = None
+    """Channels of the messages; half of `width` if not given."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.paths == "painn" and self.tensor_width is not None:
+            raise ValueError(
+                f"model.tensor_width needs paths with tensors, got {self.tensor_width} beside model.paths = "
+                "'painn'; leave it out, or take 'lean' or 'full'"
+            )
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Channels of each field of the state: of `h`, `v` and, with tensors, `t`."""
+        found = {"h": self.width, "v": self.vector_width or max(1, self.width // 2)}
+        if self.paths != "painn":
+            found["t"] = self.tensor_width or max(1, self.width // 4)
+        return found
+
+    @property
+    def message_width(self) -> int:
+        """Channels of the messages."""
+        return self.edge_width or max(1, self.width // 2)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "full": {"paths": "full"},
+    "lean": {"paths": "lean"},
+    "painn": {"paths": "painn"},
+}

@@ -1,0 +1,231 @@
+"""Cartesian tensors up to l = 2 as a model family.
+
+An atom has scalars h (F), vectors v (3, F1) and symmetric traceless tensors t (five components, F2); behind
+the embedding v = t = 0. A layer, with x one of h, v and t, L layers and A neighbours on average:
+
+    n_x = gamma_x x / sigma       sigma^2 = mean over h, v, t of the mean square of a component, and epsilon
+    a_x = U_x n_x,    r_x = R_x n_x,    g_x = G_x n_h                                       F_x, or F, to Fe
+    u_x = r_x + A^(-1/2) sum_j m_x(a_j, rh_ij, w(d_ij))        14 paths, channel by channel: messages.py
+    c   = 1 / sqrt(1 + q)                                      q the mean square of u, as sigma^2 of n
+    y_h = [ SiLU(g_h + k_h u_h) u_h,      c u_v . u_v,               c u_t . u_t ]
+    y_v = [ sigmoid(g_v + k_v u_h) u_v,   c T u_v ]                             T the matrix of u_t
+    y_t = [ sigmoid(g_t + k_t u_h) u_t,   c sym0(u_v (x) u_v),       c sym0(T T) ]
+    x  <- x + L^(-1/2) O_x y_x
+
+with sym0 the symmetric traceless part. The weight of a path is a linear combination of Bessel functions of
+the distance times the envelope. One norm for all degrees leaves small what is still near zero; c lets the
+products of an atom's sums with themselves, which add one to the body order each layer, grow linearly.
+
+All products of channels with channels are per atom: over tensor-parallel ranks the edges are divided by
+channels and send nothing. Generic operations only.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from megagnn.data import keys
+from megagnn.models.cartesian import messages
+from megagnn.models.cartesian.config import CartesianConfig
+from megagnn.models.cartesian.messages import COMPONENTS, Edges, direction_matrices, paths_of
+from megagnn.models.cartesian.parts import (
+    EnergyHead,
+    MergedNorm,
+    PathWeights,
+    RowSum,
+    from_matrix,
+    mean_square,
+    parts_of,
+    scale_atoms,
+    to_matrix,
+    width_key,
+)
+from megagnn.models.family import Field, Model, State, Work
+from megagnn.models.parts import DISTANCE_EPSILON, branch_rate, graph_of, laws
+from megagnn.models.radial import DistanceFeature, envelope
+from megagnn.ops import dual
+from megagnn.parallel.context import ParallelContext
+from megagnn.parallel.parameter import Constant, make_parameter
+from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels, share
+
+
+def reads_of(config: CartesianConfig, number: int) -> tuple[str, ...]:
+    """Fields of the state before a layer."""
+    return tuple(config.widths) if number else ("h",)
+
+
+def writes_of(config: CartesianConfig, number: int) -> tuple[str, ...]:
+    """Fields that a layer changes: of the last one what outputs read."""
+    if number < config.num_layers - 1:
+        return tuple(config.widths)
+    return ("h", "v") if config.forces == "direct" else ("h",)
+
+
+class CartesianLayer(nn.Module):
+    """State `h` (N, F/tp) and, behind the first layer, `v` (N, 3, F1/tp) and `t` (N, 5, F2/tp) to the next.
+
+    The last layer changes what outputs read: `h`, and `v` of which direct forces are, which it returns as
+    `forces` (N, 3).
+    """
+
+    def __init__(
+        self,
+        config: CartesianConfig,
+        number: int,
+        mean_neighbours: float,
+        context: ParallelContext,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.context, self.reads, self.writes = context, reads_of(config, number), writes_of(config, number)
+        self.paths, rate = paths_of(config.paths, self.reads), branch_rate(config)
+        edge, self.edge_widths = config.message_width, dict.fromkeys(config.widths, config.message_width)
+
+        def column(name: str) -> ColumnLinear:
+            inputs = config.widths[name]
+            law = laws(config, inputs, rate=rate, width=config.width)
+            return ColumnLinear(inputs, edge, context, law, dtype, bias=name == "h", name="model.edge_width")
+
+        self.norm = MergedNorm(config, self.reads, context, dtype)
+        self.up = nn.ModuleDict({name: column(name) for name in self.reads})
+        self.residual = nn.ModuleDict({name: column(name) for name in self.reads})
+        self.gates = nn.ModuleDict({name: column("h") for name in self.writes})
+        self.gate_slopes = nn.ParameterDict(
+            {
+                name: make_parameter((edge,), 0, context, Constant(1.0), dtype, "model.edge_width", rate)
+                for name in self.writes
+            }
+        )
+        self.path_weights = PathWeights(config, self.paths, context, dtype)
+        self.down = nn.ModuleDict({name: RowSum(config, name, context, dtype) for name in self.writes})
+        self.force_head = None
+        if number == config.num_layers - 1 and config.forces == "direct":
+            width = config.widths["v"]
+            out = laws(config, width, "output", scale=0.1, width=config.width)
+            names = (width_key("v"), width_key("v"))
+            self.force_head = RowLinear(width, 1, context, out, dtype, bias=False, names=names)
+        self.scale = config.num_layers**-0.5 if config.depth_scaling else 1.0
+        self.message_scale = mean_neighbours**-0.5
+
+    def forward(self, state: State, edges: Edges) -> State:
+        """See the class."""
+        state = {name: state[name] for name in self.reads}
+        n = {name: gather_channels(x, self.context) for name, x in self.norm(state).items()}
+        u = self.neighbour_sums({name: self.up[name](x) for name, x in n.items()}, edges)
+        u |= {name: u[name] + self.residual[name](x) for name, x in n.items()}
+        y = self.products(u, edges.tensor_basis)
+        for name in self.writes:
+            gate = self.gates[name](n["h"]) + u["h"] * self.gate_slopes[name]
+            y[name]["gated"] = gated(name, gate, u[name])
+            change = self.down[name](y[name]) * self.scale
+            state[name] = state[name] + change if name in state else change
+        if self.force_head is None:
+            return {name: state[name] for name in self.writes}
+        return {"h": state["h"], "forces": self.force_head(state["v"]).squeeze(-1)}
+
+    def neighbour_sums(self, a: dict[str, Any], edges: Edges) -> dict[str, Any]:
+        """A^(-1/2) times the sums of messages, (N, Fe/tp), (N, 3, Fe/tp) and (N, 5, Fe/tp)."""
+        weights = self.path_weights(edges.basis_ER)
+        sender = {name: dual.gather(x, edges.source) for name, x in a.items()}
+        found = messages.messages(self.paths, weights, sender, edges)
+        return {
+            name: dual.segment_sum(m, edges.destination) * self.message_scale for name, m in found.items()
+        }
+
+    def products(self, u: Mapping[str, Any], basis: Tensor | None) -> dict[str, dict[str, Any]]:
+        """Products of two features of an atom, channel by channel, by field and part."""
+        square_N1 = mean_square(u, self.edge_widths, self.context) + 1.0
+        c_N1 = share(dual.rsqrt(square_N1), self.context)
+        v, t = u["v"], u.get("t")
+        found: dict[str, dict[str, Any]] = {name: {} for name in self.writes}
+        found["h"]["vv"] = (v * v).sum(-2)
+        if t is not None:
+            assert basis is not None
+            found["h"]["tt"] = (t * t).sum(-2)
+            if "v" in found:
+                matrix = to_matrix(t, basis)
+                found["v"]["tv"] = (matrix * v.unsqueeze(-3)).sum(-2)
+            if "t" in found:
+                found["t"]["vv"] = from_matrix(v.unsqueeze(-2) * v.unsqueeze(-3), basis)
+                square = (matrix.unsqueeze(-2) * matrix.unsqueeze(-4)).sum(-3)
+                found["t"]["tt"] = from_matrix(square, basis)
+        return {
+            name: {part: scale_atoms(name, x, c_N1) for part, x in parts.items()}
+            for name, parts in found.items()
+        }
+
+
+def gated(field: str, gate: Any, u: Any) -> Any:
+    """Features times a gate of scalars: of scalars SiLU, of others the logistic function."""
+    if field == "h":
+        return dual.silu(gate) * u
+    return dual.sigmoid(gate).unsqueeze(-2) * u
+
+
+class Cartesian(Model):
+    """See `Model`, and the module for the formulas.
+
+    Raises ValueError for the plan `edge`: edges are divided by channels.
+    """
+
+    tensor_basis: Tensor | None
+
+    def build(self) -> None:
+        """See `Model`."""
+        if self.plan == "edge":
+            raise ValueError(
+                "parallel.plan = 'edge' divides products of channels on edges, of which the Cartesian family "
+                "has none; use 'auto' or 'channel'"
+            )
+        config, context, dtype = self.config, self.context, self.precision.parameters
+        self.radial = DistanceFeature("bessel", config.num_radial, config.cutoff, self.precision.edge)
+        for k in self.part.layers:
+            layer = CartesianLayer(config, k, self.statistics.mean_neighbours, context, dtype)
+            self.layers.add_module(str(k), layer)
+        self.energy_head = EnergyHead(config, context, dtype) if self.part.head else None
+        basis = messages.tensor_basis().to(dtype) if "t" in config.widths else None
+        self.register_buffer("tensor_basis", basis, persistent=False)
+
+    def fields(self, num_layers: int, batch: dict[str, Any]) -> dict[str, Field]:
+        """`h` (N, F/tp) and, between layers, `v` (N, 3, F1/tp) and `t` (N, 5, F2/tp)."""
+        num_atoms, dtype = len(batch[keys.ATOMIC_NUMBERS]), self.precision.parameters
+        tp, widths = self.context.tp_size, self.config.widths
+        names = widths if 0 < num_layers < self.config.num_layers else ("h",)
+        return {
+            name: Field((num_atoms, *([] if name == "h" else [COMPONENTS[name]]), widths[name] // tp), dtype)
+            for name in names
+        }
+
+    @staticmethod
+    def work(config: CartesianConfig, layer: int) -> Work:
+        """Multiply-adds of the Linears, of the paths' weights and messages, or of the head's two products."""
+        if layer == config.num_layers:
+            return Work(0, config.width * (config.width + 1))
+        edge, widths, size = config.message_width, config.widths, COMPONENTS
+        reads, writes = reads_of(config, layer), writes_of(config, layer)
+        up = 2 * sum(size[name] * widths[name] for name in reads) + len(writes) * config.width
+        down = sum(size[name] * widths[name] * len(parts_of(config, name)) for name in writes)
+        # between five components and 3 x 3 matrices, of one field and back of two products
+        changes = 45 * (("v" in writes) + 2 * ("t" in writes)) if "t" in widths else 0
+        paths = paths_of(config.paths, reads)
+        products, channelwise = messages.work(paths)
+        per_edge = edge * (len(paths) * config.num_radial + products + channelwise)
+        return Work(per_edge, edge * (up + down + changes), edge * channelwise)
+
+    def graph(self, batch: dict[str, Any]) -> Edges:
+        """Distances and directions of all edges, of the input positions; every rank has them all."""
+        edges, dtype = graph_of(batch, self.context), self.precision.parameters
+        r_EC: Any = edges.r_EC
+        square_E1 = dual.square_sum(r_EC) + DISTANCE_EPSILON**2
+        inverse_E1 = dual.rsqrt(square_E1)
+        d_E = (square_E1 * inverse_E1).squeeze(-1)
+        unit_EC = r_EC * inverse_E1
+        basis_ER = self.radial(d_E) * envelope(d_E, self.config.cutoff).unsqueeze(-1)
+        found = Edges(edges.destination, edges.source, basis_ER.to(dtype), unit_EC.unsqueeze(-1).to(dtype))
+        if self.tensor_basis is None:
+            return found
+        matrix_E5C, tensor_E51 = (x.to(dtype) for x in direction_matrices(unit_EC))
+        return replace(found, matrix_E5C=matrix_E5C, tensor_E51=tensor_E51, tensor_basis=self.tensor_basis)
