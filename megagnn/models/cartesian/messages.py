@@ -14,7 +14,9 @@ spherical harmonics of rh to l <= 2 that a reflection does not change: the 14 pa
 with harmonics up to l = 4 (Geiger and Smidt, "e3nn", arXiv:2207.09453, section 4), in another basis.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,14 +128,12 @@ def messages(
     """
     read: dict[str, Any] = {"s": sender["h"]}
     wanted = {path.reads for path in paths.values()}
-    if "v" in sender:
-        read["v"] = sender["v"]
-        read["alpha"] = _dot(sender["v"], edges.unit_EC1) if "alpha" in wanted else None
-    if "t" in sender:
-        read["t"] = sender["t"]
-        if wanted & {"tau", "beta"}:
-            read["tau"] = dual.matmul(edges.matrix_E5C.mT, sender["t"])
-            read["beta"] = _dot(read["tau"], edges.unit_EC1)
+    read |= {name: sender[name] for name in ("v", "t") if name in sender}
+    if "alpha" in wanted:
+        read["alpha"] = _dot(sender["v"], edges.unit_EC1)
+    if wanted & {"tau", "beta"}:
+        read["tau"] = dual.matmul(edges.matrix_E5C.mT, sender["t"])
+        read["beta"] = _dot(read["tau"], edges.unit_EC1)
 
     def weighted(receiver: str, kinds: tuple[str, ...]) -> Any:
         """Sum over the paths to a field that read features of some kinds; None without such a path."""
@@ -144,40 +144,35 @@ def messages(
         ]
         return _added(*terms)
 
-    found = {"h": weighted("h", _SCALARS)}
-    if any(path.receiver == "v" for path in paths.values()):
-        along = weighted("v", _SCALARS).unsqueeze(-2) * edges.unit_EC1
-        found["v"] = _added(along, weighted("v", _VECTORS))
-    if any(path.receiver == "t" for path in paths.values()):
-        scalars, vectors = weighted("t", _SCALARS).unsqueeze(-2), weighted("t", _VECTORS)
-        if vectors is None:
-            made = scalars * edges.tensor_E51
-        else:
-            made = dual.matmul(edges.matrix_E5C, scalars * edges.unit_EC1 + vectors)
-        found["t"] = _added(made, weighted("t", ("t",)))
+    along_EF, others = weighted("v", _SCALARS), weighted("v", _VECTORS)
+    found = {"h": weighted("h", _SCALARS), "v": _added(along_EF.unsqueeze(-2) * edges.unit_EC1, others)}
+    along_EF, vectors = weighted("t", _SCALARS), weighted("t", _VECTORS)
+    if vectors is not None:
+        z_ECF = along_EF.unsqueeze(-2) * edges.unit_EC1 + vectors
+        found["t"] = dual.matmul(edges.matrix_E5C, z_ECF)
+    elif along_EF is not None:
+        found["t"] = along_EF.unsqueeze(-2) * edges.tensor_E51
+    if "t" in found:
+        found["t"] = _added(found["t"], weighted("t", ("t",)))
     return found
 
 
-def _dot(x: Any, unit_EC1: Any) -> Any:
-    return (x * unit_EC1).sum(-2)
+def _dot(x_ECF: Any, unit_EC1: Any) -> Any:
+    return (x_ECF * unit_EC1).sum(-2)
 
 
 def _added(*terms: Any) -> Any:
-    total = None
-    for term in terms:
-        if term is not None:
-            total = term if total is None else total + term
-    return total
+    """The sum of those that are there; None without any."""
+    there = [term for term in terms if term is not None]
+    return functools.reduce(operator.add, there) if there else None
 
 
 def work(paths: Mapping[int, Path]) -> tuple[int, int]:
     """Multiply-adds of `messages` per edge and channel: in products with the matrix D, and outside."""
     read = [path.reads for path in paths.values()]
-    to_tensors = [path.reads for path in paths.values() if path.receiver == "t"]
-    products = 15 * bool({"tau", "beta"} & set(read)) + 15 * bool(set(_VECTORS) & set(to_tensors))
-    outside = 3 * ("alpha" in read) + 3 * ("beta" in read)
-    outside += sum(1 if name in _SCALARS else 3 if name in _VECTORS else 5 for name in read)
-    outside += 3 * any(path.receiver == "v" for path in paths.values())
-    if to_tensors:
-        outside += 3 if set(_VECTORS) & set(to_tensors) else 5
-    return products, outside
+    to_tensors = {path.reads for path in paths.values() if path.receiver == "t"}
+    by_matrix = bool(to_tensors & set(_VECTORS))
+    products = 15 * bool({"tau", "beta"} & set(read)) + 15 * by_matrix
+    weights = sum(1 if name in _SCALARS else 3 if name in _VECTORS else 5 for name in read)
+    invariants = 3 * ("alpha" in read) + 3 * ("beta" in read)
+    return products, weights + invariants + 3 + (3 if by_matrix else 5 if to_tensors else 0)
