@@ -37,11 +37,15 @@ CONFIGURATIONS = {
     "direct": Configuration({"forces": "direct", "num_layers": 4}, "huber"),
     "energies": Configuration({"forces": "none", "num_layers": 4}, "mse"),
 }
-PAINN = {
+FAMILIES = {
     "painn": Configuration({"family": "painn", "stress": True, "num_layers": 4}, "huber"),
     "painn-direct": Configuration({"family": "painn", "forces": "direct", "num_layers": 4}, "mae", "norm"),
+    "cartesian": Configuration({"family": "cartesian", "stress": True, "num_layers": 4}, "huber"),
+    "cartesian-direct": Configuration(
+        {"family": "cartesian", "paths": "lean", "forces": "direct", "num_layers": 4}, "mae", "norm"
+    ),
 }
-"""Run by tests/models/painn/test_parity.py."""
+"""Run by tests/models/test_parity.py."""
 SCHEDULES = {
     True: ("two-pass", "conservative", "conservative-zb"),
     False: ("gpipe", "1f1b", "interleaved", "zb-h1"),
@@ -108,14 +112,14 @@ def with_plan(cell: tuple[Any, ...], index: int) -> Cell:
 @cache
 def reference(configuration: str) -> Result:
     """One process, all structures at once, derivatives of derivatives."""
-    what = (CONFIGURATIONS | PAINN)[configuration]
+    what = (CONFIGURATIONS | FAMILIES)[configuration]
     potential = randomised(what.model_config("unfused", "none"))
     return parity.run(potential, "create_graph", what, ParallelContext())
 
 
 def build(cell: Cell, context: ParallelContext) -> Pipeline:
     """This rank's part, with the weights of the whole model that `reference` has."""
-    config = (CONFIGURATIONS | PAINN)[cell.configuration].model_config("fused", cell.recomputation)
+    config = (CONFIGURATIONS | FAMILIES)[cell.configuration].model_config("fused", cell.recomputation)
     schedule = schedule_for(cell.schedule, config.forces, context.pp_size, NUM_MICRO_BATCHES)
     plan: Any = cell.plan
     pipeline = Pipeline(config, STATISTICS, schedule, context, precision=torch.float64, plan=plan)
@@ -146,7 +150,7 @@ def optimizer_of(cell: Cell, pipeline: Pipeline, context: ParallelContext) -> tu
 
 def measure(cell: Cell, context: ParallelContext) -> dict[str, Any]:
     """Errors of this rank: of the loss, the gradient norm, what `predict` says and its own gradients."""
-    pipeline, what = build(cell, context), (CONFIGURATIONS | PAINN)[cell.configuration]
+    pipeline, what = build(cell, context), (CONFIGURATIONS | FAMILIES)[cell.configuration]
     optimizer, reducer = optimizer_of(cell, pipeline, context)
     batches, loss = micro_batches(context), Loss(what.loss_config())
     counts = step_counts(batches, context)
