@@ -105,39 +105,37 @@ def test_sizes_are_those_of_the_formulas() -> None:
     assert model.work(lean, 1).per_edge / 128 == 5 * 8 + 1 + (1 + 3 + 3) + (1 + 5 + 5)
 
 
-CUTOFFS = (3.0, 4.5)
+def sent(context: ParallelContext, forces: str, cutoff: float) -> tuple[int, list[Any]]:
+    """Edges of the batch, and elements that this rank sends forwards and backwards."""
+    config = model_config(family="cartesian", cutoff=cutoff, forces=forces)
+    potential, b = randomised(config, context=context), batch(cutoff)
+    b[keys.POSITIONS].requires_grad_(forces == "conservative")
+    with context.traffic.measured() as forward:
+        outputs = potential.model(b)
+    with context.traffic.measured() as backward:
+        torch.stack([x.sum() for x in outputs.values()]).sum().backward()
+    return b[keys.EDGE_INDEX].shape[1], [forward.total("tp"), backward.total("tp")]
 
 
-def sent(context: ParallelContext, forces: str) -> list[tuple[int, list[Any]]]:
-    """For each cutoff edges of the batch, and elements that this rank sends forwards and backwards."""
-    found = []
-    for cutoff in CUTOFFS:
-        config = model_config(family="cartesian", cutoff=cutoff, forces=forces)
-        potential, b = randomised(config, context=context), batch(cutoff)
-        b[keys.POSITIONS].requires_grad_(forces == "conservative")
-        with context.traffic.measured() as forward:
-            outputs = potential.model(b)
-        with context.traffic.measured() as backward:
-            torch.stack([x.sum() for x in outputs.values()]).sum().backward()
-        found.append((b[keys.EDGE_INDEX].shape[1], [forward.total("tp"), backward.total("tp")]))
-    return found
+def all_sent(context: ParallelContext) -> dict[tuple[str, float], tuple[int, list[Any]]]:
+    cases = [(forces, cutoff) for forces in ("conservative", "direct") for cutoff in (3.0, 4.5)]
+    return {case: sent(context, *case) for case in cases}
 
 
-@pytest.mark.parametrize("forces", ["conservative", "direct"])
-def test_what_is_sent_does_not_grow_with_edges(forces: str) -> None:
+def test_what_is_sent_does_not_grow_with_edges() -> None:
     """Features of atoms, sums of norms and outputs, gradients of positions; nothing per edge."""
     num_layers, h, v, t = 3, 16, 3 * 8, 5 * 4
     gathered = h + (num_layers - 1) * (h + v + t) + h
-    scattered = (num_layers - 1) * (h + v + t) + (h + v if forces == "direct" else h)
-    outputs = 1 + (3 if forces == "direct" else 0)
-    norms = 2 * num_layers + 1
-    # of n numbers an all-gather and a reduce-scatter send n/2 from each of two ranks, an all-reduce n
-    once = (gathered + scattered) / 2 + norms
-    per_atom = [once + outputs, once + (3 if forces == "conservative" else 0)]
-    for rank in spawn(2, sent, forces, tp=2):
-        (few_edges, few), (many_edges, many) = rank
-        assert many_edges > 2 * few_edges
-        assert few == many == [n * len(batch()[keys.POSITIONS]) for n in per_atom]
+    for rank in spawn(2, all_sent, tp=2):
+        for forces in ("conservative", "direct"):
+            scattered = (num_layers - 1) * (h + v + t) + (h + v if forces == "direct" else h)
+            # of n numbers an all-gather and a reduce-scatter send n/2 from each of two ranks, an all-reduce n
+            once = (gathered + scattered) / 2 + 2 * num_layers + 1
+            outputs, positions = (4, 0) if forces == "direct" else (1, 3)
+            expected = [n * len(batch()[keys.POSITIONS]) for n in (once + outputs, once + positions)]
+            (few_edges, few), (many_edges, many) = rank[forces, 3.0], rank[forces, 4.5]
+            assert many_edges > 2 * few_edges
+            assert few == many == expected
 
 
 @pytest.mark.parametrize(
