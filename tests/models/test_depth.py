@@ -24,15 +24,16 @@ SCHEDULE = OptimConfig(learning_rate=1e-3, warmup_steps=20, schedule="constant")
 def run(num_steps: int, **values: object) -> tuple[list[float], list[float], list[float]]:
     """Largest activation, gradient norm and loss at each step of training on forces of a harmonic kind."""
     torch.manual_seed(0)
-    config = model_config(width=64, num_layers=64, **values)
+    config = model_config(**{"width": 64, "num_layers": 64, **values})
     potential = build_potential(config, STATISTICS)
     atoms = [rattled(molecule(name), seed=k) for k, name in enumerate(("H2O", "CH4", "CH3OH"))]
     batch = batch_from_atoms(atoms, config.cutoff, torch.float32)
     target_NC = torch.randn(len(batch[keys.POSITIONS]), 3)
     largest: list[float] = []
 
-    def watch(_: object, __: object, outputs: tuple[Tensor, ...]) -> None:
-        largest[-1] = max(largest[-1], outputs[0].detach().square().mean().sqrt().item())
+    def watch(_: object, __: object, outputs: tuple[Tensor, ...] | dict[str, Tensor]) -> None:
+        h_NF = outputs["h"] if isinstance(outputs, dict) else outputs[0]
+        largest[-1] = max(largest[-1], h_NF.detach().square().mean().sqrt().item())
 
     for layer in potential.model.layers:
         layer.register_forward_hook(watch)

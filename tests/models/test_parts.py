@@ -113,7 +113,9 @@ def test_activations_move_alike_at_every_width(forces: str) -> None:
     assert found["standard"]["layer 2"] > 0.4
 
 
-def moved(parametrisation: str, forces: str, widths: tuple[int, ...]) -> list[coordinates.Size]:
+def moved(
+    parametrisation: str, forces: str, widths: tuple[int, ...], family: str = "egnn"
+) -> list[coordinates.Size]:
     atoms = [rattled(molecule(name), seed=k) for k, name in enumerate(("H2O", "CH4", "CH3OH", "CH3CH2OH"))]
     batch = batch_from_atoms(atoms, 4.0, torch.float32)
     torch.manual_seed(0)
@@ -126,7 +128,7 @@ def moved(parametrisation: str, forces: str, widths: tuple[int, ...]) -> list[co
     }
     sizes = []
     for width in widths:
-        config = run_config(width=width, parametrisation=parametrisation, forces=forces)
+        config = run_config(family=family, width=width, parametrisation=parametrisation, forces=forces)
         for seed in range(2):
             sizes += coordinates.follow(config, batch, STATISTICS, 5, seed)
     return sizes
