@@ -12,6 +12,7 @@ from megagnn.data.batch import batch_from_atoms
 from megagnn.models.cartesian import messages
 from megagnn.models.cartesian.messages import COMPONENTS, PATHS, Edges
 from megagnn.models.potential import build_potential
+from megagnn.models.precision import precision_of
 from megagnn.ops import Segments
 from megagnn.parallel.context import ParallelContext
 from tests.distributed.spawn import spawn
@@ -136,6 +137,26 @@ def test_what_is_sent_does_not_grow_with_edges() -> None:
             (few_edges, few), (many_edges, many) = rank[forces, 3.0], rank[forces, 4.5]
             assert many_edges > 2 * few_edges
             assert few == many == expected
+
+
+@pytest.mark.parametrize("paths", SETS)
+def test_bfloat16_is_near_float64(paths: str) -> None:
+    """Energies, forces and gradients by one backward, in norms: within a few roundings of 2^-8."""
+    found = []
+    for precision in map(precision_of, ("bfloat16", "float64")):
+        config = model_config(family="cartesian", paths=paths, width=32)
+        potential = build_potential(config, STATISTICS, precision=precision)
+        b = batch_from_atoms([ethanol(), crystal(), slab()], 4.0, precision.geometry)
+        outputs = potential(b)
+        pair = potential.directional(b, torch.sin(10 * b[keys.POSITIONS]))
+        (pair.value.sum() + pair.tangent.sum()).backward()
+        gradient = torch.cat(
+            [p.grad.flatten().double() for p in potential.parameters() if p.grad is not None]
+        )
+        bonding_B = outputs[keys.ENERGY] - potential.model.reference_energy(b)
+        found.append([bonding_B, outputs[keys.FORCES].double(), gradient])
+    for got, expected in zip(*found, strict=True):
+        assert (got - expected).norm() < 0.06 * expected.norm()
 
 
 @pytest.mark.parametrize(
