@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.config import ModelConfig
-from megagnn.overrides import STRICT, Refused
+from megagnn.overrides import STRICT, Free, Refused
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -15,7 +15,7 @@ class CartesianConfig(ModelConfig):
 
     family: Refused[Literal["cartesian"]] = "cartesian"
     """The model family."""
-    preset: Refused[Literal["default", "full", "lean", "painn"]] = "default"
+    preset: Free[Literal["default", "full", "lean", "painn"]] = "default"
     """Named set of parts."""
     num_radial: Refused[PositiveInt] = 8
     """Bessel functions of the distance, R, of which every path's weight is a linear combination."""

@@ -17,7 +17,7 @@ with harmonics up to l = 4 (Geiger and Smidt, "e3nn", arXiv:2207.09453, section 
 import functools
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -135,36 +135,37 @@ def messages(
         read["tau"] = dual.matmul(edges.matrix_E5C.mT, sender["t"])
         read["beta"] = _dot(read["tau"], edges.unit_EC1)
 
-    def weighted(receiver: str, kinds: tuple[str, ...]) -> Any:
-        """Sum over the paths to a field that read features of some kinds; None without such a path."""
-        terms = [
+    def weighted(receiver: str, kinds: tuple[str, ...]) -> list[Any]:
+        """The terms of a receiver's field that read features of some kinds."""
+        return [
             (weights[n] if path.reads in _SCALARS else weights[n].unsqueeze(-2)) * read[path.reads]
             for n, path in paths.items()
             if path.receiver == receiver and path.reads in kinds
         ]
-        return _added(*terms)
 
-    along_EF, others = weighted("v", _SCALARS), weighted("v", _VECTORS)
-    found = {"h": weighted("h", _SCALARS), "v": _added(along_EF.unsqueeze(-2) * edges.unit_EC1, others)}
-    along_EF, vectors = weighted("t", _SCALARS), weighted("t", _VECTORS)
-    if vectors is not None:
-        z_ECF = along_EF.unsqueeze(-2) * edges.unit_EC1 + vectors
-        found["t"] = dual.matmul(edges.matrix_E5C, z_ECF)
-    elif along_EF is not None:
-        found["t"] = along_EF.unsqueeze(-2) * edges.tensor_E51
-    if "t" in found:
-        found["t"] = _added(found["t"], weighted("t", ("t",)))
+    def along(receiver: str) -> Any:
+        """The sum of the scalar terms, (E, 1, Fe)."""
+        return added(weighted(receiver, _SCALARS)).unsqueeze(-2)
+
+    m_v_ECF = [along("v") * edges.unit_EC1, *weighted("v", _VECTORS)]
+    found = {"h": added(weighted("h", _SCALARS)), "v": added(m_v_ECF)}
+    if any(path.receiver == "t" for path in paths.values()):
+        vectors = weighted("t", _VECTORS)
+        if vectors:
+            made = dual.matmul(edges.matrix_E5C, added([along("t") * edges.unit_EC1, *vectors]))
+        else:
+            made = along("t") * edges.tensor_E51
+        found["t"] = added([made, *weighted("t", ("t",))])
     return found
+
+
+def added(terms: Sequence[Any]) -> Any:
+    """The sum of one or more tensors or `Dual` numbers."""
+    return functools.reduce(operator.add, terms)
 
 
 def _dot(x_ECF: Any, unit_EC1: Any) -> Any:
     return (x_ECF * unit_EC1).sum(-2)
-
-
-def _added(*terms: Any) -> Any:
-    """The sum of those that are there; None without any."""
-    there = [term for term in terms if term is not None]
-    return functools.reduce(operator.add, there) if there else None
 
 
 def work(paths: Mapping[int, Path]) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megagnn.models.cartesian import messages
 from megagnn.models.cartesian.config import CartesianConfig
-from megagnn.models.cartesian.messages import COMPONENTS
+from megagnn.models.cartesian.messages import COMPONENTS, added
 from megagnn.models.family import State
 from megagnn.models.parts import branch_rate, laws
 from megagnn.ops import dual
@@ -37,13 +37,12 @@ def parts_of(config: CartesianConfig, field: str) -> tuple[str, ...]:
 
 def mean_square(state: Mapping[str, T], widths: Mapping[str, int], context: ParallelContext) -> Any:
     """Mean over the fields of the mean square of their components: sharded fields to replicated (N, 1)."""
-    total: Any = None
+    terms: list[Any] = []
     for name, x in state.items():
         square = dual.square_sum(x)
         square = square if name == "h" else square.sum(-2)
-        term = square * (1.0 / (len(state) * COMPONENTS[name] * widths[name]))
-        total = term if total is None else total + term
-    return reduce_partial(total, context)
+        terms.append(square * (1.0 / (len(state) * COMPONENTS[name] * widths[name])))
+    return reduce_partial(added(terms), context)
 
 
 def scale_atoms(field: str, x: Any, factor_N1: Any) -> Any:
@@ -87,11 +86,7 @@ class RowSum(nn.Module):
     """
 
     def __init__(
-        self,
-        config: CartesianConfig,
-        field: str,
-        context: ParallelContext,
-        dtype: torch.dtype,
+        self, config: CartesianConfig, field: str, context: ParallelContext, dtype: torch.dtype
     ) -> None:
         super().__init__()
         self.context, self.parts = context, parts_of(config, field)
@@ -113,10 +108,7 @@ class RowSum(nn.Module):
 
     def forward(self, inputs: Mapping[str, Any]) -> Any:
         """See the class."""
-        partial: Any = None
-        for part in self.parts:
-            term = dual.linear(inputs[part], self.weights[part])
-            partial = term if partial is None else partial + term
+        partial = added([dual.linear(inputs[part], self.weights[part]) for part in self.parts])
         return dual.add_bias(scatter_channels(partial, self.context), self.bias)
 
 
