@@ -141,22 +141,20 @@ def test_what_is_sent_does_not_grow_with_edges() -> None:
 
 @pytest.mark.parametrize("paths", SETS)
 def test_bfloat16_is_near_float64(paths: str) -> None:
-    """Energies, forces and gradients by one backward, in norms: within a few roundings of 2^-8."""
+    """Norms of the errors of forces, and of gradients by one backward: some roundings of 2^-9 in each layer."""
     found = []
     for precision in map(precision_of, ("bfloat16", "float64")):
-        config = model_config(family="cartesian", paths=paths, width=32)
+        config = model_config(family="cartesian", paths=paths)
         potential = build_potential(config, STATISTICS, precision=precision)
         b = batch_from_atoms([ethanol(), crystal(), slab()], 4.0, precision.geometry)
-        outputs = potential(b)
-        pair = potential.directional(b, torch.sin(10 * b[keys.POSITIONS]))
+        pair = potential.directional(b, torch.sin(10 * b[keys.POSITIONS]))[keys.ENERGY]
         (pair.value.sum() + pair.tangent.sum()).backward()
         gradient = torch.cat(
             [p.grad.flatten().double() for p in potential.parameters() if p.grad is not None]
         )
-        bonding_B = outputs[keys.ENERGY] - potential.model.reference_energy(b)
-        found.append([bonding_B, outputs[keys.FORCES].double(), gradient])
+        found.append((potential(b)[keys.FORCES].double(), gradient))
     for got, expected in zip(*found, strict=True):
-        assert (got - expected).norm() < 0.06 * expected.norm()
+        assert 0 < (got - expected).norm() < 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize(
