@@ -141,7 +141,7 @@ def test_what_is_sent_does_not_grow_with_edges() -> None:
 
 @pytest.mark.parametrize("paths", SETS)
 def test_bfloat16_is_near_float64(paths: str) -> None:
-    """Norms of the errors of forces, and of gradients by one backward: some roundings of 2^-9 in each layer."""
+    """Norms of errors of forces, and of gradients by one backward: some roundings of 2^-9 in each layer."""
     found = []
     for precision in map(precision_of, ("bfloat16", "float64")):
         config = model_config(family="cartesian", paths=paths)
