@@ -92,7 +92,7 @@ class RowSum(nn.Module):
         self.context, self.parts = context, parts_of(config, field)
         inputs, outputs = config.message_width, config.widths[field]
         law = laws(config, len(self.parts) * inputs, rate=branch_rate(config), width=config.width)
-        shape, how = (outputs, inputs), (law.weight_rate, law.hidden_matrix)
+        shape, how = (outputs, inputs), (law.weight_rate, law.matrix_rate)
         self.weights = nn.ParameterDict(
             {
                 part: make_parameter(shape, 1, context, law.weight, dtype, "model.edge_width", *how)
