@@ -13,15 +13,17 @@ class OptimConfig:
     """The optimizer, its learning-rate schedule, clipping and weight averaging."""
 
     rule: Told[str] = "adamw"
-    """Update rule: adamw, or muon for hidden matrices and AdamW for the rest."""
+    """Update rule: adamw, or muon or soap for hidden matrices and AdamW for the rest."""
     implementation: Told[Literal["own", "torch", "apex"]] = "own"
     """Of AdamW: megagnn's kernel over flat buffers, PyTorch's fused one, or NVIDIA apex's."""
     learning_rate: Told[PositiveFloat] = 1e-3
     """Peak learning rate."""
     betas: Told[tuple[float, float]] = (0.9, 0.99)
-    """Decay rates of AdamW's moments."""
+    """Decay rates of AdamW's moments, and SOAP's."""
     momentum: Told[Annotated[float, Field(ge=0, lt=1)]] = 0.95
     """Decay rate of Muon's momentum."""
+    refresh_every: Told[PositiveInt] = 10
+    """Steps after which SOAP finds the eigenvectors of its factors again."""
     eps: Told[PositiveFloat] = 1e-8
     """AdamW's epsilon."""
     weight_decay: Told[NonNegativeFloat] = 0.0

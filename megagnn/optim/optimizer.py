@@ -149,11 +149,13 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
         (False, False, 1.0, 1.0): [],
         (False, True, 1.0, 1.0): [],
     }
-    has_matrices = rule_of(config.rule).matrices is not None
+    matrices = rule_of(config.rule).matrices
+    of_matrices = {"momentum": config.momentum, "refresh_every": config.refresh_every, MATRICES: True}
     for name, p in model.named_parameters():
         share = share_of(name.removeprefix("model."), config)  # a potential's, or those of its model
-        is_matrix = has_matrices and getattr(p, "matrix_rate", None) is not None
-        rate: float = getattr(p, "matrix_rate" if is_matrix else "rate", 1.0)
+        is_matrix = matrices is not None and getattr(p, "matrix_rate", None) is not None
+        by_matrix = is_matrix and matrices is not None and not matrices.like_adamw
+        rate: float = getattr(p, "matrix_rate" if by_matrix else "rate", 1.0)
         kinds.setdefault((is_matrix, p.ndim < 2, rate, share), []).append(p)
     return [
         {
@@ -161,7 +163,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
             "weight_decay": 0.0 if vectors else config.weight_decay / rate,
             "rate": rate * share,
             **({FROZEN: True} if share == 0 else {}),
-            **({MATRICES: True, "momentum": config.momentum} if is_matrix else {}),
+            **(of_matrices if is_matrix else {}),
         }
         for (is_matrix, vectors, rate, share), params in sorted(kinds.items(), key=lambda kind: kind[0])
         if params or rate == share == 1.0

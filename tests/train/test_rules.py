@@ -27,16 +27,17 @@ def train(store: Path, out_dir: Path, num_steps: int, *arguments: str) -> dict[s
     return load_checkpoint(out_dir / "checkpoints" / "last", optimizer=True).tensors
 
 
-def test_resumes_and_passes_through_a_file(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", STATE)
+def test_resumes_and_passes_through_a_file(store: Path, tmp_path: Path, rule: str) -> None:
     """What it was at step 6, exported, imported and continued, has every bit of the undisturbed run."""
-    whole = train(store, tmp_path / "whole", 12, "--train.checkpoint_every", "6")
-    assert {name.split("/")[0] for name in whole} == {
-        *("model", "average", "exp_avg", "exp_avg_sq", "momentum")
-    }
+    given = ("--optim.rule", rule, "--train.checkpoint_every", "6", "--optim.refresh_every", "4")
+    whole = train(store, tmp_path / "whole", 12, *given)
+    kinds = {name.split("/")[0] for name in whole}
+    assert kinds == {"model", "average", "exp_avg", "exp_avg_sq", *STATE[rule]}
     file, half = tmp_path / "all.safetensors", tmp_path / "whole/checkpoints/step-00000006"
     assert main(["export", str(half), str(file), "--optimizer"]) == 0
     assert main(["import", str(file), str(tmp_path / "again")]) == 0
-    got = train(store, tmp_path / "again", 12, "--resume", "--train.checkpoint_every", "6")
+    got = train(store, tmp_path / "again", 12, "--resume", *given)
     assert got.keys() == whole.keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in whole.items())
 

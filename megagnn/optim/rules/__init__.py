@@ -3,10 +3,12 @@
 from megagnn.optim.rule import Rule
 from megagnn.optim.rules.adamw import ADAMW
 from megagnn.optim.rules.muon import MUON
+from megagnn.optim.rules.soap import SOAP
 
 RULES = {
     "adamw": Rule(ADAMW),
     "muon": Rule(ADAMW, MUON),
+    "soap": Rule(ADAMW, SOAP),
 }
 
 
