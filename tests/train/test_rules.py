@@ -9,6 +9,7 @@ from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.cli import main
 from tests import runs
 
+STATE = {"muon": {"momentum"}, "soap": {"left", "right", "left_basis", "right_basis"}}
 SETTINGS = (
     "--optim.rule",
     "muon",
