@@ -117,10 +117,11 @@ class ShardedOptimizer(PiecesOptimizer):
             pending.wait()
 
     def _windows(self) -> Iterator[list[Unit]]:
-        """Units whose matrices are updated together; the same on all tensor-parallel ranks."""
+        """Units whose matrices are updated together, others one by one; the same on tensor-parallel ranks."""
         window: list[Unit] = []
         for unit in self.units:
-            if window and sum(u.matrix_numel for u in (*window, unit)) > self.storage.window:
+            sizes = [u.matrix_numel for u in (*window, unit)]
+            if window and (0 in sizes or sum(sizes) > self.storage.window):
                 yield window
                 window = []
             window.append(unit)

@@ -207,7 +207,7 @@ class Unit:
             self._coming, self.resident = None, True
 
     def free(self) -> None:
-        """Stage 3: lets the whole parameters go; the shards stay.
+        """Stage 3: frees the whole parameters; the shards stay.
 
         The tensors, which autograd may have saved, keep their storage object, and `gather` fills it again.
         """

@@ -17,6 +17,7 @@ from megagnn.config import config_from_dict
 from megagnn.models.potential import build_potential
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import WeightAverage, make_optimizer, make_sharded_optimizer, parameter_groups
+from megagnn.optim.rules import rule_of
 from megagnn.optim.zero.offload import DiskStorage
 from megagnn.optim.zero.optimizer import ShardedAverage, ShardedOptimizer
 from megagnn.optim.zero.unit import Unit
@@ -167,6 +168,36 @@ def test_shards_in_files_leave_the_process_during_a_step(tmp_path: Path) -> None
     for unit in optimizer.units:
         assert {unit.param_shard.data_ptr(), unit.grad_shard.data_ptr()} <= released
         assert unit.state["exp_avg"].data_ptr() not in released
+
+
+@pytest.mark.parametrize("rule", ["adamw", "muon"])
+def test_a_step_goes_through_files_unit_by_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str
+) -> None:
+    """A unit's pages are released before the next one is updated, with matrices or without."""
+    events: list[str] = []
+
+    class Telling(DiskStorage):
+        def release(self, buffers: Iterable[Tensor]) -> None:
+            owners = {u.name for b in buffers for u in optimizer.units if b is u.weight_shard}
+            events.extend(f"release {name}" for name in owners)
+
+    model = Chain()
+    for layer in model.layers:
+        layer.weight.matrix_rate = 1.0  # type: ignore[union-attr]
+    groups = parameter_groups(model, OptimConfig(rule=rule))
+    storage = Telling(tmp_path)
+    optimizer = ShardedOptimizer(model.blocks(), groups, CONTEXT, 3, storage=storage, rule=rule_of(rule))
+    original = Unit.update_elements
+
+    def update(self: Unit, *arguments: Any) -> None:
+        events.append(f"update {self.name}")
+        original(self, *arguments)
+
+    monkeypatch.setattr(Unit, "update_elements", update)
+    steps(model, optimizer, 1)
+    begin = events.index("update layers.0")
+    assert events[begin:] == [f"{what} layers.{k}" for k in range(3) for what in ("update", "release")]
 
 
 def test_released_pages_are_not_resident(tmp_path: Path) -> None:
