@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -19,11 +19,13 @@ from unittest import mock
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch._C._profiler import _EventType
 from torch.profiler import record_function
 
 from megagnn.models.potential import Potential
 from megagnn.optim.bucket_reducer import Bucket
+from megagnn.optim.zero.offload import DiskStorage
 from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.optim.zero.unit import Unit
 from megagnn.parallel import messages
@@ -244,7 +246,7 @@ def _count(event: Event, live: dict[int, tuple[int, str]], total: dict[str, int]
 
 
 class FilePages:
-    """Samples, while it is entered, what is resident of files of a folder: Linux's own count.
+    """Samples, while it is entered and before pages are released, what is resident of files of a folder.
 
     `samples` are (Unix time in s, bytes): what the process holds of all mapped files (RssFile and RssShmem of
     /proc/self/status), less what it held of others at the beginning or the end, where it held less, for the
@@ -258,15 +260,23 @@ class FilePages:
 
     def __enter__(self) -> FilePages:
         self._others = _mapped() - resident_of(self.folder)
+        release = self._release = DiskStorage.release
+
+        def sampled(storage: DiskStorage, buffers: Iterable[Tensor]) -> None:
+            self.samples.append((time.time(), _mapped()))
+            release(storage, buffers)
+
+        DiskStorage.release = sampled  # type: ignore[method-assign]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
+        DiskStorage.release = self._release  # type: ignore[method-assign]
         self._stop.set()
         self._thread.join()
         others = min(self._others, _mapped() - resident_of(self.folder))
-        self.samples = [(at, max(0.0, held - others)) for at, held in self.samples]
+        self.samples = [(at, max(0.0, held - others)) for at, held in sorted(self.samples)]
 
     def _run(self) -> None:
         while not self._stop.is_set():
