@@ -15,13 +15,13 @@ _HEADER = """# Parity: every layout against one process
     {command}
 
 {date}, two CPU cores (x86-64, shared), gloo, PyTorch {torch}, float64. A cell is a layout (tp x dp), a plan
-for the edges, a force method, what is computed again, the edge operation and a configuration; each is
+for the edges, a force method, what is recomputed, the edge operation and a configuration; each is
 compared with one process that runs the unfused operation, `create_graph` and no recomputation. Errors are
 max|x - x_ref| / max|x_ref| of each tensor, the worst over ranks and cells: of energies (without references),
 forces, stress and loss, and of every parameter's gradient (floor: {floor:g} of the global gradient norm).
 {count} cells, {passed} within {tolerance:g}.
 
-Plans do not exist at tp = 1, blocks are not made again where the operation is unfused: such cells are left
+Plans do not exist at tp = 1, blocks are not recomputed where the operation is unfused: such cells are left
 out. Configurations and structures: `tests/distributed/parity.py`. In `energies` and `study` one of two
 data-parallel ranks has no structure.
 """
