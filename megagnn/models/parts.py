@@ -93,6 +93,15 @@ def laws(
     return LinearLaws(Uniform(size), bias, rate / ratio, rate, matrix_rate)
 
 
+def refuse_edge_plan(plan: str, family: str) -> None:
+    """Raises ValueError for the plan `edge` in a family whose edges are divided by channels."""
+    if plan == "edge":
+        raise ValueError(
+            f"parallel.plan = 'edge' divides products of channels on edges, of which {family} has none; use "
+            "'auto' or 'channel'"
+        )
+
+
 def branch_rate(config: ModelConfig) -> float:
     """Share of the learning rate that the layers' messages and node updates have for their depth."""
     if config.parametrisation == "standard" or not config.depth_scaling:

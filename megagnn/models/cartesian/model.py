@@ -44,7 +44,7 @@ from megagnn.models.cartesian.parts import (
     width_key,
 )
 from megagnn.models.family import Field, Model, State, Work
-from megagnn.models.parts import DISTANCE_EPSILON, branch_rate, graph_of, laws
+from megagnn.models.parts import DISTANCE_EPSILON, branch_rate, graph_of, laws, refuse_edge_plan
 from megagnn.models.radial import DistanceFeature, envelope
 from megagnn.ops import dual
 from megagnn.parallel.context import ParallelContext
@@ -175,11 +175,7 @@ class Cartesian(Model):
 
     def build(self) -> None:
         """See `Model`."""
-        if self.plan == "edge":
-            raise ValueError(
-                "parallel.plan = 'edge' divides products of channels on edges, of which the Cartesian family "
-                "has none; use 'auto' or 'channel'"
-            )
+        refuse_edge_plan(self.plan, "the Cartesian family")
         config, context, dtype = self.config, self.context, self.precision.parameters
         self.radial = DistanceFeature("bessel", config.num_radial, config.cutoff, self.precision.edge)
         for k in self.part.layers:

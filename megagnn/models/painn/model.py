@@ -23,7 +23,7 @@ from torch import nn
 from megagnn.data import keys
 from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.painn.config import PaiNNConfig
-from megagnn.models.parts import branch_rate, graph_of, laws
+from megagnn.models.parts import branch_rate, graph_of, laws, refuse_edge_plan
 from megagnn.models.radial import DistanceFeature, cosine_cutoff, envelope
 from megagnn.ops import Segments, dual
 from megagnn.ops.dual import T
@@ -186,11 +186,7 @@ class PaiNN(Model):
     """
 
     def build(self) -> None:
-        if self.plan == "edge":
-            raise ValueError(
-                "parallel.plan = 'edge' divides products of channels on edges, of which PaiNN has none; use "
-                "'auto' or 'channel'"
-            )
+        refuse_edge_plan(self.plan, "PaiNN")
         config, context, dtype = self.config, self.context, self.precision.parameters
         self.radial = DistanceFeature(
             config.radial_basis, config.num_radial, config.cutoff, self.precision.edge
