@@ -15,7 +15,7 @@ from megagnn.parallel.parameter import layout_of
 
 
 class RunOptimizer(torch.optim.Optimizer):
-    """The interface. A subclass writes `scaled_step`, or `clipped_step` where it cannot."""
+    """An optimizer as a run uses it. A subclass writes `scaled_step`, or `clipped_step` where it cannot."""
 
     num_steps: int
     """Steps that it has taken."""
@@ -58,7 +58,7 @@ class RunOptimizer(torch.optim.Optimizer):
 
 
 class PiecesOptimizer(RunOptimizer):
-    """One whose state lies in flat buffers, of which a rank may hold a share."""
+    """An optimizer with its state in flat buffers, of which a rank may hold a share: no state dict."""
 
     def state_dict(self) -> dict[str, Any]:
         name = type(self).__name__

@@ -127,10 +127,15 @@ def make_apex_adamw(groups: list[dict[str, Any]], **settings: Any) -> RunOptimiz
 def make_optimizer(model: nn.Module, config: OptimConfig) -> RunOptimizer:
     """AdamW (Loshchilov and Hutter, ICLR 2019); decay on matrices only, not on biases and gains.
 
-    The implementation is the configuration's; the state dicts of all are alike, so that a run may continue
-    with another. `own` takes over the memory of the parameters: move the model first. Raises ValueError for
-    `apex` where it is not installed.
+    The implementation is the configuration's; the pieces of all are alike, so that a run may continue with
+    another. `own` takes over the memory of the parameters: move the model first. Raises ValueError for
+    another rule than AdamW, and for `apex` where it is not installed.
     """
+    if config.rule != "adamw":
+        raise ValueError(
+            f"optim.rule = '{config.rule}' runs by make_sharded_optimizer (ZeRO stage 0 and above), and this "
+            "is AdamW over whole parameters; use that one, or optim.rule = 'adamw'"
+        )
     groups = parameter_groups(model, config)
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if config.implementation == "own":

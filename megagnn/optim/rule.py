@@ -59,5 +59,6 @@ class Rule:
 
     @property
     def state(self) -> tuple[str, ...]:
+        """Names of all state, that of elements first."""
         of_matrices = () if self.matrices is None else self.matrices.state((1, 1))
         return tuple(dict.fromkeys((*self.elements.state, *of_matrices)))

@@ -91,7 +91,8 @@ def known_pieces(
         return pieces, ""
     known = [f"{p.kind}/{p.name}" in checkpoint.manifest.tensors for p in pieces]
     anew = sorted({p.kind for p, there in zip(pieces, known, strict=True) if not there})
-    told = f"{' and '.join(anew)} of hidden matrices begin{'s' if len(anew) == 1 else ''} anew"
+    kinds = (" and " if len(anew) < 3 else ", ").join(anew)
+    told = f"{kinds} of hidden matrices begin{'s' if len(anew) == 1 else ''} anew"
     return (
         [p for p, there in zip(pieces, known, strict=True) if there],
         f"optim.rule was '{before}' and is '{now}' now: {told}; all else goes on",

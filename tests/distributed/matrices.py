@@ -119,7 +119,7 @@ def fill_state(optimizer: ShardedOptimizer) -> None:
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         if piece.kind.endswith("_basis"):
             values = torch.linalg.qr(values)[0]
-        elif piece.kind == "exp_avg_sq":
+        elif piece.kind == "turned_exp_avg_sq":
             values = values.square() + 0.1
         elif piece.kind in ("left", "right"):
             values = values @ values.T

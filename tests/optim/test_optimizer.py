@@ -239,3 +239,8 @@ def test_parts_that_a_model_does_not_have() -> None:
         check_parts(OptimConfig(freeze=("energy_head.bia",)), names)
     with pytest.raises(ValueError, match=f"does not have; {parts}"):
         check_parts(OptimConfig(rates={"xyzzy": 2.0}), names)
+
+
+def test_another_rule_is_not_taken_for_adamw() -> None:
+    with pytest.raises(ValueError, match=r"'muon' runs by make_sharded_optimizer .* or optim.rule = 'adamw'"):
+        make_optimizer(nn.Linear(2, 2), OptimConfig(rule="muon"))

@@ -1,5 +1,6 @@
 """Runs with another update rule: they resume to the same bits, are exported, and follow one with AdamW."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.cli import main
 from tests import runs
 
-STATE = {"muon": {"momentum"}, "soap": {"left", "right", "left_basis", "right_basis"}}
+STATE = {"muon": {"momentum"}, "soap": {"turned_exp_avg_sq", "left", "right", "left_basis", "right_basis"}}
 SETTINGS = (
     "--optim.rule",
     "muon",
@@ -55,6 +56,9 @@ def test_follows_adamw(store: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert after.keys() == before.keys()
     told = capsys.readouterr().err
     assert "optim.rule was 'muon' and is 'adamw' now: exp_avg and exp_avg_sq of hidden matrices begin" in told
+    train(store, tmp_path, 9, "--resume", "--optim.rule", "soap")
+    told = capsys.readouterr().err
+    assert "left, left_basis, right, right_basis, turned_exp_avg_sq of hidden matrices begin anew" in told
 
 
 def test_frozen_matrices_keep_their_bits_and_rates_are_shares(store: Path, tmp_path: Path) -> None:
@@ -71,3 +75,15 @@ def test_frozen_matrices_keep_their_bits_and_rates_are_shares(store: Path, tmp_p
     )
     begun = train(store, tmp_path / "e", 1, "--optim.freeze", "layers")
     assert torch.allclose((slow[name] - begun[name]) * 4, fast[name] - begun[name], rtol=0.02, atol=1e-5)
+
+
+def test_bfloat16_has_float32_state(store: Path, tmp_path: Path) -> None:
+    """Weights and momentum are kept in float32, and a run goes on from them to the same bits."""
+    given = ("--train.dtype", "bfloat16", "--train.checkpoint_every", "3")
+    whole = train(store, tmp_path / "whole", 6, *given)
+    assert {t.dtype for n, t in whole.items() if n.startswith(("model/", "momentum/"))} == {torch.float32}
+    moved = [n for n, t in whole.items() if n.startswith("momentum/") and t.any()]
+    assert any(not torch.equal(whole[n], whole[n].bfloat16().float()) for n in moved)
+    shutil.rmtree(tmp_path / "whole/checkpoints/step-00000006")
+    again = train(store, tmp_path / "whole", 6, "--resume", *given)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())

@@ -19,8 +19,9 @@ from megagnn.optim.rule import MatrixRule, Settings, Shape, State
 
 def _state(shape: Shape) -> dict[str, Shape]:
     m, n = shape
+    # The mean is AdamW's, which may go on with it; second moments of another basis have another name.
     factors = {"left": (m, m), "right": (n, n), "left_basis": (m, m), "right_basis": (n, n)}
-    return {"exp_avg": shape, "exp_avg_sq": shape, **factors}
+    return {"exp_avg": shape, "turned_exp_avg_sq": shape, **factors}
 
 
 def _directions(
@@ -55,10 +56,10 @@ def _update(grad: Tensor, own: dict[str, Tensor], settings: Settings, step: int)
     left, right = own["left_basis"], own["right_basis"]
     own["exp_avg"].lerp_(grad, 1 - beta1)
     turned = left.mT @ grad @ right
-    own["exp_avg_sq"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
+    own["turned_exp_avg_sq"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
     taken = max(step - 1, 1)  # but for the first step
     mean = left.mT @ own["exp_avg"] @ right / (1 - beta1**taken)
-    scale = (own["exp_avg_sq"] / (1 - beta2**taken)).sqrt_().add_(settings["eps"])
+    scale = (own["turned_exp_avg_sq"] / (1 - beta2**taken)).sqrt_().add_(settings["eps"])
     direction = left @ (mean / scale) @ right.mT
     own["left"].lerp_(grad @ grad.mT, 1 - beta2)
     own["right"].lerp_(grad.mT @ grad, 1 - beta2)
@@ -75,8 +76,8 @@ def _refresh(own: dict[str, Tensor], side: str, dim: int) -> None:
     order = (basis * turned).sum(1).argsort(dim=-1, descending=True)
     columns = order[:, None, :].expand_as(turned)
     own[f"{side}_basis"] = torch.linalg.qr(turned.gather(2, columns))[0]
-    rows = (order[:, :, None] if dim == 1 else order[:, None, :]).expand_as(own["exp_avg_sq"])
-    own["exp_avg_sq"] = own["exp_avg_sq"].gather(dim, rows)
+    rows = (order[:, :, None] if dim == 1 else order[:, None, :]).expand_as(own["turned_exp_avg_sq"])
+    own["turned_exp_avg_sq"] = own["turned_exp_avg_sq"].gather(dim, rows)
 
 
 def _cost(shape: Shape) -> float:
