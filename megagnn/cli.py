@@ -34,8 +34,11 @@ COMMANDS = {
     ),
     "sweep": ("megagnn.scaling.sweep_command", "train a table of runs, one line of results each: SWEEP.toml"),
 }
-TAKES_OVERRIDES = ("train",)
-FLAGS = ("--resume", "--overwrite", "--help", "--version")  # of those commands; the rest are overrides
+# Commands that take keys of the configuration, and their own options; every other option is such a key.
+TAKES_OVERRIDES = {
+    "train": ("--resume", "--overwrite", "--help", "--version"),
+    "coordinate-check": ("--out", "--widths", "--depths", "--steps", "--seeds", "--tensorboard", "--help"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megagnn.config import RunConfig
         from megagnn.overrides import split_overrides
 
-        argv, overrides = split_overrides(RunConfig, argv, FLAGS)
+        own = TAKES_OVERRIDES[chosen]
+        argv, overrides = split_overrides(RunConfig, argv, own)
         for name in overrides:
-            near = difflib.get_close_matches(name, FLAGS, n=1, cutoff=0.7)
+            near = difflib.get_close_matches(name, own, n=1, cutoff=0.7)
             if near and "." not in name:
                 parser.error(f"unknown option {name}; did you mean {near[0]}?")
     arguments = parser.parse_args(argv)

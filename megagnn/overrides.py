@@ -123,7 +123,7 @@ def split_overrides(
     arguments, overrides, rest = [], [], list(argv)
     while rest:
         argument = rest.pop(0)
-        if not argument.startswith("--") or argument in flags:
+        if not argument.startswith("--") or argument.split("=")[0] in flags:
             arguments.append(argument)
             continue
         overrides.append(argument)

@@ -10,12 +10,23 @@ move by an amount that does not depend on F with
     hidden  F      -> F        1/F               1/F   Linears of phi_e, phi_x, phi_h, the energy head's first
     output  F      -> fixed    1/F^2             1/F   the last Linears of phi_x, of forces and energies
 
-relative to `base_width`, at which it is the standard parametrisation. In depth, L node updates of weight
-1/sqrt(L) ([Note: depth scaling] in models/egnn/layer.py) move in one direction once they are trained, and
-add up to sqrt(L) times one: the rate of what makes them goes by 1/sqrt(L) (Yang et al., "Tensor Programs VI",
-arXiv:2310.02244, table 1), relative to `base_layers`. Coordinate updates weigh 1/L and need nothing. Rates
-are on the parameters (parallel/parameter.py) and in the groups of the optimizer (optim/optimizer.py); the
-forward pass knows nothing of them.
+relative to `base_width`, at which it is the standard parametrisation. Rates are on the parameters
+(parallel/parameter.py) and in the groups of the optimizer (optim/optimizer.py); the forward pass knows
+nothing of them.
+
+Muon and SOAP take 1/sqrt(F) for hidden matrices. Features move alike at every width where the spectral norm
+of an update of an (m, n) matrix goes as sqrt(m/n) (Yang, Simon, Bernstein, arXiv:2310.17813, condition 1). A
+gradient has few directions, along which the signs of Adam's step add up: its norm goes as F. That of Muon's
+step is 0.2 sqrt(F) (optim/rules/muon.py). In the eigenbasis of SOAP those few directions have entries of
+one, which would need no share at all, and the many others entries of noise, whose norm is sqrt(F); together
+they move features by F^0.5 to F^0.7 at one rate (docs/scaling.md). Where a Linear of concatenated inputs is
+held as several matrices, their updates add to a factor that the width does not change. All this is for
+matrices whose sides both go with the width: one with outputs of a fixed number needs 1/F, of all rules.
+
+In depth, L node updates of weight 1/sqrt(L) ([Note: depth scaling] in models/egnn/layer.py) move in one
+direction once they are trained, and add up to sqrt(L) times one: the rate of what makes them goes by
+1/sqrt(L) (Yang et al., "Tensor Programs VI", arXiv:2310.02244, table 1), relative to `base_layers`, under
+every rule whose steps have the size of the rate. Coordinate updates weigh 1/L and need nothing.
 """
 
 from dataclasses import dataclass

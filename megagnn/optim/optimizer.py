@@ -159,8 +159,7 @@ def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, An
     for name, p in model.named_parameters():
         share = share_of(name.removeprefix("model."), config)  # a potential's, or those of its model
         is_matrix = matrices is not None and getattr(p, "matrix_rate", None) is not None
-        by_matrix = is_matrix and matrices is not None and not matrices.like_adamw
-        rate: float = getattr(p, "matrix_rate" if by_matrix else "rate", 1.0)
+        rate: float = getattr(p, "matrix_rate" if is_matrix else "rate", 1.0)
         kinds.setdefault((is_matrix, p.ndim < 2, rate, share), []).append(p)
     return [
         {

@@ -45,8 +45,6 @@ class MatrixRule:
     """
     cost: Callable[[Shape], float] = math.prod
     """Work of one update, in units of an element's by an ElementRule: matrices are dealt to ranks by it."""
-    like_adamw: bool = False
-    """Whether the rate follows the width as AdamW's does, and not as that of orthogonal directions."""
 
 
 @dataclass(frozen=True)

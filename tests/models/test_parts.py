@@ -91,12 +91,12 @@ def test_standard_groups_are_as_ever() -> None:
     assert [(g["weight_decay"], g["rate"]) for g in groups] == [(0.1, 1.0), (0.0, 1.0)]
 
 
-def run_config(**values: object) -> RunConfig:
+def run_config(rule: str = "adamw", freeze: tuple[str, ...] = (), **values: object) -> RunConfig:
     return config_from_dict(
         {
             "model": {"num_layers": 2, "cutoff": 4.0, "num_radial": 8, "base_width": 16, **values},
             "loss": {"energy": "huber", "forces": "huber"},
-            "optim": {"learning_rate": 1e-2},
+            "optim": {"learning_rate": 1e-2 if rule == "adamw" else 2e-3, "rule": rule, "freeze": freeze},
         }
     )
 
@@ -113,9 +113,39 @@ def test_activations_move_alike_at_every_width(forces: str) -> None:
     assert found["standard"]["layer 2"] > 0.4
 
 
+@pytest.mark.parametrize(
+    ("rule", "family", "along", "ends"),
+    [
+        ("muon", "egnn", "width", (16, 256)),
+        ("muon", "egnn", "num_layers", (1, 16)),
+        ("soap", "egnn", "width", (16, 256)),
+        ("soap", "egnn", "num_layers", (1, 16)),
+        ("muon", "cartesian", "width", (16, 256)),
+        ("muon", "cartesian", "num_layers", (2, 16)),  # its first layer has no products of vectors
+        ("soap", "painn", "width", (16, 256)),
+    ],
+)
+def test_matrices_move_features_alike(
+    rule: str, family: str, along: coordinates.Along, ends: tuple[int, int]
+) -> None:
+    """All other parameters are at rest, so that the law of the matrices is seen alone."""
+    kinds = coordinates.PARAMETRISATIONS
+    sizes = [s for kind in kinds for s in moved(kind, "direct", ends, family, rule, along)]
+    found = coordinates.slopes(coordinates.last_layers(sizes), along)
+    print("\n".join(coordinates.describe(found, along)))
+    assert abs(found["mup"]["last layer"]) < 0.2
+    assert found["standard"]["last layer"] > 0.3
+
+
 def moved(
-    parametrisation: str, forces: str, widths: tuple[int, ...], family: str = "egnn"
+    parametrisation: str,
+    forces: str,
+    values: tuple[int, ...],
+    family: str = "egnn",
+    rule: str = "adamw",
+    along: coordinates.Along = "width",
 ) -> list[coordinates.Size]:
+    """Sizes by width or by layers; under a rule of matrices with all but the matrices frozen."""
     atoms = [rattled(molecule(name), seed=k) for k, name in enumerate(("H2O", "CH4", "CH3OH", "CH3CH2OH"))]
     batch = batch_from_atoms(atoms, 4.0, torch.float32)
     torch.manual_seed(0)
@@ -127,10 +157,16 @@ def moved(
         keys.HAS_FORCES: torch.ones(len(atoms), dtype=torch.bool),
     }
     sizes = []
-    for width in widths:
-        config = run_config(family=family, width=width, parametrisation=parametrisation, forces=forces)
-        for seed in range(2):
-            sizes += coordinates.follow(config, batch, STATISTICS, 5, seed)
+    shape = {"family": family, "parametrisation": parametrisation, "forces": forces, "base_layers": 1}
+    for value in values:
+        config = run_config(**{"width": 32, **shape, along: value})
+        if rule != "adamw":
+            named = build_potential(config.model, STATISTICS).model.named_parameters()
+            rest = tuple(name for name, p in named if p.matrix_rate is None)  # type: ignore[attr-defined]
+            config = run_config(rule, rest, **{"width": 32, **shape, along: value})
+        num_steps, num_seeds = (5, 2) if rule == "adamw" else (3, 1)
+        for seed in range(num_seeds):
+            sizes += coordinates.follow(config, batch, STATISTICS, num_steps, seed)
     return sizes
 
 
@@ -149,11 +185,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     config = runs.CONFIG.replace("[data]", f'[data]\npaths = ["{tmp_path / "store"}"]')
     (tmp_path / "config.toml").write_text(config)
     command = ["coordinate-check", str(tmp_path / "config.toml"), "--out", str(tmp_path / "out")]
-    assert main([*command, "--widths", "8", "16", "--steps", "1", "--seeds", "1"]) == 0
-    assert "Slope of log change in log width" in capsys.readouterr().out
+    few = ("--widths", "8", "16", "--depths", "1", "2", "--steps", "1", "--seeds", "1")
+    assert main([*command, *few, "--optim.rule", "muon"]) == 0
+    shown = capsys.readouterr().out
+    assert "Slope of log change in log width" in shown
+    assert "Slope of log change in log layers" in shown
     found = json.loads((tmp_path / "out" / "coordinates.json").read_text())
-    assert set(found["slopes"]) == {"standard", "mup"}
-    assert len(found["sizes"]) == 2 * 2 * 2 * 4
-    assert (tmp_path / "out" / "coordinates.png").stat().st_size > 1000
-    assert main([*command, "--widths", "8"]) == 2
-    assert "--widths must be two or more different widths, got [8]" in capsys.readouterr().err
+    assert {along: set(of) for along, of in found["slopes"].items()} == {
+        "width": {"standard", "mup"},
+        "num_layers": {"standard", "mup"},
+    }
+    assert len(found["sizes"]["width"]) == 2 * 2 * 2 * 4
+    assert {(s["num_layers"], s["quantity"]) for s in found["sizes"]["num_layers"]} == {
+        (n, quantity) for n in (1, 2) for quantity in ("last layer", "energy", "forces")
+    }
+    for name in ("coordinates.png", "coordinates-depth.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    for name, few in (("widths", ["--widths", "8"]), ("depths", ["--depths", "0", "2"])):
+        assert main([*command, *few]) == 2
+        assert f"--{name} must be two or more different {name}, got [" in capsys.readouterr().err

@@ -86,4 +86,4 @@ def _cost(shape: Shape) -> float:
     return 8 * m * n * (m + n) / 30
 
 
-SOAP = MatrixRule(_state, _directions, _cost, like_adamw=True)
+SOAP = MatrixRule(_state, _directions, _cost)
