@@ -1,7 +1,8 @@
 """NequIP, trained by its own command `nequip-train` on nequip.yaml; for an environment that has nequip.
 
 Options are overrides of that configuration, as `training_module.model.l_max=2`, and --final-rate R: the rate
-then falls exponentially from its first value to R times that in the last epoch, instead of waiting for a plateau.
+then falls exponentially from its first value to R times that in the last epoch, instead of waiting for a
+plateau.
 """
 
 from __future__ import annotations
