@@ -1,4 +1,4 @@
-"""Learning rates: the best at each width, whether it carries over to wide models, and recipes at their best.
+"""Learning rates: the best at each size, whether it carries over to larger models, and recipes at their best.
 
 Recipes between two others, each at the best of its rates, show the effect of the parts of a recipe.
 """
@@ -6,6 +6,7 @@ Recipes between two others, each at the best of its rates, show the effect of th
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -16,16 +17,23 @@ from megagnn.scaling.records import geometric_mean
 
 Curve = Mapping[float, float]
 """Loss by learning rate, the geometric mean over seeds."""
+Along = Literal["width", "depth"]
+ENDS = {"width": ("narrowest", "widest"), "depth": ("shallowest", "deepest")}
 
 
-def curves(records: Sequence[RunRecord], loss: str) -> dict[int, Curve]:
-    """The curve of each width, of the runs of one recipe."""
+def along(records: Sequence[RunRecord]) -> Along:
+    """In what the models of a search differ: their depth, where all have one width, or their width."""
+    return "depth" if len({r.width for r in records}) == 1 < len({r.depth for r in records}) else "width"
+
+
+def curves(records: Sequence[RunRecord], loss: str, size: Along = "width") -> dict[int, Curve]:
+    """The curve of each width (of each depth), of the runs of one recipe."""
     found: dict[int, dict[float, list[float]]] = {}
     for r in records:
-        found.setdefault(r.width, {}).setdefault(r.learning_rate, []).append(r.losses[loss][0])
+        found.setdefault(getattr(r, size), {}).setdefault(r.learning_rate, []).append(r.losses[loss][0])
     return {
-        width: {rate: geometric_mean(values) for rate, values in sorted(of.items())}
-        for width, of in sorted(found.items())
+        at: {rate: geometric_mean(values) for rate, values in sorted(of.items())}
+        for at, of in sorted(found.items())
     }
 
 
@@ -41,21 +49,21 @@ def best_rate(curve: Curve) -> float | None:
 
 
 def drift(records: Sequence[RunRecord], loss: str) -> float | None:
-    """Slope of log best rate in log width; zero where it carries over, None with fewer than two minima."""
-    best = {width: best_rate(curve) for width, curve in curves(records, loss).items()}
-    inner = np.log([(width, rate) for width, rate in best.items() if rate is not None])
+    """Slope of log best rate in log size; zero where it carries over, None with fewer than two minima."""
+    best = {size: best_rate(curve) for size, curve in curves(records, loss, along(records)).items()}
+    inner = np.log([(size, rate) for size, rate in best.items() if rate is not None])
     return float(np.polyfit(inner[:, 0], inner[:, 1], 1)[0]) if len(inner) > 1 else None
 
 
 def cost_of_transfer(records: Sequence[RunRecord], loss: str) -> float | None:
-    """The widest model's loss at the narrowest one's best rate, over that at its own.
+    """The largest model's loss at the smallest one's best rate, over that at its own.
 
-    Of the rates that were run; None where the widest was not run at that one.
+    Of the rates that were run; None where the largest was not run at that one.
     """
-    by_width = curves(records, loss)
-    narrow, wide = by_width[min(by_width)], by_width[max(by_width)]
-    best = min(narrow, key=lambda rate: narrow[rate])
-    return wide[best] / min(wide.values()) if best in wide else None
+    by_size = curves(records, loss, along(records))
+    small, large = by_size[min(by_size)], by_size[max(by_size)]
+    best = min(small, key=lambda rate: small[rate])
+    return large[best] / min(large.values()) if best in large else None
 
 
 def describe(records: Sequence[RunRecord], options: Options) -> list[str]:
@@ -63,41 +71,44 @@ def describe(records: Sequence[RunRecord], options: Options) -> list[str]:
     lines = []
     for recipe in sorted({r.recipe for r in records}):
         chosen, loss, _ = select(records, Options(loss=options.loss, recipe=recipe))
-        best = {width: best_rate(curve) for width, curve in curves(chosen, loss).items()}
-        shown = ", ".join(f"{w}: {'at an end' if b is None else f'{b:.2g}'}" for w, b in best.items())
-        lines.append(f"best learning rate of '{recipe}' by width: {shown}")
+        size = along(chosen)
+        best = {at: best_rate(curve) for at, curve in curves(chosen, loss, size).items()}
+        shown = ", ".join(f"{at}: {'at an end' if b is None else f'{b:.2g}'}" for at, b in best.items())
+        lines.append(f"best learning rate of '{recipe}' by {size}: {shown}")
         slope, cost = drift(chosen, loss), cost_of_transfer(chosen, loss)
         if slope is not None:
-            lines.append(f"  goes with width^{slope:.2f}")
+            lines.append(f"  goes with {size}^{slope:.2f}")
         if cost is not None:
+            small, large = ENDS[size]
             lines.append(
-                f"  the narrowest model's best rate costs the widest {100 * (cost - 1):.1f} % of {loss}"
+                f"  the {small} model's best rate costs the {large} {100 * (cost - 1):.1f} % of {loss}"
             )
     return lines
 
 
 def draw(records: Sequence[RunRecord], options: Options) -> Drawn:
-    """Loss against learning rate, a line for each width, a panel for each recipe."""
+    """Loss against learning rate, a line for each width or depth, a panel for each recipe."""
     recipes = sorted({r.recipe for r in records})
     figure, axes = make_axes(len(recipes))
     figure.set_size_inches(3.4 * len(recipes) + 1.0, 3.4)
     for ax, recipe in zip(axes, recipes, strict=True):
         chosen, loss, unit = select(records, Options(loss=options.loss, recipe=recipe))
-        by_width = curves(chosen, loss)
-        for colour, (width, curve) in zip(colours(len(by_width)), by_width.items(), strict=True):
+        size = along(chosen)
+        by_size = curves(chosen, loss, size)
+        for colour, (at, curve) in zip(colours(len(by_size)), by_size.items(), strict=True):
             ax.loglog(
-                list(curve), list(curve.values()), "o-", color=colour, markersize=3, label=f"width {width}"
+                list(curve), list(curve.values()), "o-", color=colour, markersize=3, label=f"{size} {at}"
             )
             best = min(curve, key=lambda rate: curve[rate])
             ax.loglog([best], [curve[best]], "*", color="crimson", markersize=8)
         ax.set(title=recipe, xlabel="learning rate")
         plain_ticks(ax.yaxis)
+        ax.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel(f"{loss}, {unit}")
-    axes[0].legend(fontsize=7, frameon=False)
-    text = "Stars: the best rate of each width. " + " ".join(
+    text = "Stars: the best rate of each size. " + " ".join(
         line.strip() + "." for line in describe(records, options)
     )
-    return Drawn("rates", "Learning rate against width", figure, text)
+    return Drawn("rates", "Learning rate against size", figure, text)
 
 
 @dataclass(frozen=True)

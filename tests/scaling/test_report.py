@@ -237,7 +237,11 @@ def test_best_rates(power: float) -> None:
     cost = rates.cost_of_transfer(records, "force_mae")
     assert cost == pytest.approx(1 + math.log(16**power) ** 2, rel=0.1)
     at_end = [r for r in records if r.learning_rate < 1e-3]
-    assert "16: at an end" in rates.describe(at_end, Options())[0]
+    assert "by width: 16: at an end" in rates.describe(at_end, Options())[0]
+    deep = [dataclasses.replace(r, width=16, depth=r.width) for r in records]
+    assert rates.drift(deep, "force_mae") == rates.drift(records, "force_mae")
+    assert "by depth: 16: " in rates.describe(deep, Options())[0]
+    assert "the shallowest model's best rate costs the deepest" in rates.describe(deep, Options())[-1]
 
 
 def test_search_and_ablation_on_the_page(tmp_path: Path) -> None:
