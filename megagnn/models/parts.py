@@ -21,7 +21,7 @@ step is 0.2 sqrt(F) (optim/rules/muon.py). In the eigenbasis of SOAP those few d
 one, which would need no share at all, and the many others entries of noise, whose norm is sqrt(F); together
 they move features by F^0.5 to F^0.7 at one rate (docs/scaling.md). Where a Linear of concatenated inputs is
 held as several matrices, their updates add to a factor that the width does not change. All this is for
-matrices whose sides both go with the width: one with outputs of a fixed number needs 1/F, of all rules.
+matrices whose sides both go with the width: one that keeps its outputs while its inputs grow would need 1/F.
 
 In depth, L node updates of weight 1/sqrt(L) ([Note: depth scaling] in models/egnn/layer.py) move in one
 direction once they are trained, and add up to sqrt(L) times one: the rate of what makes them goes by

@@ -14,7 +14,10 @@ from megagnn.data import keys
 from megagnn.data.batch import batch_from_atoms
 from megagnn.models.potential import build_potential
 from megagnn.optim.config import OptimConfig
-from megagnn.optim.optimizer import make_optimizer, parameter_groups, set_learning_rate
+from megagnn.optim.optimizer import make_sharded_optimizer, parameter_groups, set_learning_rate
+from megagnn.optim.rules import RULES
+from megagnn.parallel.config import ParallelConfig
+from megagnn.parallel.context import ParallelContext
 from megagnn.scaling import coordinates
 from tests import runs
 from tests.models.physics import STATISTICS, model_config, rattled
@@ -66,21 +69,27 @@ def test_table(preset: str, forces: str) -> None:
         kind, in_layer = kind_of(name), ".layers." in name and ".vector." not in name
         rate = (1.0 if kind == "input" else 0.25) * (0.5 if in_layer and config.depth_scaling else 1.0)
         assert p.rate == pytest.approx(rate, rel=1e-12), name  # type: ignore[attr-defined]
+        is_matrix = kind == "hidden" and not name.endswith(".bias")
+        want = pytest.approx(2 * rate, rel=1e-12) if is_matrix else None  # 4^(-1/2) in place of 1/4
+        assert p.matrix_rate == want, name  # type: ignore[attr-defined]
         torch.testing.assert_close(p, q * (0.5 if kind == "output" else 1.0), rtol=1e-6, atol=0)
 
 
-def test_rates_reach_the_optimizer() -> None:
+@pytest.mark.parametrize("rule", RULES)
+def test_rates_reach_the_optimizer(rule: str) -> None:
     """Every parameter is in one group; the group has its share of the rate and as much decay per step."""
     config = model_config(parametrisation="mup", width=64, num_layers=16, base_width=16, base_layers=4)
     model = build_potential(config, STATISTICS)
-    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.1))
+    settings = OptimConfig(rule=rule, weight_decay=0.1)
+    optimizer = make_sharded_optimizer(model.model, settings, ParallelConfig(), ParallelContext())
     set_learning_rate(optimizer, 1e-2)
     seen = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in seen} == {id(p) for p in model.parameters()}
     assert len(seen) == len({id(p) for p in seen})
     for group in optimizer.param_groups:
         for p in group["params"]:
-            assert group["lr"] == pytest.approx(1e-2 * p.rate)
+            is_matrix = rule != "adamw" and p.matrix_rate is not None
+            assert group["lr"] == pytest.approx(1e-2 * (p.matrix_rate if is_matrix else p.rate))
             assert group["lr"] * group["weight_decay"] == pytest.approx(1e-3 if p.ndim > 1 else 0.0)
 
 

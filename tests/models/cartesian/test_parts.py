@@ -38,7 +38,8 @@ def test_table(forces: str, scale: int) -> None:
         rate = (1.0 if kind == "input" else 1 / scale) * (scale**-0.5 if in_layer else 1.0)
         assert p.rate == pytest.approx(rate, rel=1e-12), name  # type: ignore[attr-defined]
         is_matrix = kind == "hidden" and not name.endswith(".bias")
-        assert (p.matrix_rate is not None) == is_matrix, name  # type: ignore[attr-defined]
+        want = pytest.approx(scale**0.5 * rate, rel=1e-12) if is_matrix else None
+        assert p.matrix_rate == want, name  # type: ignore[attr-defined]
         torch.testing.assert_close(p, q * (scale**-0.5 if kind == "output" else 1.0), rtol=1e-6, atol=0)
     assert kinds == {"input", "hidden", "output"}
 
