@@ -19,7 +19,7 @@ of an update of an (m, n) matrix goes as sqrt(m/n) (Yang, Simon, Bernstein, arXi
 gradient has few directions, along which the signs of Adam's step add up: its norm goes as F. That of Muon's
 step is 0.2 sqrt(F) (optim/rules/muon.py). In the eigenbasis of SOAP those few directions have entries of
 one, which would need no share at all, and the many others entries of noise, whose norm is sqrt(F); together
-they move features by F^0.5 to F^0.7 at one rate (docs/scaling.md). Where a Linear of concatenated inputs is
+they move features by about F^0.5 at one rate (measured, docs/scaling.md). Where a Linear of concatenated inputs is
 held as several matrices, their updates add to a factor that the width does not change. All this is for
 matrices whose sides both go with the width: one that keeps its outputs while its inputs grow would need 1/F.
 
