@@ -19,9 +19,10 @@ of an update of an (m, n) matrix goes as sqrt(m/n) (Yang, Simon, Bernstein, arXi
 gradient has few directions, along which the signs of Adam's step add up: its norm goes as F. That of Muon's
 step is 0.2 sqrt(F) (optim/rules/muon.py). In the eigenbasis of SOAP those few directions have entries of
 one, which would need no share at all, and the many others entries of noise, whose norm is sqrt(F); together
-they move features by about F^0.5 at one rate (measured, docs/scaling.md). Where a Linear of concatenated inputs is
-held as several matrices, their updates add to a factor that the width does not change. All this is for
-matrices whose sides both go with the width: one that keeps its outputs while its inputs grow would need 1/F.
+they move features by about F^0.5 at one rate (measured, docs/scaling.md). Where a Linear of concatenated
+inputs is held as several matrices, their updates add to a factor that the width does not change. All this is
+for matrices whose sides both go with the width: one that keeps its outputs while its inputs grow would need
+1/F.
 
 In depth, L node updates of weight 1/sqrt(L) ([Note: depth scaling] in models/egnn/layer.py) move in one
 direction once they are trained, and add up to sqrt(L) times one: the rate of what makes them goes by
