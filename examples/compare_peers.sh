@@ -37,35 +37,5 @@ for program in "${programs[@]}"; do
     *) echo "compare_peers.sh: no program '$program'; there are megagnn, mace, nequip, schnetpack" >&2 && exit 2 ;;
   esac
 done
-python -m tools.peers.compare`, such as --minutes 3 6
-# STORE is a prepared data set of one source, as runs/data/mlearn-Si of examples/mlearn.sh. PROGRAMS="mace nequip" chooses.
-# Each program gets an environment of its own, once, in runs/peers/environments. Results are lines of JSON: killed or
-# interrupted, call it again.
-set -euo pipefail
-store=$(cd "${1:?give a prepared data set, such as runs/data/mlearn-Si}" && pwd)
-shift
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-. "$root/tools/setup_env.sh"
-cd "$root"
-environments=runs/peers/environments results=runs/peers/$(basename "$store").jsonl
-read -ra programs <<<"${PROGRAMS:-megagnn mace nequip schnetpack}"
-
-environment() { # program package
-  local folder=$environments/$1
-  [ ! -f "$folder/complete" ] || return 0
-  echo "making $folder with $2"
-  python -m venv --clear "$folder"
-  "$folder/bin/pip" install -qq --no-input --no-compile --disable-pip-version-check -c tools/constraints-cpu.txt torch "$2"
-  touch "$folder/complete"
-}
-
-for program in "${programs[@]}"; do
-  case $program in
-    megagnn) ;;
-    mace) environment mace mace-torch==0.3.16 ;;
-    nequip) environment nequip nequip==0.19.1 ;;
-    *) echo "compare_peers.sh: no program '$program'; there are megagnn, mace, nequip" >&2 && exit 2 ;;
-  esac
-done
 python -m tools.peers.compare "$store" --results "$results" --only "${programs[@]}" "$@"
 python -m tools.peers.table "$results"
