@@ -104,7 +104,7 @@ def draw(records: Sequence[RunRecord], options: Options) -> Drawn:
         ax.set(title=recipe, xlabel="learning rate")
         plain_ticks(ax.yaxis)
         ax.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel(f"{loss}, {unit}")
+    axes[0].set_ylabel(loss if unit == loss else f"{loss}, {unit}")
     text = "Stars: the best rate of each size. " + " ".join(
         line.strip() + "." for line in describe(records, options)
     )
