@@ -38,4 +38,4 @@ for program in "${programs[@]}"; do
   esac
 done
 python -m tools.peers.compare "$store" --results "$results" --only "${programs[@]}" "$@"
-python -m tools.peers.table "$results"
+python -m tools.peers.table "$results" --figure "${results%.jsonl}.png"

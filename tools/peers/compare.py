@@ -116,7 +116,10 @@ def planned(arguments: argparse.Namespace) -> Iterator[Training]:
                 for setting, options in table["settings"].items():
                     if arguments.only and not {program, f"{program}/{setting}"} & {*arguments.only}:
                         continue
-                    given = [o.format(store=arguments.store.resolve()) for o in (*table["options"], *options)]
+                    given = [
+                        o.replace("{store}", str(arguments.store.resolve()))
+                        for o in (*table["options"], *options)
+                    ]
                     name = f"{slug(setting)}-{minutes:g}min-s{seed}"
                     folder = arguments.out / arguments.store.resolve().name / program / name
                     yield Training(program, setting, tuple(given), minutes, seed, folder)

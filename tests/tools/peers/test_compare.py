@@ -201,7 +201,7 @@ def test_the_table_marks_what_validation_chooses(tmp_path: Path, capsys: pytest.
     for each in lines:
         each.append(path)
     assert read_lines(path) == [dataclasses.replace(each, options=["-x"]) for each in lines]
-    assert table.main([str(path)]) == 0
+    assert table.main([str(path), "--figure", str(tmp_path / "figure.png")]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told[0] == "store"
     assert told[4:] == [
@@ -211,3 +211,13 @@ def test_the_table_marks_what_validation_chooses(tmp_path: Path, capsys: pytest.
         "| megagnn | c | 45,584 | 5.9 | 1 | **100 / 5.0** | **200 / 10.0** |",
         "",
     ]
+    left, right = table.figure(lines).axes
+    drawn = {curve.get_label(): np.transpose(curve.get_data()).tolist() for curve in left.lines}
+    assert drawn["mace"] == [pytest.approx([3.0, 300.0]), pytest.approx([5.9, 80.0])]
+    assert drawn["megagnn"] == [pytest.approx([5.9, 200.0])]
+    others = [curve.get_data() for curve in right.lines if curve.get_alpha() < 1]
+    assert np.concatenate(others, axis=1).T.tolist() == [pytest.approx([100.0, 25.0])]
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+    line("mace", "a", 0, 0.1, 0.1, data="other").append(path)
+    with pytest.raises(ValueError, match="a figure is of one data set, and the lines are of store, other"):
+        table.main([str(path), "--figure", str(tmp_path / "figure.png")])
