@@ -36,14 +36,17 @@ SETTINGS = Path(__file__).with_name("settings.toml")
 
 @dataclass(frozen=True)
 class Training:
-    """One program with one setting, budget and seed; `folder` is its own."""
+    """One program with one setting, budget and seed."""
 
     program: str
     setting: str
     options: tuple[str, ...]
+    """As in settings.toml, where {store} stands for the data set's path."""
     minutes: float
     seed: int
+    store: Path
     folder: Path
+    """Its own."""
 
     def run(self, python: Path, frames: Path, trial_epochs: int) -> Line:
         """Plan, train and judge.
@@ -61,7 +64,7 @@ class Training:
         return Line(
             program=self.program,
             setting=self.setting,
-            data=frames.parent.name,
+            data=self.store.name,
             minutes=self.minutes,
             seed=self.seed,
             options=self.options,
@@ -86,7 +89,8 @@ class Training:
             "--out",
             str(out),
         ]
-        command += ["--epochs", str(epochs), "--seed", str(self.seed), *self.options]
+        command += ["--epochs", str(epochs), "--seed", str(self.seed)]
+        command += [option.replace("{store}", str(self.store)) for option in self.options]
         threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
         with (out / "log.txt").open("w") as log:
@@ -116,13 +120,10 @@ def planned(arguments: argparse.Namespace) -> Iterator[Training]:
                 for setting, options in table["settings"].items():
                     if arguments.only and not {program, f"{program}/{setting}"} & {*arguments.only}:
                         continue
-                    given = [
-                        o.replace("{store}", str(arguments.store.resolve()))
-                        for o in (*table["options"], *options)
-                    ]
+                    given = (*table["options"], *options)
                     name = f"{slug(setting)}-{minutes:g}min-s{seed}"
-                    folder = arguments.out / arguments.store.resolve().name / program / name
-                    yield Training(program, setting, tuple(given), minutes, seed, folder)
+                    folder = arguments.out / arguments.store.name / program / name
+                    yield Training(program, setting, given, minutes, seed, arguments.store, folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,17 +143,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--environments", type=Path, default=Path("runs/peers/environments"), help="one of each program"
     )
     arguments = parser.parse_args(argv)
-    arguments.out = arguments.out.resolve()
+    arguments.out, arguments.store = arguments.out.resolve(), arguments.store.resolve()
     signal.signal(
         signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
     )  # and so ends the program that runs
-    frames = arguments.out / arguments.store.resolve().name / "frames"
+    frames = arguments.out / arguments.store.name / "frames"
     write_splits(Store.open(arguments.store), frames)
     for training in planned(arguments):
         python = Path(sys.executable)
         if training.program != "megagnn":
             python = arguments.environments.resolve() / training.program / "bin/python"
-        key = (training.program, training.setting, frames.parent.name, training.minutes, training.seed)
+        key = (training.program, training.setting, training.store.name, training.minutes, training.seed)
         done = next((line for line in read_lines(arguments.results) if line.key == key), None)
         if done is None:
             training.run(python, frames, arguments.trial_epochs).append(arguments.results)

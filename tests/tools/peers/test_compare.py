@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -170,7 +171,7 @@ def test_what_has_its_line_is_not_trained_again(
     command += ["--environments", str(tmp_path / "environments")]
     assert compare.main([*command, "--seeds", "0", "1", "--only", "mace/falling rate"]) == 0
     assert [(t.setting, t.seed) for t in trained] == [("falling rate", 0), ("falling rate", 1)]
-    assert trained[0].options == ("-x", str(store), "--final-rate=0.01")
+    assert trained[0].options == ("-x", "{store}", "--final-rate=0.01")
     with results.open("a") as lines:
         lines.write('{"program": "mace", "set')  # a process that was killed while it wrote
     assert compare.main([*command, "--minutes", "3", "6"]) == 0
@@ -187,8 +188,42 @@ def test_what_has_its_line_is_not_trained_again(
         compare.main([*command, "--only", "maze"])
 
 
+PROGRAM = """#!{python}
+# Predicts the labels with every energy too high by 1 eV per atom; each epoch takes 2 s, the first one 5.
+import sys
+import ase.io
+from tools.peers.contract import ENERGY, FORCES, JUDGED, Result, parser, save_predictions
+
+known, options = parser("").parse_known_args(sys.argv[3:])
+assert sys.argv[1:3] == ["-m", "tools.peers.toy"] and known.seed == 3 and options == {options!r}, sys.argv
+assert known.out.name == ("trial" if known.epochs == 4 else "whole")
+for split in JUDGED:
+    frames = ase.io.read(known.frames / f"{{split}}.xyz", index=":")
+    energies = [frame.info[ENERGY] + len(frame) for frame in frames]
+    save_predictions(known.out, split, energies, [frame.arrays[FORCES] for frame in frames])
+Result([5.0] + [2.0] * (known.epochs - 1), 7, {{"toy": "1"}}).save(known.out)
+"""
+
+
+def test_a_program_is_tried_planned_and_judged(store: Path, tmp_path: Path) -> None:
+    write_splits(Store.open(store), tmp_path / "frames")
+    python = tmp_path / "python"
+    python.write_text(PROGRAM.format(python=sys.executable, options=["-x", str(store)]))
+    python.chmod(0o755)
+    training = compare.Training("toy", "x", ("-x", "{store}"), 1.0, 3, store, tmp_path / "run")
+    found = training.run(python, tmp_path / "frames", 4)
+    assert found.key == ("toy", "x", "store", 1.0, 3)
+    assert (found.epochs, found.seconds, found.parameters) == (28, 59.0, 7)
+    assert found.options == ("-x", "{store}")
+    assert found.versions == {"toy": "1"}
+    assert len(found.load) == 2
+    for split in ("valid", "test"):
+        expected = {"energy_mae": 1.0, "energy_rmse": 1.0, "force_mae": 0.0, "force_rmse": 0.0}
+        assert found.errors[split] == pytest.approx(expected)
+
+
 def test_a_program_that_fails_is_told_with_its_log(tmp_path: Path) -> None:
-    training = compare.Training("nothing", "x", (), 1.0, 0, tmp_path / "run")
+    training = compare.Training("nothing", "x", (), 1.0, 0, tmp_path, tmp_path / "run")
     with pytest.raises(ChildProcessError, match=r"nothing ended with status 1; .*trial/log.txt tells why"):
         training.run(Path("/bin/false"), tmp_path, 2)
 
