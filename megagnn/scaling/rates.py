@@ -102,6 +102,7 @@ def draw(records: Sequence[RunRecord], options: Options) -> Drawn:
             best = min(curve, key=lambda rate: curve[rate])
             ax.loglog([best], [curve[best]], "*", color="crimson", markersize=8)
         ax.set(title=recipe, xlabel="learning rate")
+        plain_ticks(ax.xaxis)
         plain_ticks(ax.yaxis)
         ax.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel(loss if unit == loss else f"{loss}, {unit}")
