@@ -10,7 +10,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 out=runs/fine_tune data=runs/data archive=examples/data/three-sources.tar.xz
-loss=(--loss.energy mse --loss.forces mse --loss.energy_weight 10 --loss.force_weight 1 --train.device cpu)
+common=(--loss.energy mse --loss.forces mse --loss.energy_weight 10 --loss.force_weight 1 --train.device cpu --optim.rule adamw)
 short=(--train.num_steps 400 --optim.warmup_steps 20 --train.validate_every 100 --train.checkpoint_every 400)
 
 # A trained potential of other elements, and one of another level of theory with fewer elements.
@@ -22,9 +22,9 @@ for source in molecules-gfn2 molecules-gfn1; do
   [ -f "$data/$source/header.json" ] || python tools/source_store.py "$archive" "$source" "$data/$source"
 done
 [ -d "$out/others/checkpoints/best" ] || megagnn train examples/configs/mlearn.toml --data.paths "$data/mlearn-others" \
-  --out_dir "$out/others" "${loss[@]}" --train.num_steps 5000 --train.validate_every 500 --overwrite
+  --out_dir "$out/others" "${common[@]}" --optim.learning_rate 4e-3 --train.num_steps 5000 --train.validate_every 500 --overwrite
 [ -d "$out/gfn2/checkpoints/best" ] || megagnn train examples/configs/quickstart.toml \
-  --data.paths "$data/molecules-gfn2" --out_dir "$out/gfn2" "${loss[@]}" --optim.ema_decay 0.995 \
+  --data.paths "$data/molecules-gfn2" --out_dir "$out/gfn2" "${common[@]}" --optim.learning_rate 6e-3 --optim.ema_decay 0.995 \
   --train.num_steps 3000 --train.validate_every 500 --overwrite
 
 # compare CONFIG BASE DATA STRUCTURES RATE SEED [OPTIONS]: the same data, model, loss and number of steps
@@ -33,7 +33,7 @@ compare() {
   shift 6
   local name="$out/$(basename "$store")-$few-$seed"
   local same=(--data.paths "$store" --data.num_structures "$few" --data.subset_seed "$seed" --train.seed "$seed"
-    "${loss[@]}" "${short[@]}" --optim.ema_decay 0.995 --overwrite)
+    "${common[@]}" "${short[@]}" --optim.ema_decay 0.995 --overwrite)
   megagnn train "$config" --out_dir "$name-tuned" --init_from "$base" "${same[@]}" --optim.learning_rate 1e-3 "$@"
   megagnn train "$config" --out_dir "$name-anew" "${same[@]}" --optim.learning_rate "$rate"
   for arm in tuned anew; do
