@@ -31,11 +31,12 @@ WINDOW = 10
 def rows(records: Sequence[RunRecord]) -> list[list[str]]:
     """The header, and for each recipe and rate its seeds and "forces / energies" with the spread.
 
-    meV/Å and meV/atom, of validation and test frames; of several sources the mean. The last column is
-    the geometric mean of the two errors on validation frames, as a share of the first row's. Where all have one
-    rate it is left out.
+    meV/Å and meV/atom, of validation and test frames; of several sources the mean. The last column is the
+    geometric mean of the two errors on validation frames, as a share of the first row's. The rate is left out
+    where all have the same.
     """
-    head = ["recipe", "rate", "seeds", *(f"{s}, meV/Å / meV/atom" for s in ("validation", "test"))]
+    head = ["recipe", "rate", "seeds"]
+    head += [f"{split}, meV/Å / meV/atom" for split in ("validation", "test")]
     groups: dict[tuple[str, float], list[RunRecord]] = defaultdict(list)
     for record in records:
         groups[record.recipe, record.learning_rate].append(record)
