@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 from megagnn.optim.rule import MatrixRule, Settings, Shape, State
+from megagnn.optim.rules.muon import times_own_transpose
+
+Own = dict[str, list[Tensor]]
+"""State of matrices of one shape, by name."""
 
 
 def _state(shape: Shape) -> dict[str, Shape]:
@@ -28,56 +32,60 @@ def _directions(
     gradients: Sequence[Tensor], states: Sequence[State], settings: Settings, step: int
 ) -> list[Tensor]:
     found = list(gradients)
-    groups: dict[tuple[Shape, bool], list[int]] = {}
-    for index, (gradient, state) in enumerate(zip(gradients, states, strict=True)):
-        begins = not bool(state["left_basis"].any())
-        groups.setdefault((tuple(gradient.shape), begins), []).append(index)
-    for (_, begins), indices in groups.items():
-        own = {name: torch.stack([states[i][name] for i in indices]) for name in states[0]}
-        grad = torch.stack([gradients[i] for i in indices])
-        direction = _begin(grad, own) if begins else _update(grad, own, settings, step)
-        for place, index in enumerate(indices):
-            found[index] = direction[place]
-            for name, values in own.items():
-                states[index][name].copy_(values[place])
+    shapes: dict[Shape, list[int]] = {}
+    for index, gradient in enumerate(gradients):
+        shapes.setdefault(tuple(gradient.shape), []).append(index)
+    for of_shape in shapes.values():
+        bases = torch.stack(
+            [states[i]["left_basis"][0] for i in of_shape]
+        )  # rows of an orthogonal matrix, or 0
+        begin = bases.any(1).logical_not().tolist()
+        for begins in set(begin):
+            indices = [i for i, first in zip(of_shape, begin, strict=True) if first == begins]
+            own = {name: [states[i][name] for i in indices] for name in states[0]}
+            grad = torch.stack([gradients[i] for i in indices])
+            direction = _begin(grad, own) if begins else _update(grad, own, settings, step)
+            for index, of_matrix in zip(indices, direction, strict=True):
+                found[index] = of_matrix
     return found
 
 
-def _begin(grad: Tensor, own: dict[str, Tensor]) -> Tensor:
+def _begin(grad: Tensor, own: Own) -> Tensor:
     """Factors and bases of the first gradient; the weights stay."""
-    own["left"], own["right"] = grad @ grad.mT, grad.mT @ grad
-    for side in ("left", "right"):
-        own[f"{side}_basis"] = torch.linalg.eigh(own[side])[1].flip(-1)  # the largest eigenvalue first
+    for side, factor in (("left", grad @ grad.mT), ("right", grad.mT @ grad)):
+        torch._foreach_copy_(own[side], factor.unbind())
+        basis = torch.linalg.eigh(factor)[1].flip(-1)  # the largest eigenvalue first
+        torch._foreach_copy_(own[f"{side}_basis"], basis.unbind())
     return torch.zeros_like(grad)
 
 
-def _update(grad: Tensor, own: dict[str, Tensor], settings: Settings, step: int) -> Tensor:
+def _update(grad: Tensor, own: Own, settings: Settings, step: int) -> Tensor:
     beta1, beta2 = settings["betas"]
-    left, right = own["left_basis"], own["right_basis"]
-    own["exp_avg"].lerp_(grad, 1 - beta1)
+    left, right = torch.stack(own["left_basis"]), torch.stack(own["right_basis"])
+    torch._foreach_lerp_(own["exp_avg"], grad.unbind(), 1 - beta1)
     turned = left.mT @ grad @ right
-    own["turned_exp_avg_sq"].mul_(beta2).addcmul_(turned, turned, value=1 - beta2)
+    torch._foreach_lerp_(own["turned_exp_avg_sq"], turned.square_().unbind(), 1 - beta2)
     taken = max(step - 1, 1)  # but for the first step
-    mean = left.mT @ own["exp_avg"] @ right / (1 - beta1**taken)
-    scale = (own["turned_exp_avg_sq"] / (1 - beta2**taken)).sqrt_().add_(settings["eps"])
-    direction = left @ (mean / scale) @ right.mT
-    own["left"].lerp_(grad @ grad.mT, 1 - beta2)
-    own["right"].lerp_(grad.mT @ grad, 1 - beta2)
+    mean = left.mT @ torch.stack(own["exp_avg"]) @ right
+    scale = torch.stack(own["turned_exp_avg_sq"]).div_(1 - beta2**taken).sqrt_().add_(settings["eps"])
+    direction = left @ mean.div_(scale.mul_(1 - beta1**taken)) @ right.mT
+    torch._foreach_lerp_(own["left"], times_own_transpose(grad).unbind(), 1 - beta2)
+    torch._foreach_lerp_(own["right"], times_own_transpose(grad.mT).unbind(), 1 - beta2)
     if step % settings["refresh_every"] == 0:
-        for side, dim in (("left", 1), ("right", 2)):
-            _refresh(own, side, dim)
+        _refresh(own, "left", left, 1)
+        _refresh(own, "right", right, 2)
     return direction
 
 
-def _refresh(own: dict[str, Tensor], side: str, dim: int) -> None:
+def _refresh(own: Own, side: str, basis: Tensor, dim: int) -> None:
     """One power iteration; columns, and second moments with them, in the order of their eigenvalues."""
-    factor, basis = own[side], own[f"{side}_basis"]
-    turned = factor @ basis
+    turned, second = torch.stack(own[side]) @ basis, torch.stack(own["turned_exp_avg_sq"])
     order = (basis * turned).sum(1).argsort(dim=-1, descending=True)
     columns = order[:, None, :].expand_as(turned)
-    own[f"{side}_basis"] = torch.linalg.qr(turned.gather(2, columns))[0]
-    rows = (order[:, :, None] if dim == 1 else order[:, None, :]).expand_as(own["turned_exp_avg_sq"])
-    own["turned_exp_avg_sq"] = own["turned_exp_avg_sq"].gather(dim, rows)
+    refreshed = torch.linalg.qr(turned.gather(2, columns))[0]
+    torch._foreach_copy_(own[f"{side}_basis"], refreshed.unbind())
+    rows = (order[:, :, None] if dim == 1 else order[:, None, :]).expand_as(second)
+    torch._foreach_copy_(own["turned_exp_avg_sq"], second.gather(dim, rows).unbind())
 
 
 def _cost(shape: Shape) -> float:

@@ -7,7 +7,8 @@ all-to-all for the matrices of several units; that of the next ones travels whil
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ class Matrix:
     """Its elements, or those of this rank's slice of it, in the shard."""
     state: dict[str, Tensor]
     """That of the whole matrix; nothing where another rank updates it."""
+    weight: Tensor = field(init=False)
+    """This rank's slice of it, in the widest type in which it is kept."""
 
     def of(self, buffer: Tensor) -> Tensor:
         """This rank's slice in a buffer of the shard's length, in its shape."""
         return buffer[self.shard].view(self.slice_shape)
 
-    @property
+    @cached_property
     def slice_shape(self) -> Shape:
         shape = list(self.layout.full_shape)
         if self.layout.is_sharded:
@@ -103,11 +106,9 @@ class Gathering:
         whole = dict(zip(mine, _joined(received, mine), strict=True))
         whole |= {w: w.gradient for w in self.work if w.matrix.owner is None}
         found: dict[Work, Tensor] = {}
-        for number, group in enumerate(groups):
-            of_group = [w for w in whole if w.matrix.group == number]
-            if of_group:
-                gradients, states = [whole[w] for w in of_group], [w.matrix.state for w in of_group]
-                found |= zip(of_group, rule.directions(gradients, states, group, step), strict=True)
+        for number, of_group in by_group(whole).items():
+            gradients, states = [whole[w] for w in of_group], [w.matrix.state for w in of_group]
+            found |= zip(of_group, rule.directions(gradients, states, groups[number], step), strict=True)
         found |= zip(itertools.chain(*self.owned), self._returned(found), strict=True)
         return [found[w] for w in self.work]
 
@@ -123,6 +124,14 @@ class Gathering:
         every = list(itertools.chain(*self.owned))
         split = arriving.split([w.gradient.numel() for w in every])
         return [part.view(w.gradient.shape) for part, w in zip(split, every, strict=True)]
+
+
+def by_group(work: Iterable[Work]) -> dict[int, list[Work]]:
+    """The matrices of each parameter group."""
+    found: dict[int, list[Work]] = {}
+    for w in work:
+        found.setdefault(w.matrix.group, []).append(w)
+    return found
 
 
 def _numel(work: Iterable[Work]) -> int:

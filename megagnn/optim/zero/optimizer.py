@@ -13,7 +13,7 @@ from megagnn.optim.parts import FROZEN
 from megagnn.optim.pieces import Piece
 from megagnn.optim.rule import Rule
 from megagnn.optim.rules import RULES
-from megagnn.optim.zero.matrices import Gathering
+from megagnn.optim.zero.matrices import Gathering, by_group
 from megagnn.optim.zero.offload import MemoryStorage, Storage
 from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.optim.zero.residency import Residency
@@ -108,8 +108,9 @@ class ShardedOptimizer(PiecesOptimizer):
             ahead = self._gather_matrices(after, grad_scale)
             for unit in window:
                 unit.update_elements(self.param_groups, self.num_steps, grad_scale)
-            self._update_matrices(window, gathering)
+            self._update_matrices(gathering)
             for unit in window:
+                unit.round_matrices()
                 coming.append(unit.weights_changed())
                 self.storage.release(buffer for _, buffer in unit.kept)
             gathering = ahead
@@ -131,24 +132,19 @@ class ShardedOptimizer(PiecesOptimizer):
         work = [w for unit in units for w in unit.work(self.param_groups, grad_scale)]
         return Gathering(work, self.context)
 
-    def _update_matrices(self, units: Sequence[Unit], gathering: Gathering) -> None:
+    def _update_matrices(self, gathering: Gathering) -> None:
         if not gathering.work:
             return
         assert self.rule.matrices is not None
         directions = gathering.directions(self.rule.matrices, self.param_groups, self.num_steps)
-        found = {w.matrix: d for w, d in zip(gathering.work, directions, strict=True)}
-        for number, settings in enumerate(self.param_groups):
-            chosen = [(u, m) for u in units for m in u.matrices if m.group == number and m in found]
-            if not chosen:
-                continue
-            weights, rate = [m.of(u.weight_shard) for u, m in chosen], float(settings["lr"])
-            steps = [found[m].to(w.device) for (_, m), w in zip(chosen, weights, strict=True)]
+        found = dict(zip(gathering.work, directions, strict=True))
+        for number, chosen in by_group(gathering.work).items():
+            settings, weights = self.param_groups[number], [w.matrix.weight for w in chosen]
+            steps = [found[w].to(w.matrix.weight.device) for w in chosen]
+            rate = float(settings["lr"])
             if settings["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - rate * settings["weight_decay"])
             torch._foreach_sub_(weights, steps, alpha=rate)
-            for (unit, matrix), weight in zip(chosen, weights, strict=True):
-                if unit.master is not None:
-                    matrix.of(unit.param_shard).copy_(weight)
 
     def _streamed(self) -> Iterator[Unit]:
         """The units one after another, what lies on a disk read ahead and released."""

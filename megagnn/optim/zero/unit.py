@@ -22,6 +22,7 @@ Tensor-parallel ranks divide the work in the same way: of a matrix that they div
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from megagnn.ops import square_sum
 from megagnn.optim.flat import FlatLayout
 from megagnn.optim.parts import FROZEN
 from megagnn.optim.pieces import Piece
-from megagnn.optim.rule import Rule
+from megagnn.optim.rule import Rule, State
 from megagnn.optim.zero.matrices import Matrix, Work, deal
 from megagnn.optim.zero.offload import Storage
 from megagnn.parallel import messages
@@ -121,8 +122,7 @@ class Unit:
         if self.stage == 3:
             self.param_shard = self._new("param", self.dtype)
             self.param_shard.copy_(self.full[self.shard])
-        runs = self.runs()
-        self.first = runs[0].begin if runs else self.shard_size
+        self.first = self.runs[0].begin if self.runs else self.shard_size
         """The elements' own place in the shard: behind the matrices."""
         names, size = self.rule.elements.state, self.shard_size - self.first
         self.state = {name: self._new(name, self.state_dtype, size) for name in names}
@@ -149,12 +149,13 @@ class Unit:
 
     def _make_matrices(self, owners: Sequence[int | None]) -> list[Matrix]:
         found = []
-        for index, _ in self.overlaps():
+        for index, _ in self.overlaps:
             member, begin = self.members[index], self.layout.offsets[index] - self.shard.start
             if member.is_matrix:
                 place = slice(begin, begin + member.parameter.numel())
                 layout = layout_of(member.parameter)
                 found.append(Matrix(member.name, member.group, layout, owners[index], place, {}))
+                found[-1].weight = found[-1].of(self.weight_shard)
         updated = [m for m in found if m.is_updated_by(self.context.tp_rank)]
         if updated:
             assert self.rule.matrices is not None
@@ -179,7 +180,7 @@ class Unit:
         kept += [("state", b) for b in (*self.state.values(), *self.matrix_state.values())]
         return kept if self.master is None else [*kept, ("state", self.master)]
 
-    @property
+    @cached_property
     def matrix_numel(self) -> int:
         """Elements of the matrices of all shards, of all tensor-parallel ranks together."""
         return sum(layout_of(m.parameter).full_numel for m in self.members if m.is_matrix)
@@ -294,11 +295,12 @@ class Unit:
 
     # Step
 
+    @cached_property
     def runs(self) -> list[Run]:
         """The elements of the shard, cut where the parameter group changes; padding goes with what is before
         it."""
         runs: list[Run] = []
-        for index, (begin, _) in self.overlaps():
+        for index, (begin, _) in self.overlaps:
             member, at = self.members[index], self.layout.offsets[index] + begin - self.shard.start
             if member.is_matrix or (runs and runs[-1].group == member.group):
                 continue
@@ -309,28 +311,39 @@ class Unit:
 
     def update_elements(self, groups: Sequence[Mapping[str, Any]], step: int, grad_scale: float) -> None:
         """The rule of elements on this rank's shard; `groups` are the optimizer's."""
-        # The step runs where the state lies, which offloading may have put on the host.
-        device = next(iter(self.state.values()), self.param_shard).device
-        weights, grads = self.param_shard.to(device), self.grad_shard.to(device)
-        for run in self.runs():
+        for group, weights, grads, state, master in self._elements:
+            # The step runs where the state lies, which offloading may have put on the host.
+            device = next(iter(state.values()), weights).device
+            moved, rest = weights.to(device), (groups[group], step, grad_scale)
+            self.rule.elements.update(moved, grads.to(device), state, master, *rest)
+            if moved is not weights:
+                weights.copy_(moved)
+
+    @cached_property
+    def _elements(self) -> list[tuple[int, Tensor, Tensor, State, Tensor | None]]:
+        """(group, weights, gradients, state, masters) of each run, as views of the buffers."""
+        found = []
+        for run in self.runs:
             at, own = slice(run.begin, run.end), slice(run.begin - self.first, run.end - self.first)
             state = {name: buffer[own] for name, buffer in self.state.items()}
             master = None if self.master is None else self.master[at]
-            rest = (groups[run.group], step, grad_scale)
-            self.rule.elements.update(weights[at], grads[at], state, master, *rest)
-        if weights is not self.param_shard:
-            self.param_shard.copy_(weights)
+            found.append((run.group, self.param_shard[at], self.grad_shard[at], state, master))
+        return found
+
+    def round_matrices(self) -> None:
+        """The parameters follow the master copies of the matrices, if there are any."""
+        if self.master is not None:
+            self.param_shard[: self.first].copy_(self.master[: self.first])
 
     def work(self, groups: Sequence[Mapping[str, Any]], grad_scale: float) -> list[Work]:
         """The matrices of the shard that are not frozen, with `grad_scale` times their gradients."""
         moving = [m for m in self.matrices if not groups[m.group].get(FROZEN)]
-        gradients = [m.of(self.grad_shard).to(self.device) for m in moving]
-        scaled = torch._foreach_mul(gradients, grad_scale) if moving else []
-        return [Work(m, gradient) for m, gradient in zip(moving, scaled, strict=True)]
+        scaled = self.grad_shard[: self.first if moving else 0].to(self.device) * grad_scale
+        return [Work(m, m.of(scaled)) for m in moving]
 
     def clear_gradients(self, groups: Collection[int]) -> None:
         """Zero this rank's gradients of some parameter groups."""
-        found = [slice(run.begin, run.end) for run in self.runs() if run.group in groups]
+        found = [slice(run.begin, run.end) for run in self.runs if run.group in groups]
         found += [matrix.shard for matrix in self.matrices if matrix.group in groups]
         for elements in found:
             self.grad_shard[elements].zero_()
@@ -342,13 +355,14 @@ class Unit:
         total = square_sum(self.grad_shard)
         if self.context.tp_size == 1:
             return total
-        for index, (begin, end) in self.overlaps():
+        for index, (begin, end) in self.overlaps:
             if not layout_of(self.members[index].parameter).is_sharded:
                 start = self.layout.offsets[index] - self.shard.start
                 share = square_sum(self.grad_shard[start + begin : start + end])
                 total = total - (1 - 1 / self.context.tp_size) * share.to(total.device)
         return total
 
+    @cached_property
     def overlaps(self) -> list[tuple[int, tuple[int, int]]]:
         """(index of a member, (begin, end) of its elements) of all that lie, in part, in the shard."""
         found = []
@@ -361,11 +375,11 @@ class Unit:
 
     def pieces(self, kind: str, buffer: Tensor) -> list[Piece]:
         """What of a buffer of the shard's length belongs to which parameter."""
-        return [self._piece(kind, buffer, 0, *overlap) for overlap in self.overlaps()]
+        return [self._piece(kind, buffer, 0, *overlap) for overlap in self.overlaps]
 
     def state_pieces(self) -> list[Piece]:
         """The state that this rank keeps."""
-        elements = [(i, part) for i, part in self.overlaps() if not self.members[i].is_matrix]
+        elements = [(i, part) for i, part in self.overlaps if not self.members[i].is_matrix]
         found = [
             self._piece(kind, b, self.first, *part) for kind, b in self.state.items() for part in elements
         ]
