@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from megagnn.models.potential import build_potential
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_sharded_optimizer, parameter_groups
-from megagnn.optim.rules.muon import MUON, orthogonalised
+from megagnn.optim.rules.muon import MUON, orthogonalised, times_own_transpose
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
 from tests.models.physics import STATISTICS, model_config
@@ -101,3 +101,13 @@ def test_its_groups_know_the_momentum_and_the_rate(tmp_path: Any) -> None:
     assert (group["momentum"], group["lr"]) == (0.9, 0.02)
     kinds = {piece.kind for piece in optimizer.pieces()}
     assert kinds == {"model", "exp_avg", "exp_avg_sq", "momentum"}
+
+
+@pytest.mark.parametrize("shape", [(2, 130, 130), (1, 130, 150), (1, 150, 131)])
+def test_large_matrices_go_as_small_ones(shape: tuple[int, ...]) -> None:
+    """Blocks of symmetric products, of which the last is smaller; a block that is not mirrored is far off."""
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for got, matrix in zip(orthogonalised(matrices, 3.0), matrices, strict=True):
+        assert_close(got, 3.0 * plain_iteration(matrix), 1e-12)
+    product = times_own_transpose(matrices)
+    assert (product.tril() - product).abs().max() > 1

@@ -52,11 +52,12 @@ def times_own_transpose(
     Large ones on a CPU block by block, 10 of 16 and the rest mirrored.
     """
     rows = x.shape[1]
-    if plus is None:
-        plus, plus_factor = x.new_zeros(()).expand(len(x), rows, rows), 0.0
     if not x.is_cpu or rows < LEAST_ROWS:
+        if plus is None:
+            return torch.bmm(x, x.mT)
         return torch.baddbmm(plus, x, x.mT, beta=plus_factor, alpha=factor)
     product, height = x.new_empty(len(x), rows, rows), -(-rows // PANELS)
+    plus = product if plus is None else plus  # with a factor of zero it is not read
     for begin in range(0, rows, height):
         end = min(begin + height, rows)
         panel = product[:, begin:end, :end]

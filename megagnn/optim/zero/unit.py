@@ -322,7 +322,7 @@ class Unit:
     @cached_property
     def _elements(self) -> list[tuple[int, Tensor, Tensor, State, Tensor | None]]:
         """(group, weights, gradients, state, masters) of each run, as views of the buffers."""
-        found = []
+        found: list[tuple[int, Tensor, Tensor, State, Tensor | None]] = []
         for run in self.runs:
             at, own = slice(run.begin, run.end), slice(run.begin - self.first, run.end - self.first)
             state = {name: buffer[own] for name, buffer in self.state.items()}
@@ -337,8 +337,10 @@ class Unit:
 
     def work(self, groups: Sequence[Mapping[str, Any]], grad_scale: float) -> list[Work]:
         """The matrices of the shard that are not frozen, with `grad_scale` times their gradients."""
+        if not self.matrices:
+            return []
+        scaled = self.grad_shard[: self.first].to(self.device) * grad_scale
         moving = [m for m in self.matrices if not groups[m.group].get(FROZEN)]
-        scaled = self.grad_shard[: self.first if moving else 0].to(self.device) * grad_scale
         return [Work(m, m.of(scaled)) for m in moving]
 
     def clear_gradients(self, groups: Collection[int]) -> None:

@@ -36,22 +36,22 @@ _DENSITY = 0.06  # atoms per Å^3, that of aluminium
 Batch = dict[str, Tensor]
 
 
-def dense_batch(num_edges: int, seed: int = 0) -> tuple[Batch, float]:
+def dense_batch(num_edges: int, seed: int = 0, neighbours: int = NEIGHBOURS) -> tuple[Batch, float]:
     """A batch of periodic, liquid-like metal with `num_edges` edges to within 2 %, and the cutoff in Å.
 
-    Structures of about 256 atoms off a face-centred lattice by 0.35 Å, N = num_edges / 30 atoms in all. The
-    cutoff is the one that gives so many edges, the same for all. Labels are random.
+    Structures of about 256 atoms off a face-centred lattice by 0.35 Å, N = num_edges / neighbours atoms in
+    all. The cutoff is the one that gives so many edges, the same for all. Labels are random.
     """
-    graphs, cutoff = dense_graphs(num_edges, seed)
+    graphs, cutoff = dense_graphs(num_edges, seed, neighbours=neighbours)
     return collate(graphs), cutoff
 
 
 def dense_graphs(
-    num_edges: int, seed: int = 0, num_structures: int | None = None
+    num_edges: int, seed: int = 0, num_structures: int | None = None, neighbours: int = NEIGHBOURS
 ) -> tuple[list[dict[str, Any]], float]:
     """The structures of `dense_batch`, or, with the same number of edges in all, so many of equal size."""
     rng = np.random.default_rng(seed)
-    num_atoms = round(num_edges / NEIGHBOURS)
+    num_atoms = round(num_edges / neighbours)
     num_structures = num_structures or max(1, round(num_atoms / _ATOMS))
     sizes = np.diff(np.linspace(0, num_atoms, num_structures + 1).round().astype(int))
     structures = [_liquid(int(size), rng) for size in sizes]
