@@ -5,7 +5,7 @@ same for all of them: `optim/zero/`.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,21 @@ class ElementRule:
     The gradient counts times grad_scale, steps from 1. State and gradients are float32 beside bfloat16
     parameters, and there `master` has the weights in float32, to which param is set by rounding.
     """
+
+
+BATCH_NUMEL = 2**20
+"""Elements of matrices in one batched product: it bounds what an update needs beside its state."""
+
+
+def batches(kinds: Sequence[tuple[Shape, Any]]) -> Iterator[tuple[tuple[Shape, Any], list[int]]]:
+    """Indices of equal (shape, anything else): `BATCH_NUMEL` elements or one matrix at a time."""
+    alike: dict[tuple[Shape, Any], list[int]] = {}
+    for index, kind in enumerate(kinds):
+        alike.setdefault(kind, []).append(index)
+    for kind, indices in alike.items():
+        size = max(1, BATCH_NUMEL // math.prod(kind[0]))
+        for begin in range(0, len(indices), size):
+            yield kind, indices[begin : begin + size]
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,13 @@ from torch import Tensor
 from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
 from megagnn.objective.loss import Loss, LossCounts, label_counts, step_counts
 from megagnn.optim.bucket_reducer import GradientReducer
-from megagnn.optim.optimizer import make_optimizer
+from megagnn.optim.optimizer import WeightAverage, make_optimizer
+from megagnn.optim.zero.matrices import Gathering
+from megagnn.optim.zero.optimizer import ShardedAverage
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.parallel.world import sum_over_dp
 from tests.distributed import sharded
+from tests.distributed.matrices import fill_state
 from tests.distributed.parity import CONFIGURATIONS, batch_of, whole_gradients
 from tests.distributed.spawn import spawn
 from tests.distributed.test_data_parallel import worst
@@ -104,9 +107,13 @@ def test_counts_of_each_batch_would_fail() -> None:
     assert worst({name: g / num for name, g in mistaken.items()}, expected) > 0.1
 
 
-# --- ZeRO stages ---
+# --- ZeRO stages and update rules ---
 
-BAD = 1  # of the steps
+BAD = {"adamw": 1, "muon": 1, "soap": 0}  # of the steps
+STAGES = {"adamw": (0, 1, 2, 3), "muon": (0, 1, 3), "soap": (0, 2)}
+NUM_STEPS = {"adamw": 4, "muon": 3, "soap": 2}  # as in matrices.py, SOAP's one good step from a full state
+TOLERANCE = {"adamw": 1e-8, "muon": PARITY, "soap": PARITY}
+Found = list[dict[str, Tensor]]
 
 
 class SpoiltLoss(Loss):
@@ -119,35 +126,66 @@ class SpoiltLoss(Loss):
         return total * (float("nan") if self.spoilt else 1.0), shares
 
 
-def train(context: ParallelContext, stage: int | None) -> dict[str, Tensor]:
-    """Four steps of several batches, one of which is bad and left out; stage None is one process with one
-    batch, and three steps."""
-    case = sharded.Case(context.dp_size, 1, stage or 0)
+def train(context: ParallelContext, stage: int | None, rule: str) -> Found:
+    """Weights and their average after steps of several batches, all of them clipped, of which one is bad and
+    left out; stage None is one process with one batch, and no bad step."""
+    case = sharded.Case(context.dp_size, 1, stage or 0, rule=rule)
     potential = sharded.build(case, context)
-    plain = stage is None
+    once, plain = stage is None, stage is None and rule == "adamw"
     optimizer: Any = make_optimizer(potential, sharded.OPTIMIZER) if plain else None
     optimizer = optimizer or sharded.optimizer_of(potential, case, context)
     reducer = GradientReducer(potential.parameters(), context) if plain else optimizer.reducer
-    shares = [range(6)] if plain else SHARES[context.dp_size][context.dp_rank]
+    average = WeightAverage(potential, 0.9) if once else ShardedAverage(optimizer, 0.9)
+    if rule == "soap":
+        fill_state(optimizer)
+    shares = [range(6)] if once else SHARES[context.dp_size][context.dp_rank]
     batches, loss = [batch_of(share) for share in shares], SpoiltLoss(CONFIGURATIONS["stress"].loss_config())
-    for step in range(3 if plain else 4):
-        loss.spoilt = step == BAD and not plain
+    for step in range(NUM_STEPS[rule]):
+        loss.spoilt = step == BAD[rule]
+        if loss.spoilt and once:
+            continue
         optimizer.zero_grad()
         counts = step_counts(batches, context)
         accumulate(GRADIENT_METHODS["one_backward"], potential, batches, loss, counts, reducer)
         norm = optimizer.gradient_norm(context)
         assert torch.isfinite(norm) == (not loss.spoilt)
         if not loss.spoilt:
-            optimizer.clipped_step(norm, sharded.OPTIMIZER.clip_norm)
-    return sharded.whole_parameters(potential, optimizer, context)
+            clip_norm = 0.25 / 4**step  # a constant one would nearly cancel between gradient and momentum
+            assert norm > 2 * clip_norm
+            optimizer.clipped_step(norm, clip_norm)
+            average.update()
+    found = [sharded.whole_parameters(potential, optimizer, context)]
+    with average.applied():
+        return [*found, sharded.whole_parameters(potential, optimizer, context)]
 
 
-def sharded_on_rank(context: ParallelContext) -> list[dict[str, Tensor]]:
-    return [train(context, stage) for stage in range(4)]
+def error(got: Found, expected: Found) -> float:
+    """The worst of the weights and their average."""
+    return max(sharded.worst(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_steps_of_several_batches_and_a_bad_one_in_every_stage() -> None:
-    expected = train(ParallelContext(), None)
-    for results in spawn(2, sharded_on_rank):
-        for stage, found in enumerate(results):
-            assert sharded.worst(found, expected) < 1e-8, f"stage {stage}"
+def sharded_on_rank(context: ParallelContext) -> dict[str, list[Found]]:
+    return {rule: [train(context, stage, rule) for stage in stages] for rule, stages in STAGES.items()}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[str, list[Found]]]:
+    return spawn(2, sharded_on_rank)
+
+
+@pytest.mark.parametrize("rule", BAD)
+def test_steps_of_several_batches_and_a_bad_one_in_every_stage(two_ranks: Any, rule: str) -> None:
+    expected = train(ParallelContext(), None, rule)
+    for found in [results[rule] for results in two_ranks]:
+        for stage, of_stage in zip(STAGES[rule], found, strict=True):
+            assert error(of_stage, expected) < TOLERANCE[rule], f"stage {stage}"
+    assert error(train(ParallelContext(), 2, rule), expected) < TOLERANCE[rule], "in one process"
+
+
+@pytest.mark.parametrize("rule", ["muon", "soap"])
+def test_matrices_that_are_not_clipped_would_fail(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """The size of the gradient counts beside the momentum of earlier steps."""
+    expected = train(ParallelContext(), None, rule)
+    init = Gathering.__init__
+    monkeypatch.setattr(Gathering, "__init__", lambda self, work, _, context: init(self, work, 1.0, context))
+    assert error(train(ParallelContext(), 2, rule), expected) > 1e3 * PARITY

@@ -1,6 +1,7 @@
 """Memory of a rank and time of a step: ZeRO stages of ours beside PyTorch's sharding, on the same model.
 
     python -m tools.bench.sharded --ranks 2 4 --width 1024 --layers 8
+    python -m tools.bench.sharded --rule muon --ranks 2 4 --tensor 2 --width 512 --layers 8 --dtypes float32
 
 Starts the ranks on this machine over gloo, every implementation in fresh processes. All train the same EGNN
 (direct forces) on the same small batches, and their losses after some steps are compared first. Per rank, the
@@ -10,8 +11,10 @@ largest of the ranks:
   peak      the most that they held since the first step
   resident  how far the process has grown, after the allocator gave back what is free
 
-beside what the arithmetic says: bytes per parameter of parameters, gradients, moments and master copies.
-DeepSpeed is a peer where it is installed, with its clipping of gradients, a default, switched off.
+beside what the arithmetic says (work/state.py): `floor`, where all ranks keep the same, and how much one
+whole matrix is, by which a rank may lie above it. AdamW's peers are PyTorch's, and DeepSpeed where it is
+installed, with its clipping of gradients, a default, switched off; Muon's are `torch.optim.Muon` for the same
+matrices and AdamW for the rest. `--tensor` adds our rows of so many tensor-parallel ranks.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -43,33 +47,40 @@ from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import make_sharded_optimizer
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.parameter import num_parameters
 from megagnn.parallel.spawn import spawn
 from tools.bench.work import edge as edge_workload
+from tools.bench.work.state import Weights, floor_bytes, one_matrix_bytes
 
-OPTIMIZER = OptimConfig(learning_rate=1e-3, clip_norm=None)
-DDP, ZERO_1, FSDP = "torch DDP, AdamW", "torch DDP, ZeroRedundancyOptimizer", "torch FSDP2"
+RATE, BETAS, EPS, MOMENTUM = 1e-3, (0.9, 0.999), 1e-8, 0.95
+DDP, ZERO_1, FSDP = "torch DDP", "torch DDP, ZeroRedundancyOptimizer", "torch FSDP2"
 DEEPSPEED = {"DeepSpeed ZeRO 1": 1, "DeepSpeed ZeRO 3": 3}
 OURS = [f"megagnn stage {stage}" for stage in range(4)]
-# Bytes per parameter that a rank of P keeps: what is whole, what is divided by P.
-FLOOR = {
-    "float32": {0: (16, 0), 1: (8, 8), 2: (4, 12), 3: (0, 16)},
-    "bfloat16": {0: (18, 0), 1: (6, 12), 2: (2, 16), 3: (0, 18)},
-}
+DTYPES = ("float32", "bfloat16")
 BUCKET = 25 * 2**20 // 4  # elements: the 25 MiB of torch's DDP, and of ours
-FLOOR_OF_PEER = {DDP: 0, ZERO_1: 1, FSDP: 3, **DEEPSPEED}
+STAGE_OF_PEER = {DDP: 0, ZERO_1: 1, FSDP: 3, **DEEPSPEED}
+
+
+def peers_of(rule: str, dtype: str) -> list[str]:
+    """Implementations of a rule beside ours."""
+    if rule == "soap":
+        return []
+    if dtype == "bfloat16":
+        return [FSDP]
+    return [DDP, FSDP] if rule == "muon" else [DDP, ZERO_1, FSDP, *DEEPSPEED]
 
 
 def stage_of(name: str) -> int:
     """The ZeRO stage that an implementation is."""
-    return OURS.index(name) if name in OURS else FLOOR_OF_PEER[name]
+    return OURS.index(name) if name in OURS else STAGE_OF_PEER[name]
 
 
 class Work:
     """A model, its optimizer, and a step."""
 
-    def __init__(self, name: str, dtype: str, width: int, layers: int, edges: int, context: ParallelContext):
-        self.context, self.name = context, name
+    def __init__(
+        self, name: str, rule: str, dtype: str, width: int, layers: int, edges: int, context: ParallelContext
+    ):
+        self.context, self.name, self.rule = context, name, rule
         batch, cutoff = edge_workload.dense_batch(edges)
         config = edge_workload.model_config(width, "direct", cutoff, layers, update_coordinates=False)
         self.batch, self.loss = batch, Loss(edge_workload.LossConfig(energy="mse", forces="mse"))
@@ -81,13 +92,16 @@ class Work:
             context=context,
             deferred=ours,
         )
-        self.num_parameters = num_parameters(self.potential)
+        self.weights = Weights.of(self.potential)
         make = self._ours if ours else self._peer
         self.step: Callable[[], Tensor] = make(dtype)
 
     def _ours(self, _: str) -> Callable[[], Tensor]:
         parallel = ParallelConfig(zero_stage=stage_of(self.name))
-        optimizer = make_sharded_optimizer(self.potential.model, OPTIMIZER, parallel, self.context)
+        config = OptimConfig(
+            rule=self.rule, learning_rate=RATE, betas=BETAS, eps=EPS, momentum=MOMENTUM, clip_norm=None
+        )
+        optimizer = make_sharded_optimizer(self.potential.model, config, parallel, self.context)
 
         def step() -> Tensor:
             optimizer.zero_grad()
@@ -103,17 +117,38 @@ class Work:
     def _peer(self, dtype: str) -> Callable[[], Tensor]:
         if self.name in DEEPSPEED:
             return self._deepspeed()
-        model, optimizer = (_fsdp if self.name == FSDP else _ddp)(self.name, self.potential, dtype)
+        matrices = {n for n, p in self.potential.named_parameters() if p.matrix_rate is not None}
+        model: nn.Module = self.potential
+        if self.name == FSDP:
+            _fsdp(model, dtype)
+        else:
+            model = DistributedDataParallel(model, gradient_as_bucket_view=True)
+        optimizers = self._optimizers(matrices)
 
         def step() -> Tensor:
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.zero_grad(set_to_none=True)
             # both average over ranks, our loss is a sum over global counts
             loss = self._forward(model)
             (loss * self.context.dp_size).backward()
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             return loss.detach()
 
         return step
+
+    def _optimizers(self, matrices: Collection[str]) -> list[torch.optim.Optimizer]:
+        """PyTorch's, over the potential's parameters as they are by now."""
+        named = dict(self.potential.named_parameters())
+        if self.name == ZERO_1:
+            return [ZeroRedundancyOptimizer(named.values(), torch.optim.AdamW, **ADAMW)]
+        if self.rule == "adamw":
+            return [torch.optim.AdamW(named.values(), **ADAMW)]
+        settings = {"lr": RATE, "momentum": MOMENTUM, "weight_decay": 0.0, "adjust_lr_fn": "match_rms_adamw"}
+        return [
+            torch.optim.Muon([p for n, p in named.items() if n in matrices], **settings),
+            torch.optim.AdamW([p for n, p in named.items() if n not in matrices], **ADAMW),
+        ]
 
     def _deepspeed(self) -> Callable[[], Tensor]:
         engine = _deepspeed(self.potential, DEEPSPEED[self.name], self.context)
@@ -132,19 +167,10 @@ class Work:
         return total
 
 
-def _settings() -> dict[str, Any]:
-    o = OPTIMIZER
-    return {"lr": o.learning_rate, "betas": o.betas, "eps": o.eps, "weight_decay": 0.0, "fused": True}
+ADAMW: dict[str, Any] = {"lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": 0.0, "fused": True}
 
 
-def _ddp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
-    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if name == ZERO_1:
-        return wrapped, ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **_settings())
-    return wrapped, torch.optim.AdamW(model.parameters(), **_settings())
-
-
-def _fsdp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
+def _fsdp(model: nn.Module, dtype: str) -> None:
     for module in model.modules():  # it wants ordinary parameters, float32 ones, and casts them itself
         for key, value in list(module._parameters.items()):
             if value is not None:
@@ -155,14 +181,13 @@ def _fsdp(name: str, model: nn.Module, dtype: str) -> tuple[nn.Module, Any]:
     for layer in model.model.layers:  # type: ignore[union-attr]
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
-    return model, torch.optim.AdamW(model.parameters(), **_settings())
 
 
 def _deepspeed(model: nn.Module, stage: int, context: ParallelContext) -> Any:
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=str(context.rank))
     import deepspeed
 
-    optimizer = torch.optim.AdamW(model.parameters(), **_settings())
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     buckets = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
     zero = {"stage": stage, "overlap_comm": False, **dict.fromkeys(buckets, BUCKET)}
     if stage < 3:
@@ -182,7 +207,9 @@ def measure(context: ParallelContext, name: str, dtype: str, arguments: argparse
     from tools.bench.memory.step import peak_of_events
 
     size = (arguments.width, arguments.layers, arguments.edges)
-    small = Work(name, dtype, 64, 2, arguments.edges, context)  # libraries, threads, connections
+    small = Work(
+        name, arguments.rule, dtype, 64, 2, arguments.edges, context
+    )  # libraries, threads, connections
     for _ in range(2):
         small.step()
     del small
@@ -190,7 +217,7 @@ def measure(context: ParallelContext, name: str, dtype: str, arguments: argparse
     trim(0)
     process = psutil.Process()
     before, losses = process.memory_info().rss, []
-    work = Work(name, dtype, *size, context)
+    work = Work(name, arguments.rule, dtype, *size, context)
     for _ in range(2):
         losses.append(float(work.step()))
     tensors = living_bytes()
@@ -203,17 +230,24 @@ def measure(context: ParallelContext, name: str, dtype: str, arguments: argparse
         start = time.perf_counter()
         losses.append(float(work.step()))
         seconds.append(time.perf_counter() - start)
-    total = torch.tensor(losses, dtype=torch.float64)
+    total = torch.tensor(losses, dtype=torch.float64) / context.tp_size
     dist.all_reduce(total)
+    rule, stage, ours = arguments.rule, stage_of(name), name in OURS
+    kept = dtype if ours else "float32"  # FSDP2 keeps float32 shards and no bfloat16 ones
+    layout = (context.dp_size, context.tp_size)
     return {
         "implementation": name,
         "dtype": dtype,
-        "ranks": context.dp_size,
-        "parameters": work.num_parameters,
+        "rule": rule,
+        "ranks": context.world_size,
+        "tensor": context.tp_size,
+        "parameters": work.weights.numel,
+        "floor_bytes": floor_bytes(work.weights, rule, stage, kept, *layout),
+        "one_matrix_bytes": one_matrix_bytes(work.weights, rule, stage, kept, layout[1]) if ours else 0.0,
         "tensor_bytes": tensors,
         "peak_bytes": peak,
         "resident_bytes": resident,
-        "seconds": statistics.median(seconds),
+        "seconds": statistics.median(seconds) if seconds else float("nan"),
         "loss": total.tolist(),
     }
 
@@ -226,12 +260,6 @@ def living_bytes() -> int:
         tensors = [o for o in gc.get_objects() if isinstance(o, Tensor)]
     storages = [t._local_tensor if hasattr(t, "_local_tensor") else t for t in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in storages)}.values())
-
-
-def floor_bytes(name: str, dtype: str, ranks: int, parameters: int) -> float:
-    """What the arithmetic says; FSDP2 keeps float32 shards and no bfloat16 ones."""
-    whole, divided = FLOOR["float32" if name not in OURS else dtype][stage_of(name)]
-    return parameters * (whole + divided / ranks)
 
 
 def largest(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -252,31 +280,44 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--edges", type=int, default=400)
     parser.add_argument("--steps", type=int, default=5, help="timed steps")
-    parser.add_argument("--dtypes", nargs="+", choices=list(FLOOR), default=list(FLOOR))
-    parser.add_argument("--only", nargs="+", choices=[*OURS, *FLOOR_OF_PEER], default=None)
+    parser.add_argument("--rule", choices=("adamw", "muon", "soap"), default="adamw")
+    parser.add_argument("--tensor", type=int, nargs="+", default=[], help="ours with so many, too")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--only", nargs="+", choices=[*OURS, *STAGE_OF_PEER], default=None)
     parser.add_argument("--json", type=Path, help="also write the records here")
     arguments = parser.parse_args()
     records: list[dict[str, Any]] = []
-    for ranks in arguments.ranks:
-        for dtype in arguments.dtypes:
-            peers = [DDP, ZERO_1, FSDP, *DEEPSPEED] if dtype == "float32" else [FSDP]
-            for name in arguments.only or [*OURS, *peers]:
-                if name in DEEPSPEED and find_spec("deepspeed") is None:
-                    print(f"{name}: not installed (docs/results/sharding.md)", flush=True)
-                elif name in OURS or name in peers:
-                    records.append(largest(spawn(ranks, measure, name, dtype, arguments)))
-                    print(row_of(records[-1], records), flush=True)
+    for ranks, dtype in product(arguments.ranks, arguments.dtypes):
+        peers = peers_of(arguments.rule, dtype)
+        names = [name for name in arguments.only or [*OURS, *peers] if name in OURS or name in peers]
+        layouts = [(name, 1) for name in names]
+        layouts += [
+            (name, tp) for tp in arguments.tensor if ranks % tp == 0 for name in names if name in OURS
+        ]
+        for name, tp in layouts:
+            if name in DEEPSPEED and find_spec("deepspeed") is None:
+                print(f"{name}: not installed (docs/results/sharding.md)", flush=True)
+            else:
+                records.append(
+                    largest(spawn(ranks, measure, name, dtype, arguments, tp=tp, start_method="fork"))
+                )
+                print(row_of(records[-1], records), flush=True)
     check(records)
     print(table(records))
     if arguments.json:
         arguments.json.write_text(json.dumps(records, indent=2) + "\n")
 
 
+# PyTorch's Muon rounds its products to bfloat16, ours on a CPU does not.
+TOLERANCE = {("float32", "adamw"): 1e-3, ("float32", "muon"): 0.02, ("float32", "soap"): 1e-3}
+TOLERANCE |= {("bfloat16", rule): 0.1 for rule in ("adamw", "muon", "soap")}
+
+
 def check(records: list[dict[str, Any]]) -> None:
     """All of a size, type and number of ranks must have trained alike."""
     for row in records:
         first = next(r for r in records if all(r[k] == row[k] for k in ("dtype", "ranks")))
-        tolerance = 1e-3 if row["dtype"] == "float32" else 0.1
+        tolerance = TOLERANCE[row["dtype"], row["rule"]]
         for a, b in zip(row["loss"], first["loss"], strict=True):
             if not abs(a - b) <= tolerance * abs(b):
                 raise ValueError(
@@ -286,19 +327,20 @@ def check(records: list[dict[str, Any]]) -> None:
 
 
 HEAD = (
-    "| ranks | type | implementation | floor, MB | tensors, MB | over the floor | peak, MB | resident, MB "
-    "| step, s | of the first |\n|---|---|---|---|---|---|---|---|---|---|"
+    "| ranks | type | implementation | floor, MB | one matrix, MB | tensors, MB | over the floor | peak, MB "
+    "| resident, MB | step, s | of the first |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def row_of(row: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """A line of the table."""
     first = next(r for r in records if all(r[k] == row[k] for k in ("dtype", "ranks")))
-    floor = floor_bytes(row["implementation"], row["dtype"], row["ranks"], row["parameters"])
+    floor, tensor = row["floor_bytes"], f", tp {row['tensor']}" if row["tensor"] > 1 else ""
     sizes = (row[k] / 1e6 for k in ("peak_bytes", "resident_bytes"))
     return (
-        f"| {row['ranks']} | {row['dtype']} | {row['implementation']} | {floor / 1e6:.0f} "
-        f"| {row['tensor_bytes'] / 1e6:.0f} | {row['tensor_bytes'] / floor - 1:+.1%} | "
+        f"| {row['ranks']} | {row['dtype']} | {row['implementation']}{tensor} | {floor / 1e6:.0f} "
+        f"| {row['one_matrix_bytes'] / 1e6:.1f} | {row['tensor_bytes'] / 1e6:.0f} "
+        f"| {row['tensor_bytes'] / floor - 1:+.1%} | "
         + " | ".join(f"{size:.0f}" for size in sizes)
         + f" | {row['seconds']:.2f} | {row['seconds'] / first['seconds']:.2f} |"
     )
@@ -307,7 +349,9 @@ def row_of(row: dict[str, Any], records: list[dict[str, Any]]) -> str:
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown."""
     count = records[0]["parameters"]
-    return f"{count:,} parameters\n\n{HEAD}\n" + "\n".join(row_of(row, records) for row in records)
+    return f"{count:,} parameters, {records[0]['rule']}\n\n{HEAD}\n" + "\n".join(
+        row_of(row, records) for row in records
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megagnn.optim.rule import MatrixRule, Settings, Shape, State
+from megagnn.optim.rule import MatrixRule, Settings, Shape, State, batches
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan et al.: the quintic whose slope at zero is steepest; singular values end in about (0.7, 1.2)."""
@@ -70,17 +70,13 @@ def times_own_transpose(
 def _directions(
     gradients: Sequence[Tensor], states: Sequence[State], settings: Settings, step: int
 ) -> list[Tensor]:
-    beta, momenta, ahead = settings["momentum"], [state["momentum"] for state in states], list(gradients)
-    torch._foreach_lerp_(momenta, ahead, 1 - beta)
-    torch._foreach_lerp_(ahead, momenta, beta)
-    shapes: dict[Shape, list[int]] = {}
-    for index, gradient in enumerate(ahead):
-        shapes.setdefault(tuple(sorted(gradient.shape)), []).append(index)
-    found = list(ahead)
-    for (short, long), indices in shapes.items():
-        lying = [ahead[i] if ahead[i].shape[0] == short else ahead[i].mT for i in indices]
-        for index, x in zip(indices, orthogonalised(torch.stack(lying), 0.2 * long**0.5), strict=True):
-            found[index] = x if ahead[index].shape[0] == short else x.mT
+    beta, momenta, found = settings["momentum"], [state["momentum"] for state in states], list(gradients)
+    torch._foreach_lerp_(momenta, found, 1 - beta)
+    torch._foreach_lerp_(found, momenta, beta)
+    for ((short, long), _), indices in batches([(tuple(sorted(g.shape)), None) for g in found]):
+        lying = [found[i] if found[i].shape[0] == short else found[i].mT for i in indices]
+        steps = orthogonalised(torch.stack(lying), 0.2 * long**0.5)
+        torch._foreach_copy_(lying, list(steps.unbind()))  # in the gradients' place
     return found
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megagnn.optim.rule import MatrixRule, Settings, Shape, State
+from megagnn.optim.rule import MatrixRule, Settings, Shape, State, batches
 from megagnn.optim.rules.muon import times_own_transpose
 
 Own = dict[str, list[Tensor]]
@@ -32,21 +32,15 @@ def _directions(
     gradients: Sequence[Tensor], states: Sequence[State], settings: Settings, step: int
 ) -> list[Tensor]:
     found = list(gradients)
-    shapes: dict[Shape, list[int]] = {}
-    for index, gradient in enumerate(gradients):
-        shapes.setdefault(tuple(gradient.shape), []).append(index)
-    for of_shape in shapes.values():
-        bases = torch.stack(
-            [states[i]["left_basis"][0] for i in of_shape]
-        )  # rows of an orthogonal matrix, or 0
-        begin = bases.any(1).logical_not().tolist()
-        for begins in set(begin):
-            indices = [i for i, first in zip(of_shape, begin, strict=True) if first == begins]
-            own = {name: [states[i][name] for i in indices] for name in states[0]}
-            grad = torch.stack([gradients[i] for i in indices])
-            direction = _begin(grad, own) if begins else _update(grad, own, settings, step)
-            for index, of_matrix in zip(indices, direction, strict=True):
-                found[index] = of_matrix
+    # A row of an orthogonal matrix, or zero.
+    rows = torch._foreach_norm([state["left_basis"][0] for state in states])
+    begins = [norm == 0 for norm in torch.stack(list(rows)).tolist()]
+    for (_, begin), indices in batches([(tuple(g.shape), b) for g, b in zip(gradients, begins, strict=True)]):
+        own = {name: [states[i][name] for i in indices] for name in states[0]}
+        grad = torch.stack([gradients[i] for i in indices])
+        direction = _begin(grad, own) if begin else _update(grad, own, settings, step)
+        for index, of_matrix in zip(indices, direction, strict=True):
+            found[index] = of_matrix
     return found
 
 

@@ -2,10 +2,15 @@
 
 The tensor-parallel ranks that divide a matrix send their slices of its gradient to the one of them that has
 its state. That one finds the direction of the update and sends each rank's slice back. Both ways are one
-all-to-all for the matrices of several units; that of the next ones travels while these are updated.
+all-to-all for the matrices of several units: gradients of the next ones and directions of the ones before
+travel while these are updated.
+
+Of a matrix of n elements, t ranks together send (t-1)/t n elements each way, and as owners take turns, each
+rank 1/t of it; an all-gather for all ranks to update it alike would send (t-1) n, and take t times the work.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megagnn.optim.rule import MatrixRule, Shape
+from megagnn.optim.rule import MatrixRule, Shape, State
 from megagnn.parallel import messages
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import ParameterLayout, layout_of
@@ -38,7 +43,8 @@ class Matrix:
 
     def of(self, buffer: Tensor) -> Tensor:
         """This rank's slice in a buffer of the shard's length, in its shape."""
-        return buffer.as_strided(self.slice_shape, (self.slice_shape[1], 1), self.shard.start)
+        begin = buffer.storage_offset() + self.shard.start
+        return buffer.as_strided(self.slice_shape, (self.slice_shape[1], 1), begin)
 
     @cached_property
     def slice_shape(self) -> Shape:
@@ -79,51 +85,86 @@ def deal(
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A matrix, and its gradient's slice in this step."""
+    """A matrix, and where its gradient's slice of this step is kept."""
 
     matrix: Matrix
     gradient: Tensor
 
 
 class Gathering:
-    """Gradients of matrices on their way to the ranks that update them; all ranks name them alike."""
+    """Gradients of matrices on their way to the ranks that update them; all ranks name them alike.
 
-    def __init__(self, work: Iterable[Work], context: ParallelContext) -> None:
-        self.context, self.work = context, list(work)
+    grad_scale: factor of the gradients, which stay as they are; only what travels is copied ahead.
+    """
+
+    def __init__(self, work: Iterable[Work], grad_scale: float, context: ParallelContext) -> None:
+        self.context, self.work, self.scale = context, list(work), grad_scale
         self.owned = [[w for w in self.work if w.matrix.owner == t] for t in range(context.tp_size)]
         self._pending = messages.done(torch.zeros(0))
-        if any(self.owned):
-            leaving = [w.gradient.reshape(-1) for work in self.owned for w in work]
-            sizes = [_numel(work) for work in self.owned]
+        if self.travels:
+            parts = [w.gradient.reshape(-1).to(context.device) for work in self.owned for w in work]
+            leaving, sizes = torch.cat(parts).mul_(grad_scale), [_numel(work) for work in self.owned]
             own = [sizes[context.tp_rank]] * context.tp_size
-            self._pending = messages.start_all_to_all(torch.cat(leaving), sizes, own, context, "tp")
+            self._pending = messages.start_all_to_all(leaving, sizes, own, context, "tp")
 
-    def directions(self, rule: MatrixRule, groups: Sequence[Mapping[str, Any]], step: int) -> list[Tensor]:
-        """Of each matrix this rank's slice of the update's direction, in their order."""
-        received = self._pending.wait()
-        mine = self.owned[self.context.tp_rank]
-        received = received.view(self.context.tp_size, _numel(mine))
-        whole = dict(zip(mine, _joined(received, mine), strict=True))
-        whole |= {w: w.gradient for w in self.work if w.matrix.owner is None}
+    @property
+    def travels(self) -> bool:
+        """Whether directions come from other ranks: worth doing something else until they are awaited."""
+        return any(self.owned)
+
+    def update(
+        self, rule: MatrixRule, groups: Sequence[Mapping[str, Any]], step: int
+    ) -> Callable[[], dict[Matrix, Tensor]]:
+        """Finds the directions and begins to send them: a function that awaits this rank's slice of each."""
+        whole = self._whole_gradients()
         found: dict[Work, Tensor] = {}
         for number, of_group in by_group(whole).items():
             gradients, states = [whole[w] for w in of_group], [w.matrix.state for w in of_group]
-            found |= zip(of_group, rule.directions(gradients, states, groups[number], step), strict=True)
-        found |= zip(itertools.chain(*self.owned), self._returned(found), strict=True)
-        return [found[w] for w in self.work]
+            directions = self._directions(rule, gradients, states, groups[number], step)
+            found |= zip(of_group, directions, strict=True)
+        here = {w.matrix: found[w] for w in self.work if w.matrix.owner is None}
+        returned = self._returned(found)
+        every = [w.matrix for w in itertools.chain(*self.owned)]
 
-    def _returned(self, found: Mapping[Work, Tensor]) -> list[Tensor]:
+        def arrived() -> dict[Matrix, Tensor]:
+            parts = returned.wait().split([math.prod(m.slice_shape) for m in every])
+            return here | {m: part.view(m.slice_shape) for m, part in zip(every, parts, strict=True)}
+
+        return arrived
+
+    def _directions(
+        self, rule: MatrixRule, gradients: list[Tensor], states: Sequence[State], *rest: Any
+    ) -> list[Tensor]:
+        """Found on the model's device, to which state comes that lies on the host."""
+        device = self.context.device
+        if all(kept.device == device for kept in states[0].values()):
+            return rule.directions(gradients, states, *rest)
+        here = [{name: kept.to(device) for name, kept in state.items()} for state in states]
+        found = rule.directions(gradients, here, *rest)
+        for state, changed in zip(states, here, strict=True):
+            for name, kept in state.items():
+                kept.copy_(changed[name])
+        return found
+
+    def _whole_gradients(self) -> dict[Work, Tensor]:
+        """Copies of those of the matrices that this rank updates."""
+        mine = self.owned[self.context.tp_rank]
+        received = self._pending.wait().view(self.context.tp_size, _numel(mine))
+        self._pending = messages.done(torch.zeros(0))  # what came is kept no longer than its copies
+        here = [w for w in self.work if w.matrix.owner is None]
+        gradients = [w.gradient.to(self.context.device) for w in here]
+        scaled = torch._foreach_mul(gradients, self.scale) if here else []
+        return dict(zip([*mine, *here], [*_joined(received, mine), *scaled], strict=True))
+
+    def _returned(self, found: Mapping[Work, Tensor]) -> messages.Pending:
         """Slices of the directions of all matrices that are divided, ordered by their owners."""
-        if not any(self.owned):
-            return []
+        empty = torch.zeros(0, dtype=self.work[0].gradient.dtype, device=self.context.device)
+        if not self.travels:
+            return messages.done(empty)
         tp, mine = self.context.tp_size, self.owned[self.context.tp_rank]
         parts = [found[w].chunk(tp, w.matrix.layout.dim or 0)[t].reshape(-1) for t in range(tp) for w in mine]
-        leaving = torch.cat(parts) if parts else self.work[0].gradient.new_empty(0)
-        sizes = [_numel(work) for work in self.owned]
-        arriving = messages.start_all_to_all(leaving, [_numel(mine)] * tp, sizes, self.context, "tp").wait()
-        every = list(itertools.chain(*self.owned))
-        split = arriving.split([w.gradient.numel() for w in every])
-        return [part.view(w.gradient.shape) for part, w in zip(split, every, strict=True)]
+        leaving, sizes = torch.cat([empty, *parts]), [_numel(work) for work in self.owned]
+        return messages.start_all_to_all(leaving, [_numel(mine)] * tp, sizes, self.context, "tp")
 
 
 def by_group(work: Iterable[Work]) -> dict[int, list[Work]]:

@@ -1,7 +1,7 @@
 """ZeRO stages 1 to 3: ranks divide state, gradients and parameters; the average of weights alike."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from megagnn.optim.parts import FROZEN
 from megagnn.optim.pieces import Piece
 from megagnn.optim.rule import Rule
 from megagnn.optim.rules import RULES
-from megagnn.optim.zero.matrices import Gathering, by_group
+from megagnn.optim.zero.matrices import Gathering, Matrix, by_group
 from megagnn.optim.zero.offload import MemoryStorage, Storage
 from megagnn.optim.zero.reducer import ShardedReducer
 from megagnn.optim.zero.residency import Residency
@@ -23,6 +23,8 @@ from megagnn.parallel.context import ParallelContext
 
 MATRICES = "matrices"
 """Key of a parameter group that is for the rule of matrices."""
+Arriving = Callable[[], Mapping[Matrix, Tensor]]
+"""Awaits the directions of matrices."""
 
 
 class ShardedOptimizer(PiecesOptimizer):
@@ -102,20 +104,34 @@ class ShardedOptimizer(PiecesOptimizer):
         self.num_steps += 1
         coming: list[messages.Pending] = []
         windows = list(self._windows())
-        gathering = self._gather_matrices(windows[0], grad_scale)
+        gathering, last = self._gather_matrices(windows[0], grad_scale), None
         for window, after in zip(windows, [*windows[1:], []], strict=True):
             self.storage.fetch(buffer for unit in after for _, buffer in unit.kept)
             ahead = self._gather_matrices(after, grad_scale)
             for unit in window:
                 unit.update_elements(self.param_groups, self.num_steps, grad_scale)
-            self._update_matrices(gathering)
-            for unit in window:
-                unit.round_matrices()
-                coming.append(unit.weights_changed())
-                self.storage.release(buffer for _, buffer in unit.kept)
+            arriving = self._start_matrices(gathering)
+            if last is not None:
+                coming += self._finish(*last)
+            last = (window, gathering, arriving)
+            if not gathering.travels:
+                coming, last = [*coming, *self._finish(*last)], None
             gathering = ahead
+        coming += self._finish(*last) if last is not None else []
         for pending in coming:  # they arrive where they belong: waiting earlier would save no memory
             pending.wait()
+
+    def _finish(
+        self, window: Sequence[Unit], gathering: Gathering, arriving: Arriving
+    ) -> list[messages.Pending]:
+        """The matrices of a window take their step, and the new weights are sent."""
+        self._update_matrices(gathering, arriving())
+        coming = []
+        for unit in window:
+            unit.round_matrices()
+            coming.append(unit.weights_changed())
+            self.storage.release(buffer for _, buffer in unit.kept)
+        return coming
 
     def _windows(self) -> Iterator[list[Unit]]:
         """Units whose matrices are updated together, others one by one; the same on tensor-parallel ranks."""
@@ -129,18 +145,19 @@ class ShardedOptimizer(PiecesOptimizer):
         yield window
 
     def _gather_matrices(self, units: Sequence[Unit], grad_scale: float) -> Gathering:
-        work = [w for unit in units for w in unit.work(self.param_groups, grad_scale)]
-        return Gathering(work, self.context)
+        work = [w for unit in units for w in unit.work(self.param_groups)]
+        return Gathering(work, grad_scale, self.context)
 
-    def _update_matrices(self, gathering: Gathering) -> None:
+    def _start_matrices(self, gathering: Gathering) -> Arriving:
         if not gathering.work:
-            return
+            return dict
         assert self.rule.matrices is not None
-        directions = gathering.directions(self.rule.matrices, self.param_groups, self.num_steps)
-        found = dict(zip(gathering.work, directions, strict=True))
+        return gathering.update(self.rule.matrices, self.param_groups, self.num_steps)
+
+    def _update_matrices(self, gathering: Gathering, found: Mapping[Matrix, Tensor]) -> None:
         for number, chosen in by_group(gathering.work).items():
             settings, weights = self.param_groups[number], [w.matrix.weight for w in chosen]
-            steps = [found[w].to(w.matrix.weight.device) for w in chosen]
+            steps = [found[w.matrix].to(w.matrix.weight.device) for w in chosen]
             rate = float(settings["lr"])
             if settings["weight_decay"]:
                 torch._foreach_mul_(weights, 1 - rate * settings["weight_decay"])

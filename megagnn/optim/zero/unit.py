@@ -335,13 +335,10 @@ class Unit:
         if self.master is not None:
             self.param_shard[: self.first].copy_(self.master[: self.first])
 
-    def work(self, groups: Sequence[Mapping[str, Any]], grad_scale: float) -> list[Work]:
-        """The matrices of the shard that are not frozen, with `grad_scale` times their gradients."""
-        if not self.matrices:
-            return []
-        scaled = self.grad_shard[: self.first].to(self.device) * grad_scale
+    def work(self, groups: Sequence[Mapping[str, Any]]) -> list[Work]:
+        """The matrices of the shard that are not frozen."""
         moving = [m for m in self.matrices if not groups[m.group].get(FROZEN)]
-        return [Work(m, m.of(scaled)) for m in moving]
+        return [Work(m, m.of(self.grad_shard)) for m in moving]
 
     def clear_gradients(self, groups: Collection[int]) -> None:
         """Zero this rank's gradients of some parameter groups."""

@@ -18,11 +18,12 @@ from megagnn.models.potential import build_potential
 from megagnn.optim.config import OptimConfig
 from megagnn.optim.optimizer import WeightAverage, make_optimizer, make_sharded_optimizer, parameter_groups
 from megagnn.optim.rules import rule_of
-from megagnn.optim.zero.offload import DiskStorage
+from megagnn.optim.zero.offload import DiskStorage, MemoryStorage, Storage
 from megagnn.optim.zero.optimizer import ShardedAverage, ShardedOptimizer
 from megagnn.optim.zero.unit import Unit
 from megagnn.parallel.context import ParallelContext
 from tests.models.physics import STATISTICS, model_config
+from tests.tolerances import PARITY, assert_close
 
 CONTEXT = ParallelContext()
 CONFIG = OptimConfig(weight_decay=0.1)
@@ -145,6 +146,32 @@ def test_files_give_the_same_bits(tmp_path: Path) -> None:
     for got, want in zip(whole(model, optimizer), plain(5)[0], strict=True):
         assert torch.equal(got, want)
     assert not list((tmp_path / "state").iterdir())  # without names: gone with the process
+
+
+def with_matrices(rule: str, storage: Storage | None, stage: int, number: int = 5) -> list[Tensor]:
+    """What some steps of a rule of matrices give."""
+    model = Chain()
+    for layer in model.layers:
+        layer.weight.matrix_rate = 1.0  # type: ignore[union-attr]
+    groups = parameter_groups(model, OptimConfig(rule=rule, weight_decay=0.1, refresh_every=2))
+    settings: dict[str, Any] = {"lr": 1e-2, "storage": storage, "rule": rule_of(rule)}
+    optimizer = ShardedOptimizer(model.blocks(), groups, CONTEXT, stage, **settings)
+    kept = {(p.name, p.kind) for p in optimizer.pieces()}
+    assert ("layers.1.weight", {"muon": "momentum", "soap": "left_basis"}[rule]) in kept
+    steps(model, optimizer, number)
+    return whole(model, optimizer)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("rule", ["muon", "soap"])
+def test_state_of_matrices_elsewhere_gives_the_same(tmp_path: Path, rule: str, stage: int) -> None:
+    """On the host and in files, where units are updated one by one."""
+    want = with_matrices(rule, None, stage)
+    for storage in (MemoryStorage(host=True), DiskStorage(tmp_path)):
+        for got, expected in zip(with_matrices(rule, storage, stage), want, strict=True):
+            assert_close(got, expected, PARITY)
+    earlier = with_matrices(rule, None, stage, 4)
+    assert max((a - b).abs().max().item() for a, b in zip(earlier, want, strict=True)) > 1e-3
 
 
 def test_shards_in_files_leave_the_process_during_a_step(tmp_path: Path) -> None:
