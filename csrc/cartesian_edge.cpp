@@ -1,0 +1,255 @@
+// The edge operation of the Cartesian family (megagnn/models/cartesian/edge.py): sums over the neighbours of
+// messages made channel by channel, and its gradients, each in one pass over the edges; of values, or of
+// pairs of value and tangent ([Note: pairs] in cpu/cartesian_message.h). CPU; a GPU has the chain.
+#include "cpu/cartesian_edge.h"
+
+#include "cpu/level.h"
+#include "rows.h"
+
+namespace megagnn {
+
+MEGAGNN_KERNEL_TABLE(cpu::CartesianKernels, cartesian)
+
+namespace {
+
+constexpr int kFields = cpu::kFields;
+constexpr const char* kFieldNames[kFields] = {"h", "v", "t"};
+
+// Fails unless the tensor has these sizes and the type of `like`.
+void check_sizes(Where where, const char* name, const Tensor& tensor, const Tensor& like,
+                 const std::vector<int64_t>& sizes) {
+  bool fits = tensor.dim() == int64_t(sizes.size()) && tensor.scalar_type() == like.scalar_type();
+  for (size_t d = 0; d < sizes.size() && fits; ++d) fits = tensor.size(int64_t(d)) == sizes[d];
+  if (fits) return;
+  std::string wanted, got;
+  for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
+  for (int64_t size : tensor.sizes()) got += (got.empty() ? "" : ", ") + std::to_string(size);
+  fail(where.operation, where.backend, name, " must have shape (", wanted, ") and type ",
+       torch::headeronly::toString(like.scalar_type()), ", got (", got, ") and ",
+       torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// The fields of a set's senders or receivers, bit f for field f.
+int fields_of(const std::vector<int64_t>& paths, bool receivers) {
+  constexpr int kSenders[cpu::kNumPaths] = {0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 1, 2, 2};
+  int fields = 1;
+  for (int64_t p : paths) fields |= 1 << (receivers ? (p <= 3 ? 0 : p <= 8 ? 1 : 2) : kSenders[p - 1]);
+  return fields;
+}
+
+std::vector<int64_t> field_sizes(int64_t planes, int64_t rows, int field, int64_t width) {
+  if (field == 0) return {planes, rows, width};
+  return {planes, rows, cpu::kComponents[field], width};
+}
+
+// The checked arguments that both operations have.
+struct Call {
+  Where where;
+  std::vector<int64_t> paths;
+  uint32_t set = 0;
+  bool pair = false;
+  int64_t num_others = 0, width = 0, blocks = 0, num_radial = 0;
+  Rows rows;
+  Tensor weight, basis, unit, other;
+  const cpu::CartesianKernels* kernels = nullptr;
+  cpu::CartesianKernels::Set run{};
+
+  int64_t planes() const { return pair ? 2 : 1; }
+  int64_t num_paths() const { return int64_t(paths.size()); }
+  // Where a path's weights are among the set's, in the order of their numbers.
+  int64_t slot(int64_t path) const {
+    return std::count_if(paths.begin(), paths.end(), [=](int64_t p) { return p < path; });
+  }
+};
+
+Call take(Where where, const Tensors& features, const Tensor& weight, const Tensor& basis, const Tensor& unit,
+          std::vector<int64_t> paths, const Tensor& index, const Tensor& ptr,
+          const std::optional<Tensor>& perm, const Tensor& other) {
+  check(features.size() == kFields, where.operation, where.backend, "features must be three tensors, got ",
+        features.size());
+  const Tensor& h = features[0];
+  check(h.dim() == 3 && (h.size(0) == 1 || h.size(0) == 2) &&
+            (h.scalar_type() == ScalarType::Float || h.scalar_type() == ScalarType::Double),
+        where.operation, where.backend,
+        "h must be one or two matrices of float32 or float64, (1 or 2, N, F), got ", h.dim(),
+        " dimensions of ", torch::headeronly::toString(h.scalar_type()));
+  Call call{where, std::move(paths)};
+  for (int64_t p : call.paths) {
+    check(p >= 1 && p <= cpu::kNumPaths && !(call.set >> (p - 1) & 1), where.operation, where.backend,
+          "paths must be different numbers from 1 to ", cpu::kNumPaths, ", got ", p);
+    call.set |= 1u << (p - 1);
+  }
+  call.rows = check_rows(where, h, index, ptr, perm);
+  check_ptr(where, call.rows);
+  check_integers(where, "other", other, h);
+  const int64_t E = call.rows.num_entries;
+  check(other.size(0) == E, where.operation, where.backend, "index and other must be as long as each other, got ",
+        E, " and ", other.size(0));
+  call.pair = h.size(0) == 2, call.num_others = h.size(1), call.width = h.size(2);
+  check(basis.dim() == 3, where.operation, where.backend, "basis must have three dimensions, got ", basis.dim());
+  call.num_radial = basis.size(2);
+  check_sizes(where, "weight", weight, h, {call.num_paths(), call.width, call.num_radial});
+  check_sizes(where, "basis", basis, h, {call.planes(), E, call.num_radial});
+  check_sizes(where, "unit", unit, h, {call.planes(), E, 3});
+  call.weight = make_contiguous(weight), call.basis = make_contiguous(basis);
+  call.unit = make_contiguous(unit), call.other = make_contiguous(other);
+  call.kernels = &cartesian_kernels(scalar_of(where.operation, where.backend, h));
+  call.blocks = (call.width + call.kernels->lanes - 1) / call.kernels->lanes;
+  call.run = call.kernels->set(call.set, call.pair);
+  check(call.run.sum != nullptr, where.operation, where.backend,
+        "paths must be a set of megagnn/models/cartesian/messages.py, or the same from receivers to senders, got "
+        "another");
+  return call;
+}
+
+// Features in the order in which the kernels read them; the fields of `mask` must be there.
+template <class T>
+Tensor pack(const Call& call, const Tensors& tensors, int mask, int64_t num_rows, bool exchanged) {
+  cpu::CartesianFields fields{{}, num_rows, call.width, exchanged};
+  Tensors held;
+  int64_t numbers = 0;
+  for (int f = 0; f < kFields; ++f) {
+    if (!(mask >> f & 1)) continue;
+    check_sizes(call.where, kFieldNames[f], tensors[size_t(f)], call.weight,
+                field_sizes(call.planes(), num_rows, f, call.width));
+    held.push_back(make_contiguous(tensors[size_t(f)]));
+    fields.data[f] = out_data<T>(held.back());
+    numbers += f == 2 ? 6 : cpu::kComponents[f];
+  }
+  const int64_t each = call.blocks * numbers * call.planes() * call.kernels->lanes;
+  const Tensor packed = new_tensor(call.weight, {num_rows * each});
+  over_entries(num_rows, each, [&](int64_t begin, int64_t end) {
+    call.kernels->pack(fields, mask, call.pair, packed.mutable_data_ptr(), begin, end);
+    return true;
+  });
+  return packed;
+}
+
+// body(position in the weights (path, channel, radial function), position in the kernels' order).
+template <class Body>
+void over_weights(const Call& call, const Body& body) {
+  const int64_t lanes = call.kernels->lanes, P = call.num_paths(), R = call.num_radial;
+  for (int64_t p = 0; p < P; ++p) {
+    const int64_t slot = call.slot(call.paths[size_t(p)]);
+    for (int64_t c = 0; c < call.width; ++c) {
+      const int64_t at = (c / lanes * R * P + slot) * lanes + c % lanes;
+      for (int64_t n = 0; n < R; ++n) body((p * call.width + c) * R + n, at + n * P * lanes);
+    }
+  }
+}
+
+template <class T>
+Tensor pack_weights(const Call& call) {
+  const Tensor packed = zeros(call.weight, {call.blocks * call.num_radial * call.num_paths() * call.kernels->lanes});
+  const T* const from = data<T>(call.weight);
+  T* const to = static_cast<T*>(packed.mutable_data_ptr());
+  over_weights(call, [=](int64_t here, int64_t there) { to[there] = from[here]; });
+  return packed;
+}
+
+template <class T>
+cpu::CartesianInput input_of(const Call& call, const Tensor& weight, const Tensor& others) {
+  const int64_t E = call.rows.num_entries, R = call.num_radial;
+  const T *const basis = static_cast<const T*>(call.basis.const_data_ptr()),
+                 *const unit = static_cast<const T*>(call.unit.const_data_ptr());
+  return {{call.rows.ptr_data(), call.rows.perm_data(), integers(call.other), E, call.num_others, R,
+           {basis, basis + E * R}, {unit, unit + 3 * E}},
+          weight.const_data_ptr(), others.const_data_ptr(), nullptr};
+}
+
+template <class T>
+Tensors sum(const Call& call, const Tensors& features, bool exchanged) {
+  const Tensor others = pack<T>(call, features, fields_of(call.paths, false), call.num_others, exchanged);
+  const Tensor weight = pack_weights<T>(call);
+  cpu::CartesianFields out{{}, call.rows.num_rows, call.width, exchanged};
+  Tensors results;
+  for (int f = 0; f < kFields; ++f) {
+    const bool there = fields_of(call.paths, true) >> f & 1;
+    results.push_back(new_tensor(
+        call.weight, there ? field_sizes(call.planes(), out.num_rows, f, call.width) : std::vector<int64_t>{0}));
+    if (there) out.data[f] = results.back().mutable_data_ptr();
+  }
+  const cpu::CartesianInput in = input_of<T>(call, weight, others);
+  const bool ok = over_rows(in.edges.ptr, out.num_rows, call.width * call.num_paths(),
+                            [&](int64_t begin, int64_t end) { return call.run.sum(in, out, begin, end); });
+  check(ok, call.where.operation, call.where.backend, "other must lie in [0, ", call.num_others,
+        ") and perm in [0, ", call.rows.num_entries, "), got an element outside");
+  return results;
+}
+
+template <class T>
+Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars, bool weights, bool geometry) {
+  const int64_t E = call.rows.num_entries, R = call.num_radial, num_rows = call.rows.num_rows;
+  const Tensor others = pack<T>(call, features, fields_of(call.paths, false), call.num_others, false);
+  const Tensor rows = pack<T>(call, bars, fields_of(call.paths, true), num_rows, true);
+  const Tensor weight = pack_weights<T>(call), none = new_tensor(weight, {0});
+  cpu::CartesianInput in = input_of<T>(call, weight, others);
+  in.rows = rows.const_data_ptr();
+  Tensors results{weights ? new_tensor(weight, {call.num_paths(), call.width, R}) : none,
+                  geometry ? new_tensor(weight, {call.planes(), E, R}) : none,
+                  geometry ? new_tensor(weight, {call.planes(), E, 3}) : none};
+  cpu::CartesianGradients out{};
+  for (int64_t plane = 0; geometry && plane < call.planes(); ++plane) {
+    out.basis[plane] = static_cast<T*>(results[1].mutable_data_ptr()) + plane * E * R;
+    out.unit[plane] = static_cast<T*>(results[2].mutable_data_ptr()) + plane * E * 3;
+  }
+  const int64_t tasks = std::max<int64_t>(1, num_tasks_for((E + num_rows) * call.width * call.num_paths()));
+  Tensors sums;  // of each task, added up in their order
+  for (int64_t t = 0; t < (weights ? tasks : 0); ++t) sums.push_back(zeros(weight, {weight.numel()}));
+  const bool ok = all_of_tasks(tasks, [&](int64_t t) {
+    cpu::CartesianGradients own = out;
+    if (weights) own.weight = sums[size_t(t)].mutable_data_ptr();
+    return call.run.gradient(in, own, call.width, first_row(in.edges.ptr, num_rows, t, tasks),
+                             first_row(in.edges.ptr, num_rows, t + 1, tasks));
+  });
+  check(ok, call.where.operation, call.where.backend, "other must lie in [0, ", call.num_others,
+        ") and perm in [0, ", E, "), got an element outside");
+  if (!weights) return results;
+  T* const to = static_cast<T*>(results[0].mutable_data_ptr());
+  over_weights(call, [&](int64_t here, int64_t there) {
+    T total = 0;
+    for (const Tensor& own : sums) total += static_cast<const T*>(own.const_data_ptr())[there];
+    to[here] = total;
+  });
+  return results;
+}
+
+Tensors cartesian_edge_sum(Tensors features, Tensor weight, Tensor basis, Tensor unit,
+                           std::vector<int64_t> paths, bool exchanged, Tensor index, Tensor ptr,
+                           std::optional<Tensor> perm, Tensor other) {
+  const Call call = take({"cartesian_edge_sum", "cpu"}, features, weight, basis, unit, std::move(paths), index,
+                         ptr, perm, other);
+  return weight.scalar_type() == ScalarType::Float ? sum<float>(call, features, exchanged)
+                                                   : sum<double>(call, features, exchanged);
+}
+
+Tensors cartesian_edge_gradient(Tensors features, Tensors bars, Tensor weight, Tensor basis, Tensor unit,
+                                std::vector<int64_t> paths, bool weights, bool geometry, Tensor index,
+                                Tensor ptr, std::optional<Tensor> perm, Tensor other) {
+  const Call call = take({"cartesian_edge_gradient", "cpu"}, features, weight, basis, unit, std::move(paths),
+                         index, ptr, perm, other);
+  check(call.run.gradient && bars.size() == kFields, call.where.operation, call.where.backend,
+        "paths must be a set of megagnn/models/cartesian/messages.py and bars three tensors, got others");
+  return weight.scalar_type() == ScalarType::Float ? gradient<float>(call, features, bars, weights, geometry)
+                                                   : gradient<double>(call, features, bars, weights, geometry);
+}
+
+}  // namespace
+}  // namespace megagnn
+
+// other: the atom at the other end of each edge. basis, unit and all features have a first dimension of one
+// plane, or of two, value and tangent; `exchanged`: features and sums have the tangent first.
+STABLE_TORCH_LIBRARY_FRAGMENT(megagnn, library) {
+  library.def(
+      "cartesian_edge_sum(Tensor[] features, Tensor weight, Tensor basis, Tensor unit, int[] paths, "
+      "bool exchanged, Tensor index, Tensor ptr, Tensor? perm, Tensor other) -> Tensor[]");
+  library.def(
+      "cartesian_edge_gradient(Tensor[] features, Tensor[] bars, Tensor weight, Tensor basis, Tensor unit, "
+      "int[] paths, bool weights, bool geometry, Tensor index, Tensor ptr, Tensor? perm, Tensor other) -> "
+      "Tensor[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(megagnn, CPU, library) {
+  library.impl("cartesian_edge_sum", TORCH_BOX(&megagnn::cartesian_edge_sum));
+  library.impl("cartesian_edge_gradient", TORCH_BOX(&megagnn::cartesian_edge_gradient));
+}
