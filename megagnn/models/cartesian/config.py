@@ -6,7 +6,7 @@ from pydantic import PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.config import ModelConfig
-from megagnn.overrides import STRICT, Free, Refused
+from megagnn.overrides import STRICT, Free, Refused, Told
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -28,6 +28,8 @@ class CartesianConfig(ModelConfig):
     """Channels of the tensors; a quarter of `width` if not given."""
     edge_width: Refused[PositiveInt | None] = None
     """Channels of the messages; half of `width` if not given."""
+    edge_operation: Told[Literal["fused", "unfused"]] = "fused"
+    """Messages and their sums in one pass over the edges, or every message as a tensor (the reference)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +51,10 @@ class CartesianConfig(ModelConfig):
     def message_width(self) -> int:
         """Channels of the messages."""
         return self.edge_width or max(1, self.width // 2)
+
+    def technique(self) -> list[str]:
+        """See `ModelConfig`: `fused edges`."""
+        return [f"{self.edge_operation} edges", *super().technique()]
 
 
 PRESETS: dict[str, dict[str, Any]] = {

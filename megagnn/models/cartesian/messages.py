@@ -62,7 +62,8 @@ PATHS: dict[int, Path] = {
 }
 SETS: dict[str, tuple[int, ...]] = {"full": tuple(PATHS), "lean": (1, 4, 7, 9, 14), "painn": (1, 4, 7)}
 """The values of `model.paths`."""
-_SCALARS, _VECTORS = ("s", "alpha", "beta"), ("v", "tau")
+SCALARS, VECTORS = ("s", "alpha", "beta"), ("v", "tau")
+"""What paths read that has one, or three components."""
 
 
 def paths_of(name: str, fields: Iterable[str]) -> dict[int, Path]:
@@ -93,9 +94,9 @@ class Edges:
 
     destination: Segments
     source: Segments
-    basis_ER: Any
+    basis_ER: Any = None
     """Functions of the distance, times the envelope."""
-    unit_EC1: Any
+    unit_EC1: Any = None
     """rh, (E, 3, 1)."""
     matrix_E5C: Any = None
     """D, (E, 5, 3); None without tensors."""
@@ -103,6 +104,10 @@ class Edges:
     """D rh, the components of rh (x) rh, (E, 5, 1); None without tensors."""
     tensor_basis: Tensor | None = None
     """B, (5, 3, 3); None without tensors."""
+    planes: tuple[Tensor, Tensor] | None = None
+    """What the compiled operation reads, (planes, E, R) and (planes, E, 3): the functions of the distance and
+    the directions, with a first dimension of one plane, or of values and tangents; None for the reference,
+    which reads those above."""
 
 
 def direction_matrices(unit_EC: T) -> tuple[T, T]:
@@ -138,19 +143,19 @@ def messages(
     def weighted(receiver: str, kinds: tuple[str, ...]) -> list[Any]:
         """The terms of a receiver's field that read features of some kinds."""
         return [
-            (weights[n] if path.reads in _SCALARS else weights[n].unsqueeze(-2)) * read[path.reads]
+            (weights[n] if path.reads in SCALARS else weights[n].unsqueeze(-2)) * read[path.reads]
             for n, path in paths.items()
             if path.receiver == receiver and path.reads in kinds
         ]
 
     def along(receiver: str) -> Any:
         """The sum of the scalar terms, (E, 1, Fe)."""
-        return added(weighted(receiver, _SCALARS)).unsqueeze(-2)
+        return added(weighted(receiver, SCALARS)).unsqueeze(-2)
 
-    m_v_ECF = [along("v") * edges.unit_EC1, *weighted("v", _VECTORS)]
-    found = {"h": added(weighted("h", _SCALARS)), "v": added(m_v_ECF)}
+    m_v_ECF = [along("v") * edges.unit_EC1, *weighted("v", VECTORS)]
+    found = {"h": added(weighted("h", SCALARS)), "v": added(m_v_ECF)}
     if any(path.receiver == "t" for path in paths.values()):
-        vectors = weighted("t", _VECTORS)
+        vectors = weighted("t", VECTORS)
         if vectors:
             made = dual.matmul(edges.matrix_E5C, added([along("t") * edges.unit_EC1, *vectors]))
         else:
@@ -172,8 +177,8 @@ def work(paths: Mapping[int, Path]) -> tuple[int, int]:
     """Multiply-adds of `messages` per edge and channel: in products with the matrix D, and outside."""
     read = [path.reads for path in paths.values()]
     to_tensors = {path.reads for path in paths.values() if path.receiver == "t"}
-    by_matrix = bool(to_tensors & set(_VECTORS))
+    by_matrix = bool(to_tensors & set(VECTORS))
     products = 15 * bool({"tau", "beta"} & set(read)) + 15 * by_matrix
-    weights = sum(1 if name in _SCALARS else 3 if name in _VECTORS else 5 for name in read)
+    weights = sum(1 if name in SCALARS else 3 if name in VECTORS else 5 for name in read)
     invariants = 3 * ("alpha" in read) + 3 * ("beta" in read)
     return products, weights + invariants + 3 + (3 if by_matrix else 5 if to_tensors else 0)

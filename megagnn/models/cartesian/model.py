@@ -17,7 +17,7 @@ the distance times the envelope. One norm for all degrees leaves small what is s
 products of an atom's sums with themselves, which add one to the body order each layer, grow linearly.
 
 All products of channels with channels are per atom: over tensor-parallel ranks the edges are divided by
-channels and send nothing. Generic operations only.
+channels and send nothing. The messages and their sums are one operation (edge.py).
 """
 
 from collections.abc import Mapping
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from megagnn.data import keys
 from megagnn.models.cartesian import messages
 from megagnn.models.cartesian.config import CartesianConfig
+from megagnn.models.cartesian.edge import has_kernels, neighbour_sums, planes_of
 from megagnn.models.cartesian.messages import COMPONENTS, Edges, direction_matrices, paths_of
 from megagnn.models.cartesian.parts import (
     EnergyHead,
@@ -99,7 +100,8 @@ class CartesianLayer(nn.Module):
                 for name in self.writes
             }
         )
-        self.path_weights = PathWeights(config, self.paths, context, dtype)
+        scale = mean_neighbours**-0.5
+        self.path_weights = PathWeights(config, self.paths, scale, context, dtype)
         self.down = nn.ModuleDict({name: RowSum(config, name, context, dtype) for name in self.writes})
         self.force_head = None
         if number == config.num_layers - 1 and config.forces == "direct":
@@ -108,13 +110,13 @@ class CartesianLayer(nn.Module):
             names = (width_key("v"), width_key("v"))
             self.force_head = RowLinear(width, 1, context, out, dtype, bias=False, names=names)
         self.scale = config.num_layers**-0.5 if config.depth_scaling else 1.0
-        self.message_scale = mean_neighbours**-0.5
 
     def forward(self, state: State, edges: Edges) -> State:
         """See the class."""
         state = {name: state[name] for name in self.reads}
         n = {name: gather_channels(x, self.context) for name, x in self.norm(state).items()}
-        u = self.neighbour_sums({name: self.up[name](x) for name, x in n.items()}, edges)
+        a = {name: self.up[name](x) for name, x in n.items()}
+        u = neighbour_sums(self.paths, self.path_weights(), a, edges)
         u |= {name: u[name] + self.residual[name](x) for name, x in n.items()}
         y = self.products(u, edges.tensor_basis)
         for name in self.writes:
@@ -125,15 +127,6 @@ class CartesianLayer(nn.Module):
         if self.force_head is None:
             return {name: state[name] for name in self.writes}
         return {"h": state["h"], "forces": self.force_head(state["v"]).squeeze(-1)}
-
-    def neighbour_sums(self, a: dict[str, Any], edges: Edges) -> dict[str, Any]:
-        """A^(-1/2) times the sums of messages, (N, Fe/tp), (N, 3, Fe/tp) and (N, 5, Fe/tp)."""
-        weights = self.path_weights(edges.basis_ER)
-        sender = {name: dual.gather(x, edges.source) for name, x in a.items()}
-        found = messages.messages(self.paths, weights, sender, edges)
-        return {
-            name: dual.segment_sum(m, edges.destination) * self.message_scale for name, m in found.items()
-        }
 
     def products(self, u: Mapping[str, Any], basis: Tensor | None) -> dict[str, dict[str, Any]]:
         """Products of two features of an atom, channel by channel, by field and part."""
@@ -220,8 +213,11 @@ class Cartesian(Model):
         d_E = (square_E1 * inverse_E1).squeeze(-1)
         unit_EC = r_EC * inverse_E1
         basis_ER = self.radial(d_E) * envelope(d_E, self.config.cutoff).unsqueeze(-1)
-        found = Edges(edges.destination, edges.source, basis_ER.to(dtype), unit_EC.unsqueeze(-1).to(dtype))
-        if self.tensor_basis is None:
+        ends, basis = (edges.destination, edges.source), self.tensor_basis
+        if self.config.edge_operation == "fused" and has_kernels(basis_ER.device, dtype):
+            return Edges(*ends, tensor_basis=basis, planes=planes_of(basis_ER, unit_EC, dtype))
+        found = Edges(*ends, basis_ER.to(dtype), unit_EC.unsqueeze(-1).to(dtype), tensor_basis=basis)
+        if basis is None:
             return found
         matrix_E5C, tensor_E51 = (x.to(dtype) for x in direction_matrices(unit_EC))
-        return replace(found, matrix_E5C=matrix_E5C, tensor_E51=tensor_E51, tensor_basis=self.tensor_basis)
+        return replace(found, matrix_E5C=matrix_E5C, tensor_E51=tensor_E51)

@@ -112,7 +112,7 @@ class RowSum(nn.Module):
 
 
 class PathWeights(nn.Module):
-    """The weight of each path, channel and edge: shared (E, R) to sharded (E, Fe/tp) for each path."""
+    """The weights of each path and channel, (P, Fe/tp, R), times the path's constant and `scale`; sharded."""
 
     factors_P11: Tensor
 
@@ -120,23 +120,22 @@ class PathWeights(nn.Module):
         self,
         config: CartesianConfig,
         paths: Mapping[int, messages.Path],
+        scale: float,
         context: ParallelContext,
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.numbers, shape = tuple(paths), (len(paths), config.message_width, config.num_radial)
+        shape = (len(paths), config.message_width, config.num_radial)
         law = laws(config, config.num_radial, "input", rate=branch_rate(config))
         self.weight = make_parameter(
             shape, 1, context, law.weight, dtype, "model.edge_width", law.weight_rate
         )
-        factors_P11 = torch.tensor(messages.factors(paths), dtype=dtype).view(-1, 1, 1)
-        self.register_buffer("factors_P11", factors_P11, persistent=False)
+        factors_P11 = torch.tensor(messages.factors(paths), dtype=torch.float64).view(-1, 1, 1) * scale
+        self.register_buffer("factors_P11", factors_P11.to(dtype), persistent=False)
 
-    def forward(self, basis_ER: Any) -> dict[int, Any]:
-        """See the class; by the number of the path."""
-        weight = (self.weight * self.factors_P11).flatten(0, 1)
-        weights = dual.linear(basis_ER, weight).chunk(len(self.numbers), -1)
-        return dict(zip(self.numbers, weights, strict=True))
+    def forward(self) -> Tensor:
+        """See the class."""
+        return self.weight * self.factors_P11
 
 
 def to_matrix(t: T, basis: Tensor) -> T:
