@@ -3,6 +3,8 @@
 // pairs of value and tangent ([Note: pairs] in cpu/cartesian_message.h). CPU; a GPU has the chain.
 #include "cpu/cartesian_edge.h"
 
+#include <string>
+
 #include "cpu/level.h"
 #include "rows.h"
 
@@ -27,14 +29,6 @@ void check_sizes(Where where, const char* name, const Tensor& tensor, const Tens
   fail(where.operation, where.backend, name, " must have shape (", wanted, ") and type ",
        torch::headeronly::toString(like.scalar_type()), ", got (", got, ") and ",
        torch::headeronly::toString(tensor.scalar_type()));
-}
-
-// The fields of a set's senders or receivers, bit f for field f.
-int fields_of(const std::vector<int64_t>& paths, bool receivers) {
-  constexpr int kSenders[cpu::kNumPaths] = {0, 1, 2, 0, 1, 2, 1, 2, 0, 1, 2, 1, 2, 2};
-  int fields = 1;
-  for (int64_t p : paths) fields |= 1 << (receivers ? (p <= 3 ? 0 : p <= 8 ? 1 : 2) : kSenders[p - 1]);
-  return fields;
 }
 
 std::vector<int64_t> field_sizes(int64_t planes, int64_t rows, int field, int64_t width) {
@@ -73,7 +67,8 @@ Call take(Where where, const Tensors& features, const Tensor& weight, const Tens
         where.operation, where.backend,
         "h must be one or two matrices of float32 or float64, (1 or 2, N, F), got ", h.dim(),
         " dimensions of ", torch::headeronly::toString(h.scalar_type()));
-  Call call{where, std::move(paths)};
+  Call call{};
+  call.where = where, call.paths = std::move(paths);
   for (int64_t p : call.paths) {
     check(p >= 1 && p <= cpu::kNumPaths && !(call.set >> (p - 1) & 1), where.operation, where.backend,
           "paths must be different numbers from 1 to ", cpu::kNumPaths, ", got ", p);
@@ -83,10 +78,11 @@ Call take(Where where, const Tensors& features, const Tensor& weight, const Tens
   check_ptr(where, call.rows);
   check_integers(where, "other", other, h);
   const int64_t E = call.rows.num_entries;
-  check(other.size(0) == E, where.operation, where.backend, "index and other must be as long as each other, got ",
-        E, " and ", other.size(0));
+  check(other.size(0) == E, where.operation, where.backend,
+        "index and other must be as long as each other, got ", E, " and ", other.size(0));
   call.pair = h.size(0) == 2, call.num_others = h.size(1), call.width = h.size(2);
-  check(basis.dim() == 3, where.operation, where.backend, "basis must have three dimensions, got ", basis.dim());
+  check(basis.dim() == 3, where.operation, where.backend, "basis must have three dimensions, got ",
+        basis.dim());
   call.num_radial = basis.size(2);
   check_sizes(where, "weight", weight, h, {call.num_paths(), call.width, call.num_radial});
   check_sizes(where, "basis", basis, h, {call.planes(), E, call.num_radial});
@@ -97,7 +93,8 @@ Call take(Where where, const Tensors& features, const Tensor& weight, const Tens
   call.blocks = (call.width + call.kernels->lanes - 1) / call.kernels->lanes;
   call.run = call.kernels->set(call.set, call.pair);
   check(call.run.sum != nullptr, where.operation, where.backend,
-        "paths must be a set of megagnn/models/cartesian/messages.py, or the same from receivers to senders, got "
+        "paths must be a set of megagnn/models/cartesian/messages.py, or the same from receivers to senders, "
+        "got "
         "another");
   return call;
 }
@@ -140,7 +137,8 @@ void over_weights(const Call& call, const Body& body) {
 
 template <class T>
 Tensor pack_weights(const Call& call) {
-  const Tensor packed = zeros(call.weight, {call.blocks * call.num_radial * call.num_paths() * call.kernels->lanes});
+  const Tensor packed =
+      zeros(call.weight, {call.blocks * call.num_radial * call.num_paths() * call.kernels->lanes});
   const T* const from = data<T>(call.weight);
   T* const to = static_cast<T*>(packed.mutable_data_ptr());
   over_weights(call, [=](int64_t here, int64_t there) { to[there] = from[here]; });
@@ -152,21 +150,29 @@ cpu::CartesianInput input_of(const Call& call, const Tensor& weight, const Tenso
   const int64_t E = call.rows.num_entries, R = call.num_radial;
   const T *const basis = static_cast<const T*>(call.basis.const_data_ptr()),
                  *const unit = static_cast<const T*>(call.unit.const_data_ptr());
-  return {{call.rows.ptr_data(), call.rows.perm_data(), integers(call.other), E, call.num_others, R,
-           {basis, basis + E * R}, {unit, unit + 3 * E}},
-          weight.const_data_ptr(), others.const_data_ptr(), nullptr};
+  return {{call.rows.ptr_data(),
+           call.rows.perm_data(),
+           integers(call.other),
+           E,
+           call.num_others,
+           R,
+           {basis, basis + E * R},
+           {unit, unit + 3 * E}},
+          weight.const_data_ptr(),
+          others.const_data_ptr(),
+          nullptr};
 }
 
 template <class T>
 Tensors sum(const Call& call, const Tensors& features, bool exchanged) {
-  const Tensor others = pack<T>(call, features, fields_of(call.paths, false), call.num_others, exchanged);
+  const Tensor others = pack<T>(call, features, call.run.senders, call.num_others, exchanged);
   const Tensor weight = pack_weights<T>(call);
   cpu::CartesianFields out{{}, call.rows.num_rows, call.width, exchanged};
   Tensors results;
   for (int f = 0; f < kFields; ++f) {
-    const bool there = fields_of(call.paths, true) >> f & 1;
-    results.push_back(new_tensor(
-        call.weight, there ? field_sizes(call.planes(), out.num_rows, f, call.width) : std::vector<int64_t>{0}));
+    const bool there = call.run.receivers >> f & 1;
+    results.push_back(new_tensor(call.weight, there ? field_sizes(call.planes(), out.num_rows, f, call.width)
+                                                    : std::vector<int64_t>{0}));
     if (there) out.data[f] = results.back().mutable_data_ptr();
   }
   const cpu::CartesianInput in = input_of<T>(call, weight, others);
@@ -178,10 +184,11 @@ Tensors sum(const Call& call, const Tensors& features, bool exchanged) {
 }
 
 template <class T>
-Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars, bool weights, bool geometry) {
+Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars, bool weights,
+                 bool geometry) {
   const int64_t E = call.rows.num_entries, R = call.num_radial, num_rows = call.rows.num_rows;
-  const Tensor others = pack<T>(call, features, fields_of(call.paths, false), call.num_others, false);
-  const Tensor rows = pack<T>(call, bars, fields_of(call.paths, true), num_rows, true);
+  const Tensor others = pack<T>(call, features, call.run.senders, call.num_others, false);
+  const Tensor rows = pack<T>(call, bars, call.run.receivers, num_rows, true);
   const Tensor weight = pack_weights<T>(call), none = new_tensor(weight, {0});
   cpu::CartesianInput in = input_of<T>(call, weight, others);
   in.rows = rows.const_data_ptr();
@@ -217,8 +224,8 @@ Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars,
 Tensors cartesian_edge_sum(Tensors features, Tensor weight, Tensor basis, Tensor unit,
                            std::vector<int64_t> paths, bool exchanged, Tensor index, Tensor ptr,
                            std::optional<Tensor> perm, Tensor other) {
-  const Call call = take({"cartesian_edge_sum", "cpu"}, features, weight, basis, unit, std::move(paths), index,
-                         ptr, perm, other);
+  const Call call = take({"cartesian_edge_sum", "cpu"}, features, weight, basis, unit, std::move(paths),
+                         index, ptr, perm, other);
   return weight.scalar_type() == ScalarType::Float ? sum<float>(call, features, exchanged)
                                                    : sum<double>(call, features, exchanged);
 }
@@ -230,8 +237,9 @@ Tensors cartesian_edge_gradient(Tensors features, Tensors bars, Tensor weight, T
                          index, ptr, perm, other);
   check(call.run.gradient && bars.size() == kFields, call.where.operation, call.where.backend,
         "paths must be a set of megagnn/models/cartesian/messages.py and bars three tensors, got others");
-  return weight.scalar_type() == ScalarType::Float ? gradient<float>(call, features, bars, weights, geometry)
-                                                   : gradient<double>(call, features, bars, weights, geometry);
+  return weight.scalar_type() == ScalarType::Float
+             ? gradient<float>(call, features, bars, weights, geometry)
+             : gradient<double>(call, features, bars, weights, geometry);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 // second.
 #include "cpu/cartesian_edge.h"
 
+#include <algorithm>
 #include <initializer_list>
 
 #include "cpu/cartesian_message.h"
@@ -75,13 +76,15 @@ inline void for_planes(const Body& body) {
   body(std::integral_constant<int, 0>{});
   if constexpr (PAIR) body(std::integral_constant<int, 1>{});
 }
-template <class V, class Plane>
-inline V& plane_of(V& x, Plane) {
-  return x;
-}
-template <class V, class Plane>
-inline auto& plane_of(Pair<V>& x, Plane) {
-  if constexpr (Plane::value == 1) {
+template <class S>
+constexpr bool kIsPair = false;
+template <class V>
+constexpr bool kIsPair<Pair<V>> = true;
+template <class S, class Plane>
+inline auto& plane_of(S& x, Plane) {
+  if constexpr (!kIsPair<std::remove_const_t<S>>) {
+    return x;
+  } else if constexpr (Plane::value == 1) {
     return x.tangent;
   } else {
     return x.value;
@@ -109,6 +112,38 @@ inline void edge_weights(const Vec<T>* table, const CartesianEdges& edges, int64
   });
 }
 
+// The sums of the lanes of as many vectors as a vector has lanes, in their order: in each step lanes of two
+// vectors, kStep apart, are added into one.
+template <class T, int STEP, int... LANE>
+inline Vec<T> add_two(Vec<T> a, Vec<T> b, std::integer_sequence<int, LANE...>) {
+  constexpr auto from = [](int lane, int offset) {
+    constexpr int kLanes = int(kLanesOf<T>);
+    const int within = lane % (2 * STEP), base = lane - within;
+    return base + offset + (within < STEP ? within : kLanes + within - STEP);
+  };
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, from(LANE, 0)...) + __builtin_shufflevector(a, b, from(LANE, STEP)...);
+#else
+  return __builtin_shuffle(a, b, Bits<T>{from(LANE, 0)...}) +
+         __builtin_shuffle(a, b, Bits<T>{from(LANE, STEP)...});
+#endif
+}
+template <class T, int STEP = 1>
+inline Vec<T> sum_lanes_of(const Vec<T>* x, int64_t count) {
+  constexpr int kLanes = int(kLanesOf<T>);
+  if constexpr (STEP == kLanes) {
+    return x[0];
+  } else {
+    Vec<T> half[kLanes / STEP / 2] = {};
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / STEP / 2; ++i) {
+      if (2 * i * STEP < count)
+        half[i] = add_two<T, STEP>(x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, kLanes>{});
+    }
+    return sum_lanes_of<T, 2 * STEP>(half, count);
+  }
+}
+
 // Walks rows [row_begin, row_end) in chunks of edges, each chunk block after block of channels:
 // row(block, row, begin, end).
 template <class Row>
@@ -133,6 +168,92 @@ inline int64_t edge_at(const CartesianEdges& edges, int64_t k) {
   return __builtin_expect(uint64_t(edges.index[e]) < uint64_t(edges.num_others), 1) ? e : -1;
 }
 
+// Not inlined: compiled once for all sets of paths, whose number is `count`.
+
+// sums[n, path] += sum over a batch of edges of basis[n] products[path], for RADIAL numbers n and PATHS
+// paths.
+template <class T, int PATHS, int RADIAL, class S, class Plane>
+inline void add_tile(int64_t count, const T* const* basis, int64_t filled, const S* products, Plane plane,
+                     Vec<T>* sums) {
+  Vec<T> total[PATHS][RADIAL];
+  for (int k = 0; k < PATHS; ++k)
+    for (int r = 0; r < RADIAL; ++r) total[k][r] = sums[r * count + k];
+  for (int64_t i = 0; i < filled; ++i) {
+    for (int k = 0; k < PATHS; ++k) {
+      const Vec<T> x = plane_of(products[i * count + k], plane);
+      for (int r = 0; r < RADIAL; ++r) total[k][r] += x * broadcast(basis[i][r]);
+    }
+  }
+  for (int k = 0; k < PATHS; ++k)
+    for (int r = 0; r < RADIAL; ++r) sums[r * count + k] = total[k][r];
+}
+template <class T, int RADIAL, class S, class Plane>
+inline void add_tiles(int64_t count, const T* const* basis, int64_t filled, const S* products, Plane plane,
+                      Vec<T>* sums) {
+  int64_t k = 0;
+  for (; k + 2 <= count; k += 2) add_tile<T, 2, RADIAL>(count, basis, filled, products + k, plane, sums + k);
+  if (k < count) add_tile<T, 1, RADIAL>(count, basis, filled, products + k, plane, sums + k);
+}
+// Of pairs of products whose value and tangent are exchanged, the tangent of the same.
+template <class T, bool PAIR>
+__attribute__((noinline)) void add_products(const CartesianEdges& edges, const int64_t* batch, int64_t filled,
+                                            const Number<T, PAIR>* products, int64_t count, Vec<T>* sums) {
+  const int64_t radial = edges.num_radial;
+  for_planes<PAIR>([&](auto plane) {
+    constexpr auto of = exchanged<PAIR>(decltype(plane){});
+    const T* basis[kBatchEdges];
+    for (int64_t i = 0; i < filled; ++i)
+      basis[i] = static_cast<const T*>(edges.basis[plane]) + batch[i] * radial;
+    const auto on = [&](int64_t by) {
+      for (int64_t i = 0; i < filled; ++i) basis[i] += by;
+    };
+    int64_t n = 0;
+    for (; n + 4 <= radial; n += 4, on(4))
+      add_tiles<T, 4>(count, basis, filled, products, of, sums + n * count);
+    for (; n < radial; ++n, on(1)) add_tiles<T, 1>(count, basis, filled, products, of, sums + n * count);
+  });
+}
+
+// Derivatives of one edge by its direction and its functions of the distance, summed over the lanes; of pairs
+// exchanged.
+template <class T, bool PAIR>
+__attribute__((noinline)) void add_geometry(const CartesianGradients& out, const Vec<T>* table,
+                                            int64_t radial, int64_t e, bool first,
+                                            const Number<T, PAIR>* direction, const Number<T, PAIR>* products,
+                                            int64_t count) {
+  constexpr int64_t kLanes = kLanesOf<T>;
+  for_planes<PAIR>([&](auto plane) {
+    constexpr int to = exchanged<PAIR>(decltype(plane){});
+    const auto add = [&](const Vec<T>* vectors, void* data, int64_t at, int64_t some) {
+      T sums[kLanes], *const here = static_cast<T*>(data) + at;
+      store(sums, sum_lanes_of<T>(vectors, some), All{});
+      for (int64_t i = 0; i < some; ++i) here[i] = first ? sums[i] : here[i] + sums[i];
+    };
+    Vec<T> vectors[kLanes < 4 ? 4 : kLanes] = {};
+    for (int c = 0; c < 3; ++c) vectors[c] = plane_of(direction[c], plane);
+    for (int64_t c = 0; c < 3; c += kLanes)
+      add(vectors + c, out.unit[to], 3 * e + c, std::min<int64_t>(3 - c, kLanes));
+    for (int64_t n = 0; n < radial; n += kLanes) {
+      const int64_t some = std::min<int64_t>(radial - n, kLanes);
+      int64_t i = 0;
+      const auto sum = [&](auto tile) {
+        constexpr int kTile = decltype(tile)::value;
+        for (; i + kTile <= some; i += kTile) {
+          Vec<T> total[kTile] = {};
+          for (int64_t k = 0; k < count; ++k) {
+            const Vec<T> x = plane_of(products[k], plane);
+            for (int t = 0; t < kTile; ++t) total[t] += table[(n + i + t) * count + k] * x;
+          }
+          for (int t = 0; t < kTile; ++t) vectors[i + t] = total[t];
+        }
+      };
+      sum(std::integral_constant<int, 4>{});
+      sum(std::integral_constant<int, 1>{});
+      add(vectors, out.basis[to], radial * e + n, some);
+    }
+  });
+}
+
 template <class T, bool PAIR, uint32_t PATHS>
 struct Edges {
   using S = Number<T, PAIR>;
@@ -151,8 +272,8 @@ struct Edges {
       if (e < 0) return false;
       if (k + kAhead < end) {
         const int64_t next = edge_at(edges, k + kAhead);
-        const char* const from =
-            reinterpret_cast<const char*>(others + (edges.index[next < 0 ? e : next] * blocks + block) * kSent);
+        const char* const from = reinterpret_cast<const char*>(
+            others + (edges.index[next < 0 ? e : next] * blocks + block) * kSent);
         for (int64_t b = 0; b < int64_t(sizeof(S)) * kSent; b += 64) __builtin_prefetch(from + b);
       }
       S unit[3], w[kCount];
@@ -207,79 +328,28 @@ struct Edges {
         in.edges, blocks, row_begin, row_end, [&](int64_t block, int64_t row, int64_t begin, int64_t end) {
           const S* const bars = rows + (row * blocks + block) * kReceived;
           const Vec<T>* const table = static_cast<const Vec<T>*>(in.weight) + block * radial * kCount;
-          Vec<T>* const sums = out.weight ? static_cast<Vec<T>*>(out.weight) + block * radial * kCount : nullptr;
+          Vec<T>* const sums =
+              out.weight ? static_cast<Vec<T>*>(out.weight) + block * radial * kCount : nullptr;
           int64_t filled = 0;
           const bool ok = each(
               in, blocks, block, begin, end, [&](int64_t e, const Features<S>& f, const S* unit, const S* w) {
                 const Features<S> b = features_of<kReceivers>(bars, unit);
                 S* const x = products + filled * kCount;
                 weight_derivatives<PATHS>(f, b, x);
-                if (out.unit[0]) add_geometry(out, table, radial, e, block == 0, f, b, w, x);
+                if (out.unit[0]) {
+                  S direction[3];
+                  direction_derivative<PATHS>(f, b, w, direction);
+                  add_geometry<T, PAIR>(out, table, radial, e, block == 0, direction, x, kCount);
+                }
                 if (!sums) return;
                 batch[filled++] = e;
-                if (filled == kBatchEdges) add_products(in.edges, batch, filled, products, sums), filled = 0;
+                if (filled < kBatchEdges) return;
+                add_products<T, PAIR>(in.edges, batch, filled, products, kCount, sums);
+                filled = 0;
               });
-          if (sums) add_products(in.edges, batch, filled, products, sums);
+          if (sums) add_products<T, PAIR>(in.edges, batch, filled, products, kCount, sums);
           return ok;
         });
-  }
-
-  // Sums over the lanes of the derivatives by radial functions and direction; of pairs exchanged.
-  static inline void add_geometry(const CartesianGradients& out, const Vec<T>* table, int64_t radial,
-                                  int64_t e, bool first, const Features<S>& f, const Features<S>& b,
-                                  const S* w, S* x) {
-    S direction[3];
-    direction_derivative<PATHS>(f, b, w, direction);
-    for_planes<PAIR>([&](auto plane) {
-      constexpr int to = exchanged<PAIR>(decltype(plane){});
-      T *const unit = static_cast<T*>(out.unit[to]) + 3 * e, *const basis = static_cast<T*>(out.basis[to]) + radial * e;
-      for (int c = 0; c < 3; ++c) {
-        const T total = sum_lanes<T>(plane_of(direction[c], plane));
-        unit[c] = first ? total : unit[c] + total;
-      }
-      for (int64_t n = 0; n < radial; ++n) {
-        Vec<T> sum = {};
-#pragma GCC unroll 14
-        for (int k = 0; k < kCount; ++k) sum += table[n * kCount + k] * plane_of(x[k], plane);
-        const T total = sum_lanes<T>(sum);
-        basis[n] = first ? total : basis[n] + total;
-      }
-    });
-  }
-
-  // sums[n, path] += sum over the batch of basis[n] products[path]; of exchanged pairs the tangent of that.
-  static inline void add_products(const CartesianEdges& edges, const int64_t* batch, int64_t filled,
-                                  S* products, Vec<T>* sums) {
-    for_planes<PAIR>([&](auto plane) {
-      const T* const basis = static_cast<const T*>(edges.basis[plane]);
-      constexpr auto of = exchanged<PAIR>(decltype(plane){});
-      int k = 0;
-      for (; k + 2 <= kCount; k += 2) add_some<2>(edges.num_radial, batch, filled, basis, products + k, of, sums + k);
-      if (k < kCount) add_some<1>(edges.num_radial, batch, filled, basis, products + k, of, sums + k);
-    });
-  }
-  template <int PRODUCTS, class Plane>
-  static inline void add_some(int64_t radial, const int64_t* batch, int64_t filled, const T* basis,
-                              S* products, Plane plane, Vec<T>* sums) {
-    int64_t n = 0;
-    for (; n + 4 <= radial; n += 4) add_tile<PRODUCTS, 4>(radial, n, batch, filled, basis, products, plane, sums);
-    for (; n < radial; ++n) add_tile<PRODUCTS, 1>(radial, n, batch, filled, basis, products, plane, sums);
-  }
-  template <int PRODUCTS, int RADIAL, class Plane>
-  static inline void add_tile(int64_t radial, int64_t n, const int64_t* batch, int64_t filled, const T* basis,
-                              S* products, Plane plane, Vec<T>* sums) {
-    Vec<T> total[PRODUCTS][RADIAL];
-    for (int k = 0; k < PRODUCTS; ++k)
-      for (int r = 0; r < RADIAL; ++r) total[k][r] = sums[(n + r) * kCount + k];
-    for (int64_t i = 0; i < filled; ++i) {
-      const T* const b = basis + batch[i] * radial + n;
-      for (int k = 0; k < PRODUCTS; ++k) {
-        const Vec<T> x = plane_of(products[i * kCount + k], plane);
-        for (int r = 0; r < RADIAL; ++r) total[k][r] += x * broadcast(b[r]);
-      }
-    }
-    for (int k = 0; k < PRODUCTS; ++k)
-      for (int r = 0; r < RADIAL; ++r) sums[(n + r) * kCount + k] = total[k][r];
   }
 };
 
@@ -301,8 +371,9 @@ CartesianKernels::Set set_of(uint32_t set) {
   const auto offer = [&](auto one, auto both) {
     constexpr uint32_t kSet = decltype(one)::value;
     if (set != kSet) return;
-    found.sum = Edges<T, PAIR, kSet>::sum;
-    if constexpr (decltype(both)::value) found.gradient = Edges<T, PAIR, kSet>::gradient;
+    using Chosen = Edges<T, PAIR, kSet>;
+    found = {Chosen::kSenders, Chosen::kReceivers, Chosen::sum, nullptr};
+    if constexpr (decltype(both)::value) found.gradient = Chosen::gradient;
   };
   const std::true_type both;
   const std::false_type back;

@@ -35,7 +35,7 @@ struct CartesianInput {
 };
 
 struct CartesianGradients {
-  void* weight;  // sums like CartesianInput::weight, or null
+  void* weight;              // sums like CartesianInput::weight, or null
   void *basis[2], *unit[2];  // (E, R) and (E, 3), written; null where not wanted
 };
 
@@ -46,6 +46,7 @@ struct CartesianKernels {
   // The kernels below for a set of paths, bit p - 1 for path p; null where they were not compiled. They
   // return false at an index out of range.
   struct Set {
+    int senders, receivers;  // fields, as in `mask`
     bool (*sum)(const CartesianInput& in, const CartesianFields& out, int64_t row_begin, int64_t row_end);
     bool (*gradient)(const CartesianInput& in, const CartesianGradients& out, int64_t width,
                      int64_t row_begin, int64_t row_end);

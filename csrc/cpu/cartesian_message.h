@@ -2,10 +2,10 @@
 // vectors of numbers and for vectors of pairs (value and tangent). Included by sources compiled once per SIMD
 // level. The formulas are those of megagnn/models/cartesian/messages.py, with tensors as symmetric matrices.
 //
-// [Note: pairs] For outputs (y, y') = (f(x), f'(x) x') with cotangents b and b', those of x' are f'(x)^T b' and
-// those of x the derivative of f'(x)^T b' along (x, b'; x', b). So the derivatives below, taken of pairs, give
-// the gradients of a pair: with the cotangents as pairs (b', b), in which value and tangent are exchanged,
-// they come out exchanged as well.
+// [Note: pairs] For outputs (y, y') = (f(x), f'(x) x') with cotangents b and b', those of x' are f'(x)^T b'
+// and those of x the derivative of f'(x)^T b' along (x, b'; x', b). So the derivatives below, taken of pairs,
+// give the gradients of a pair: with the cotangents as pairs (b', b), in which value and tangent are
+// exchanged, they come out exchanged as well.
 #pragma once
 
 #include <type_traits>
@@ -127,8 +127,8 @@ inline Features<S> features_of(const S* a, const S* unit) {
   return f;
 }
 
-// Adds an edge's message to the sums of its receiver: scalar, vector, and of the tensor the sums of xx, yy, zz
-// and of xy + yx, yz + zy, zx + xz, with a trace that is taken away at the end.
+// Adds an edge's message to the sums of its receiver: scalar, vector, and of the tensor the sums of xx, yy,
+// zz and of xy + yx, yz + zy, zx + xz, with a trace that is taken away at the end.
 template <uint32_t PATHS, class S>
 inline void add_message(const Features<S>& f, const S* unit, const S* w, S* sum) {
   S along[kFields] = {}, across[3] = {};

@@ -34,7 +34,7 @@ Tensors = Sequence[Tensor | None]
 
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the compiled operation serves features of a type on a device; torch.compile sees the reference."""
+    """Whether the compiled operation serves such features; torch.compile sees the reference."""
     return (
         not torch.compiler.is_compiling() and extension.has_cpu and device.type == "cpu" and dtype in DTYPES
     )
@@ -53,9 +53,9 @@ def neighbour_sums(
         sender: features of atoms, of these shapes, by field; no more than the paths read.
         edges: with planes for the kernels, else for the reference.
     """
-    if edges.planes is None:
+    basis, unit = edges.basis_planes, edges.unit_planes
+    if basis is None or unit is None:
         return neighbour_sums_reference(paths, weight_PFR, sender, edges)
-    basis, unit = edges.planes
     where = _Where(tuple(paths), edges.destination, edges.source)
     features = [_planes(sender[name]) if name in sender else None for name in FIELDS]
     found = _Sums.apply(where, weight_PFR.to(basis.dtype), basis, unit, *features)
@@ -77,10 +77,10 @@ def neighbour_sums_reference(
     return {name: dual.segment_sum(m, edges.destination) for name, m in found.items()}
 
 
-def planes_of(basis_ER: Any, unit_EC: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """`Edges.planes`: (planes, E, R) and (planes, E, 3), in the type in which features of a type are summed."""
-    wide = accumulator_type(dtype)
-    return _planes(basis_ER).to(wide).contiguous(), _planes(unit_EC).to(wide).contiguous()
+def planes_of(x: Any, dtype: torch.dtype) -> Tensor:
+    """A tensor or `Dual` of edges with a dimension of planes, in the type in which features of a type are
+    summed."""
+    return _planes(x).to(accumulator_type(dtype)).contiguous()
 
 
 def _planes(x: Any) -> Tensor:

@@ -104,10 +104,11 @@ class Edges:
     """D rh, the components of rh (x) rh, (E, 5, 1); None without tensors."""
     tensor_basis: Tensor | None = None
     """B, (5, 3, 3); None without tensors."""
-    planes: tuple[Tensor, Tensor] | None = None
-    """What the compiled operation reads, (planes, E, R) and (planes, E, 3): the functions of the distance and
-    the directions, with a first dimension of one plane, or of values and tangents; None for the reference,
-    which reads those above."""
+    basis_planes: Tensor | None = None
+    """What the compiled operation reads, where it runs, in place of those above: the functions of the
+    distance with a first dimension of one plane, or of values and tangents, (planes, E, R)."""
+    unit_planes: Tensor | None = None
+    """rh in the same way, (planes, E, 3)."""
 
 
 def direction_matrices(unit_EC: T) -> tuple[T, T]:

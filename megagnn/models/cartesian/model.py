@@ -214,8 +214,9 @@ class Cartesian(Model):
         unit_EC = r_EC * inverse_E1
         basis_ER = self.radial(d_E) * envelope(d_E, self.config.cutoff).unsqueeze(-1)
         ends, basis = (edges.destination, edges.source), self.tensor_basis
-        if self.config.edge_operation == "fused" and has_kernels(basis_ER.device, dtype):
-            return Edges(*ends, tensor_basis=basis, planes=planes_of(basis_ER, unit_EC, dtype))
+        if self.config.edge_operation == "fused" and has_kernels(edges.source.index.device, dtype):
+            planes = {"basis_planes": planes_of(basis_ER, dtype), "unit_planes": planes_of(unit_EC, dtype)}
+            return Edges(*ends, tensor_basis=basis, **planes)
         found = Edges(*ends, basis_ER.to(dtype), unit_EC.unsqueeze(-1).to(dtype), tensor_basis=basis)
         if basis is None:
             return found
