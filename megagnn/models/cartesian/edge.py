@@ -189,7 +189,7 @@ class _Gradients(torch.autograd.Function):
         return *found, *(None if a is None else x for a, x in zip(features, of_features, strict=True))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *xi: Tensor | None) -> Any:
         tensors = ctx.saved_tensors
         if all(x is None for x in xi):

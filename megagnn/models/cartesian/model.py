@@ -215,8 +215,8 @@ class Cartesian(Model):
         basis_ER = self.radial(d_E) * envelope(d_E, self.config.cutoff).unsqueeze(-1)
         ends, basis = (edges.destination, edges.source), self.tensor_basis
         if self.config.edge_operation == "fused" and has_kernels(edges.source.index.device, dtype):
-            planes = {"basis_planes": planes_of(basis_ER, dtype), "unit_planes": planes_of(unit_EC, dtype)}
-            return Edges(*ends, tensor_basis=basis, **planes)
+            planes = (planes_of(basis_ER, dtype), planes_of(unit_EC, dtype))
+            return Edges(*ends, tensor_basis=basis, basis_planes=planes[0], unit_planes=planes[1])
         found = Edges(*ends, basis_ER.to(dtype), unit_EC.unsqueeze(-1).to(dtype), tensor_basis=basis)
         if basis is None:
             return found
