@@ -75,8 +75,8 @@ def test_a_slice_orthogonalised_alone_fails(monkeypatch: pytest.MonkeyPatch) -> 
     """The planted mistake of divided matrices is off by more than a percent."""
     whole = muon.orthogonalised
 
-    def halves(x: Tensor) -> Tensor:
-        return torch.cat([whole(half) for half in x.chunk(2, 1)], 1)
+    def halves(x: Tensor, scale: float = 1.0) -> Tensor:
+        return torch.cat([whole(half, scale) for half in x.chunk(2, 1)], 1)
 
     monkeypatch.setattr(muon, "orthogonalised", halves)
     got = train(Cell((1, 1, 1), 0, "direct"), ParallelContext())
