@@ -24,7 +24,7 @@ from megagnn.scaling.sweep import Sweep, load_sweep
 
 SPLITS = ("valid/", "")  # the second is the test split
 PROCESSOR_SECONDS = "speed/processor_seconds"
-WINDOW = 10
+WINDOW = 6
 """Logged training losses whose median is drawn."""
 
 
@@ -86,14 +86,19 @@ def curve(lines: Path) -> np.ndarray:
 
 
 def draw(sweeps: Sequence[Sweep], recipes: Sequence[str], path: Path) -> None:
-    """Training loss against steps and processor seconds, a row for each sweep, a colour for each recipe."""
+    """Training loss against steps and processor seconds, a row for each sweep, a colour for each recipe.
+
+    All seeds of the rate that has most of them, or of those the lowest errors on validation frames.
+    """
     figure, axes = make_axes(2, len(sweeps))
     for row, sweep in enumerate(sweeps):
         for column, title in enumerate(("steps", "processor seconds of training")):
             ax = axes[2 * row + column]
             for number, recipe in enumerate(recipes):
-                label: str | None = recipe
-                for run in (r for r in sweep.runs if r.recipe == recipe):
+                rate = _best_rate(sweep, recipe)
+                label: str | None = f"{recipe}, {rate:g}"
+                done = (r for r in sweep.runs if r.recipe == recipe and r.name in sweep.finished())
+                for run in (r for r in done if r.config.optim.learning_rate == rate):
                     points = curve(run.out_dir / "metrics.jsonl")
                     ax.plot(points[:, column], points[:, 2], color=f"C{number}", lw=1.1, label=label)
                     label = None
@@ -102,6 +107,14 @@ def draw(sweeps: Sequence[Sweep], recipes: Sequence[str], path: Path) -> None:
             ax.set(xlabel=title, ylabel="loss in training", title=sweep.path.stem)
             ax.legend(frameon=False)
     figure.savefig(path, dpi=130)
+
+
+def _best_rate(sweep: Sweep, recipe: str) -> float:
+    rates: dict[float, list[RunRecord]] = defaultdict(list)
+    for record in sweep.finished().values():
+        if record.recipe == recipe:
+            rates[record.learning_rate].append(record)
+    return min(rates, key=lambda rate: (-len(rates[rate]), _judged(rates[rate])))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

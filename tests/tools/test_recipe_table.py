@@ -43,5 +43,5 @@ def test_curve_of_a_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = recipe_table.curve(path)
-    assert found[0].tolist() == [200, 30.0, (1 / 5 + 1 / 6) / 2]
-    assert found[-1].tolist() == pytest.approx([400, 60.0, (1 / 15 + 1 / 16) / 2])
+    assert found[0].tolist() == pytest.approx([120, 18.0, (1 / 3 + 1 / 4) / 2])
+    assert found[-1].tolist() == pytest.approx([400, 60.0, (1 / 17 + 1 / 18) / 2])
