@@ -96,7 +96,7 @@ def test_the_work_is_what_is_multiplied(family: str, forces: str) -> None:
     Products with a vector of one output, and such of a few components, are of lower order in the width. What
     a family counts outside of matrix products PyTorch does not.
     """
-    plain = {"edge_operation": "unfused"} if family == "egnn" else {}
+    plain = {"edge_operation": "unfused"} if hasattr(config_of(family), "edge_operation") else {}
     potential = potential_of(family, width=64, forces=forces, **plain)
     batch = batch_from_atoms([crystal()], 4.0)
     num_atoms, num_edges = len(batch[keys.ATOMIC_NUMBERS]), batch[keys.EDGE_INDEX].shape[1]
