@@ -58,6 +58,9 @@ class TrainConfig:
     """Optimizer steps."""
     num_epochs: Told[PositiveInt | None] = None
     """Passes over the training structures, which make the number of steps instead of `num_steps`."""
+    direct_steps: Refused[NonNegativeInt] = 0
+    """Steps on direct forces, a third of the work of conservative ones, with whose weights the run begins; a
+    run of its own in out_dir/direct."""
     patience: Told[PositiveInt | None] = None
     """Validations in a row without a lower loss after which the run ends; none end it if not given."""
     seed: Refused[NonNegativeInt] = 0
@@ -148,6 +151,12 @@ class RunConfig:
                 f"loss.force_weight is {self.loss.force_weight:g} but model.forces is 'none'; "
                 "set loss.force_weight = 0 or model.forces = 'conservative'"
             )
+        if self.train.direct_steps and self.model.forces != "conservative":
+            raise ValueError(
+                f"train.direct_steps is {self.train.direct_steps}, steps on direct forces before others on "
+                f"conservative ones, but model.forces is '{self.model.forces}'; set model.forces = "
+                "'conservative' or leave train.direct_steps out"
+            )
         if self.train.num_epochs is None:  # else the steps are not known before the data are
             self.check_warmup()
         self._check_sharding()
@@ -157,9 +166,12 @@ class RunConfig:
     def check_warmup(self) -> None:
         """Raises ValueError if the warm-up does not fit the steps."""
         steps, epochs = self.train.num_steps, self.train.num_epochs
-        if self.optim.warmup_steps >= steps:
+        direct = self.train.direct_steps or steps
+        if self.optim.warmup_steps >= min(direct, steps):
             number = f"train.num_steps ({steps})"
-            if epochs is not None:
+            if direct < steps:
+                steps, number = direct, f"train.direct_steps ({direct})"
+            elif epochs is not None:
                 number = f"the {steps} steps of train.num_epochs = {epochs}"
             raise ValueError(
                 f"optim.warmup_steps ({self.optim.warmup_steps}) must be below {number}; use at most "

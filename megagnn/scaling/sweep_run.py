@@ -23,6 +23,7 @@ from megagnn.scaling.records import append_line
 from megagnn.scaling.sweep import PlannedRun, Sweep
 from megagnn.train.evaluate import evaluate
 from megagnn.train.loader import BatchLoader, open_split
+from megagnn.train.pretraining import parts_of
 from megagnn.train.run_lock import locked
 from megagnn.train.trainer import Trainer
 
@@ -54,15 +55,21 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
         done = broadcast_object(run.name in sweep.finished() if context.is_main else None, context)
         if done:
             return
-        trainer, seconds = _trained(config, run.out_dir, context)
-        record = _measured(sweep, run, trainer, seconds, context)
+        *earlier, last = parts_of(config)
+        before = [_trained(part, context) for part in earlier]
+        trainer, seconds = _trained(last, context)
+        known = [seconds, *(s for _, s in before)]
+        total = None if None in known else sum(filter(None, known))
+        flops = sum(map(_flops, [trainer, *(t for t, _ in before)]))
+        record = _measured(sweep, run, trainer, total, flops, context)
         if context.is_main:
             append_line(sweep.results, record.to_json())
         barrier(context)
 
 
-def _trained(config: RunConfig, folder: Path, context: ParallelContext) -> tuple[Trainer, float | None]:
+def _trained(config: RunConfig, context: ParallelContext) -> tuple[Trainer, float | None]:
     """A finished trainer, and the seconds of the whole training: this process's rate times all steps."""
+    folder = Path(config.out_dir)
     started = bool(checkpoint_steps(folder / "checkpoints"))
     resume = broadcast_object(started if context.is_main else None, context)
     trainer = Trainer(config, context, resume=bool(resume))
@@ -86,7 +93,12 @@ def _trained(config: RunConfig, folder: Path, context: ParallelContext) -> tuple
 
 
 def _measured(
-    sweep: Sweep, run: PlannedRun, trainer: Trainer, seconds: float | None, context: ParallelContext
+    sweep: Sweep,
+    run: PlannedRun,
+    trainer: Trainer,
+    seconds: float | None,
+    flops: float,
+    context: ParallelContext,
 ) -> RunRecord:
     """The line of results, of the checkpoint with the lowest validation loss."""
     config, model = run.config, run.config.model
@@ -101,11 +113,6 @@ def _measured(
         found = losses_of(result.per_source, result.loss)
         losses |= {prefix + name: value for name, value in found.items()}
     data = trainer.train.dataset
-    num_atoms, num_edges = int(data.num_atoms.sum()), int(data.num_edges.sum())
-    progress = trainer.progress
-    batches = progress.step_in_epoch * config.optim.accumulate_steps
-    seen = trainer.train.sampler.num_structures(progress.epoch, batches, progress.first_structure)
-    epochs = progress.epoch + (progress.first_structure + seen) / len(data)
     versions = {
         "megagnn": megagnn.__version__,
         "torch": torch.__version__,
@@ -118,17 +125,32 @@ def _measured(
         depth=model.num_layers,
         parameters=trainer.potential.model.num_parameters(),
         structures=len(data),
-        atoms=num_atoms,
+        atoms=int(data.num_atoms.sum()),
         seed=config.train.seed,
         learning_rate=config.optim.learning_rate,
-        flops=epochs * step_flops(model, num_atoms, num_edges),
-        steps=progress.step,
-        epochs=epochs,
+        flops=flops,
+        steps=trainer.progress.step,
+        epochs=_epochs(trainer),
         losses=losses,
         seconds=seconds,
         memory_gib=_peak_memory(context),
         technique=technique(model, config),
         versions={**versions, "settings": run.digest},
+    )
+
+
+def _epochs(trainer: Trainer) -> float:
+    """Passes over the data."""
+    progress = trainer.progress
+    batches = progress.step_in_epoch * trainer.config.optim.accumulate_steps
+    seen = trainer.train.sampler.num_structures(progress.epoch, batches, progress.first_structure)
+    return progress.epoch + (progress.first_structure + seen) / len(trainer.train.dataset)
+
+
+def _flops(trainer: Trainer) -> float:
+    data = trainer.train.dataset
+    return _epochs(trainer) * step_flops(
+        trainer.config.model, int(data.num_atoms.sum()), int(data.num_edges.sum())
     )
 
 

@@ -13,6 +13,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier, broadcast_object
 from megagnn.train.fine_tune import run_config
 from megagnn.train.monitor import LINES
+from megagnn.train.pretraining import parts_of
 from megagnn.train.run_lock import locked
 from megagnn.train.trainer import Trainer
 
@@ -34,30 +35,43 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     """`megagnn train CONFIG.toml [--resume | --overwrite] [--section.field value ...]`."""
     config = run_config(arguments.config, overrides, arguments.resume)
     train, chosen = config.train, {"--resume": arguments.resume, "--overwrite": arguments.overwrite}
-    fingerprint = {**flat_config(config), **chosen}
+    fingerprint, out_dir = {**flat_config(config), **chosen}, Path(config.out_dir)
     with (
         parallel_context(train.device, train.threads, config.parallel, fingerprint) as context,
-        locked(Path(config.out_dir), context),
+        locked(out_dir, context),
     ):
-        launch = Launch(Path(config.out_dir), context)
+        launch = Launch(out_dir, context)
         resume, overwrite = (True, False) if launch.again else (arguments.resume, arguments.overwrite)
-        resume = _may_train(config, context, resume, overwrite)
-        # checks data and settings before anything is removed
-        trainer = Trainer(config, context, resume=resume)
-        if overwrite:
-            _remove_earlier_run(Path(config.out_dir), context)
-        launch.claim()
-        stopped_by = trainer.run()
-        if context.is_main and stopped_by:
-            print(
-                f"stopped by {stopped_by} after step {trainer.progress.step} of "
-                f"{trainer.config.train.num_steps}; saved "
-                f"{trainer.last_path}. The same command with --resume continues"
-            )
-        elif context.is_main:
-            print(f"best checkpoint: {trainer.best_path}")
-            print(f"curves:          tensorboard --logdir {config.out_dir}")
+        parts = parts_of(config)
+        begun = [_may_train(part, context, resume, overwrite) for part in parts]
+        if resume and not any(begun) and context.is_main:
+            print(f"{out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
+        stopped_by = ""
+        for part, goes_on in list(zip(parts, begun, strict=True))[-1 if begun[-1] else 0 :]:
+            stopped_by = stopped_by or _train(part, context, launch, goes_on, overwrite)
     return EXIT_INTERRUPTED if stopped_by == "SIGINT" else 0
+
+
+def _train(
+    config: RunConfig, context: ParallelContext, launch: "Launch", resume: bool, overwrite: bool
+) -> str:
+    """A run to its end; the signal that ended it earlier, empty for none."""
+    # checks data and settings before anything is removed
+    trainer = Trainer(config, context, resume=resume)
+    if overwrite:
+        _remove_earlier_run(Path(config.out_dir), context)
+    launch.claim()
+    stopped_by = trainer.run()
+    if context.is_main and stopped_by:
+        print(
+            f"stopped by {stopped_by} after step {trainer.progress.step} of "
+            f"{trainer.config.train.num_steps}; saved "
+            f"{trainer.last_path}. The same command with --resume continues"
+        )
+    elif context.is_main:
+        print(f"best checkpoint: {trainer.best_path}")
+        print(f"curves:          tensorboard --logdir {config.out_dir}")
+    return stopped_by
 
 
 class Launch:
@@ -100,8 +114,6 @@ def _may_train(config: RunConfig, context: ParallelContext, resume: bool, overwr
             f"{old} is a single file of an earlier megagnn, from which runs no longer resume; make a "
             f"checkpoint of it by `megagnn import {old} {config.out_dir}`"
         )
-    if resume and not has_last and context.is_main:
-        print(f"{config.out_dir} has no checkpoint yet: starting from the beginning", file=sys.stderr)
     return resume and has_last
 
 
