@@ -1,12 +1,15 @@
 // The edge operation of the Cartesian family (megagnn/models/cartesian/edge.py): sums over the neighbours of
 // messages made channel by channel, and its gradients, each in one pass over the edges; of values, or of
-// pairs of value and tangent ([Note: pairs] in cpu/cartesian_message.h). CPU; a GPU has the chain.
+// pairs of value and tangent ([Note: pairs] in cartesian_message.h).
 #include "cpu/cartesian_edge.h"
 
 #include <string>
 
 #include "cpu/level.h"
 #include "rows.h"
+#ifdef MEGAGNN_WITH_CUDA
+#include "cuda/cartesian_edge.h"
+#endif
 
 namespace megagnn {
 
@@ -20,7 +23,8 @@ constexpr const char* kFieldNames[kFields] = {"h", "v", "t"};
 // Fails unless the tensor has these sizes and the type of `like`.
 void check_sizes(Where where, const char* name, const Tensor& tensor, const Tensor& like,
                  const std::vector<int64_t>& sizes) {
-  bool fits = tensor.dim() == int64_t(sizes.size()) && tensor.scalar_type() == like.scalar_type();
+  bool fits = tensor.dim() == int64_t(sizes.size()) && tensor.scalar_type() == like.scalar_type() &&
+              tensor.device() == like.device();
   for (size_t d = 0; d < sizes.size() && fits; ++d) fits = tensor.size(int64_t(d)) == sizes[d];
   if (fits) return;
   std::string wanted, got;
@@ -34,6 +38,16 @@ void check_sizes(Where where, const char* name, const Tensor& tensor, const Tens
 std::vector<int64_t> field_sizes(int64_t planes, int64_t rows, int field, int64_t width) {
   if (field == 0) return {planes, rows, width};
   return {planes, rows, cpu::kComponents[field], width};
+}
+
+// Whether kernels of the sums of a set, or of their gradients too, are compiled.
+bool compiled(uint32_t set, bool gradients) {
+  bool found = false;
+  cartesian::for_sets([&](auto compiled) {
+    using This = decltype(compiled);
+    found = found || (set == This::kSet && (This::kGradient || !gradients));
+  });
+  return found;
 }
 
 // The checked arguments that both operations have.
@@ -75,7 +89,7 @@ Call take(Where where, const Tensors& features, const Tensor& weight, const Tens
     call.set |= 1u << (p - 1);
   }
   call.rows = check_rows(where, h, index, ptr, perm);
-  check_ptr(where, call.rows);
+  if (h.is_cpu()) check_ptr(where, call.rows);
   check_integers(where, "other", other, h);
   const int64_t E = call.rows.num_entries;
   check(other.size(0) == E, where.operation, where.backend,
@@ -89,31 +103,63 @@ Call take(Where where, const Tensors& features, const Tensor& weight, const Tens
   check_sizes(where, "unit", unit, h, {call.planes(), E, 3});
   call.weight = make_contiguous(weight), call.basis = make_contiguous(basis);
   call.unit = make_contiguous(unit), call.other = make_contiguous(other);
+  check(compiled(call.set, false), where.operation, where.backend,
+        "paths must be a set of megagnn/models/cartesian/messages.py, or the same from receivers to senders, "
+        "got another");
+  if (!h.is_cpu()) return call;
   call.kernels = &cartesian_kernels(scalar_of(where.operation, where.backend, h));
   call.blocks = (call.width + call.kernels->lanes - 1) / call.kernels->lanes;
   call.run = call.kernels->set(call.set, call.pair);
-  check(call.run.sum != nullptr, where.operation, where.backend,
-        "paths must be a set of megagnn/models/cartesian/messages.py, or the same from receivers to senders, "
-        "got "
-        "another");
   return call;
 }
 
-// Features in the order in which the kernels read them; the fields of `mask` must be there.
+void check_gradients(const Call& call, const Tensors& bars) {
+  check(compiled(call.set, true) && bars.size() == kFields, call.where.operation, call.where.backend,
+        "paths must be a set of megagnn/models/cartesian/messages.py and bars three tensors, got others");
+}
+
+// The fields of `mask`, which must be there; empty tensors for the others.
+Tensors fields_of(const Call& call, const Tensors& tensors, int mask, int64_t num_rows) {
+  Tensors found;
+  for (int f = 0; f < kFields; ++f) {
+    const bool there = mask >> f & 1;
+    if (there) {
+      check_sizes(call.where, kFieldNames[f], tensors[size_t(f)], call.weight,
+                  field_sizes(call.planes(), num_rows, f, call.width));
+    }
+    found.push_back(there ? make_contiguous(tensors[size_t(f)]) : new_tensor(call.weight, {0}));
+  }
+  return found;
+}
+
+// Memory for the sums, empty tensors for fields that no path adds to.
+Tensors new_sums(const Call& call) {
+  Tensors results;
+  for (int f = 0; f < kFields; ++f) {
+    const bool there = cartesian::receivers(call.set) >> f & 1;
+    results.push_back(
+        new_tensor(call.weight, there ? field_sizes(call.planes(), call.rows.num_rows, f, call.width)
+                                      : std::vector<int64_t>{0}));
+  }
+  return results;
+}
+
+// Memory for the gradients of weight, basis and unit; empty where not wanted.
+Tensors new_gradients(const Call& call, bool weights, bool geometry) {
+  const auto like = [&](const Tensor& x, bool wanted) {
+    return new_tensor(call.weight, wanted ? std::vector<int64_t>(x.sizes().begin(), x.sizes().end())
+                                          : std::vector<int64_t>{0});
+  };
+  return {like(call.weight, weights), like(call.basis, geometry), like(call.unit, geometry)};
+}
+
+// Features in the order in which the CPU kernels read them; the fields of `mask` must be there.
 template <class T>
 Tensor pack(const Call& call, const Tensors& tensors, int mask, int64_t num_rows, bool exchanged) {
   cpu::CartesianFields fields{{}, num_rows, call.width, exchanged};
-  Tensors held;
-  int64_t numbers = 0;
-  for (int f = 0; f < kFields; ++f) {
-    if (!(mask >> f & 1)) continue;
-    check_sizes(call.where, kFieldNames[f], tensors[size_t(f)], call.weight,
-                field_sizes(call.planes(), num_rows, f, call.width));
-    held.push_back(make_contiguous(tensors[size_t(f)]));
-    fields.data[f] = out_data<T>(held.back());
-    numbers += f == 2 ? 6 : cpu::kComponents[f];
-  }
-  const int64_t each = call.blocks * numbers * call.planes() * call.kernels->lanes;
+  const Tensors held = fields_of(call, tensors, mask, num_rows);
+  for (int f = 0; f < kFields; ++f) fields.data[f] = out_data<T>(held[size_t(f)]);
+  const int64_t each = call.blocks * cartesian::numbers(mask) * call.planes() * call.kernels->lanes;
   const Tensor packed = new_tensor(call.weight, {num_rows * each});
   over_entries(num_rows, each, [&](int64_t begin, int64_t end) {
     call.kernels->pack(fields, mask, call.pair, packed.mutable_data_ptr(), begin, end);
@@ -168,13 +214,8 @@ Tensors sum(const Call& call, const Tensors& features, bool exchanged) {
   const Tensor others = pack<T>(call, features, call.run.senders, call.num_others, exchanged);
   const Tensor weight = pack_weights<T>(call);
   cpu::CartesianFields out{{}, call.rows.num_rows, call.width, exchanged};
-  Tensors results;
-  for (int f = 0; f < kFields; ++f) {
-    const bool there = call.run.receivers >> f & 1;
-    results.push_back(new_tensor(call.weight, there ? field_sizes(call.planes(), out.num_rows, f, call.width)
-                                                    : std::vector<int64_t>{0}));
-    if (there) out.data[f] = results.back().mutable_data_ptr();
-  }
+  const Tensors results = new_sums(call);
+  for (int f = 0; f < kFields; ++f) out.data[f] = out_data<T>(results[size_t(f)]);
   const cpu::CartesianInput in = input_of<T>(call, weight, others);
   const bool ok = over_rows(in.edges.ptr, out.num_rows, call.width * call.num_paths(),
                             [&](int64_t begin, int64_t end) { return call.run.sum(in, out, begin, end); });
@@ -189,12 +230,10 @@ Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars,
   const int64_t E = call.rows.num_entries, R = call.num_radial, num_rows = call.rows.num_rows;
   const Tensor others = pack<T>(call, features, call.run.senders, call.num_others, false);
   const Tensor rows = pack<T>(call, bars, call.run.receivers, num_rows, true);
-  const Tensor weight = pack_weights<T>(call), none = new_tensor(weight, {0});
+  const Tensor weight = pack_weights<T>(call);
   cpu::CartesianInput in = input_of<T>(call, weight, others);
   in.rows = rows.const_data_ptr();
-  Tensors results{weights ? new_tensor(weight, {call.num_paths(), call.width, R}) : none,
-                  geometry ? new_tensor(weight, {call.planes(), E, R}) : none,
-                  geometry ? new_tensor(weight, {call.planes(), E, 3}) : none};
+  const Tensors results = new_gradients(call, weights, geometry);
   cpu::CartesianGradients out{};
   for (int64_t plane = 0; geometry && plane < call.planes(); ++plane) {
     out.basis[plane] = static_cast<T*>(results[1].mutable_data_ptr()) + plane * E * R;
@@ -221,26 +260,85 @@ Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars,
   return results;
 }
 
-Tensors cartesian_edge_sum(Tensors features, Tensor weight, Tensor basis, Tensor unit,
-                           std::vector<int64_t> paths, bool exchanged, Tensor index, Tensor ptr,
-                           std::optional<Tensor> perm, Tensor other) {
+Tensors cartesian_edge_sum_cpu(Tensors features, Tensor weight, Tensor basis, Tensor unit,
+                               std::vector<int64_t> paths, bool exchanged, Tensor index, Tensor ptr,
+                               std::optional<Tensor> perm, Tensor other) {
   const Call call = take({"cartesian_edge_sum", "cpu"}, features, weight, basis, unit, std::move(paths),
                          index, ptr, perm, other);
   return weight.scalar_type() == ScalarType::Float ? sum<float>(call, features, exchanged)
                                                    : sum<double>(call, features, exchanged);
 }
 
-Tensors cartesian_edge_gradient(Tensors features, Tensors bars, Tensor weight, Tensor basis, Tensor unit,
-                                std::vector<int64_t> paths, bool weights, bool geometry, Tensor index,
-                                Tensor ptr, std::optional<Tensor> perm, Tensor other) {
+Tensors cartesian_edge_gradient_cpu(Tensors features, Tensors bars, Tensor weight, Tensor basis, Tensor unit,
+                                    std::vector<int64_t> paths, bool weights, bool geometry, Tensor index,
+                                    Tensor ptr, std::optional<Tensor> perm, Tensor other) {
   const Call call = take({"cartesian_edge_gradient", "cpu"}, features, weight, basis, unit, std::move(paths),
                          index, ptr, perm, other);
-  check(call.run.gradient && bars.size() == kFields, call.where.operation, call.where.backend,
-        "paths must be a set of megagnn/models/cartesian/messages.py and bars three tensors, got others");
+  check_gradients(call, bars);
   return weight.scalar_type() == ScalarType::Float
              ? gradient<float>(call, features, bars, weights, geometry)
              : gradient<double>(call, features, bars, weights, geometry);
 }
+
+#ifdef MEGAGNN_WITH_CUDA
+// What the kernels of both operations read; `held` keeps it.
+cuda::CartesianProblem problem_of(const Call& call, const Tensors& features, Tensors& held) {
+  cuda::CartesianProblem in{};
+  held = fields_of(call, features, cartesian::senders(call.set), call.num_others);
+  for (size_t f = 0; f < kFields; ++f) in.features[f] = held[f].const_data_ptr();
+  held.push_back(new_tensor(call.weight, {call.weight.numel()}));
+  in.table = held.back().mutable_data_ptr();
+  in.weight = call.weight.const_data_ptr(), in.basis = call.basis.const_data_ptr();
+  in.unit = call.unit.const_data_ptr();
+  in.ptr = call.rows.ptr_data(), in.perm = call.rows.perm_data(), in.index = call.rows.index_data();
+  in.other = integers(call.other);
+  in.num_rows = call.rows.num_rows, in.num_others = call.num_others, in.num_edges = call.rows.num_entries;
+  in.width = call.width, in.num_weights = call.weight.size(2), in.num_radial = call.num_radial;
+  for (size_t p = 0; p < call.paths.size(); ++p) in.order[call.slot(call.paths[p])] = int64_t(p);
+  return in;
+}
+
+Tensors cartesian_edge_sum_cuda(Tensors features, Tensor weight, Tensor basis, Tensor unit,
+                                std::vector<int64_t> paths, bool exchanged, Tensor index, Tensor ptr,
+                                std::optional<Tensor> perm, Tensor other) {
+  const Call call = take({"cartesian_edge_sum", "cuda"}, features, weight, basis, unit, std::move(paths),
+                         index, ptr, perm, other);
+  const cuda::DeviceGuard guard(call.where.operation, weight.get_device());
+  Tensors held;
+  cuda::CartesianProblem in = problem_of(call, features, held);
+  in.exchanged = exchanged;
+  const Tensors results = new_sums(call);
+  for (size_t f = 0; f < kFields; ++f) in.sums[f] = results[f].mutable_data_ptr();
+  if (in.num_rows * in.width == 0) return results;
+  check_launch(call.where.operation,
+               megagnn_cuda_cartesian_edge_sum(scalar_of(call.where.operation, "cuda", weight), call.pair,
+                                               call.set, &in, guard.stream()));
+  return results;
+}
+
+Tensors cartesian_edge_gradient_cuda(Tensors features, Tensors bars, Tensor weight, Tensor basis, Tensor unit,
+                                     std::vector<int64_t> paths, bool weights, bool geometry, Tensor index,
+                                     Tensor ptr, std::optional<Tensor> perm, Tensor other) {
+  const Call call = take({"cartesian_edge_gradient", "cuda"}, features, weight, basis, unit, std::move(paths),
+                         index, ptr, perm, other);
+  check_gradients(call, bars);
+  const cuda::DeviceGuard guard(call.where.operation, weight.get_device());
+  Tensors held;
+  cuda::CartesianProblem in = problem_of(call, features, held);
+  const Tensors cotangents = fields_of(call, bars, cartesian::receivers(call.set), in.num_rows);
+  for (size_t f = 0; f < kFields; ++f) in.bars[f] = cotangents[f].const_data_ptr();
+  in.num_parts = cuda::cartesian_parts(in.num_edges, in.width, in.num_weights);
+  const Tensor parts = new_tensor(weight, {weights ? in.num_parts * weight.numel() : 0});
+  in.parts = parts.mutable_data_ptr();
+  const Tensors results = new_gradients(call, weights, geometry);
+  if (weights) in.weight_bar = results[0].mutable_data_ptr();
+  if (geometry) in.basis_bar = results[1].mutable_data_ptr(), in.unit_bar = results[2].mutable_data_ptr();
+  check_launch(call.where.operation,
+               megagnn_cuda_cartesian_edge_gradient(scalar_of(call.where.operation, "cuda", weight),
+                                                    call.pair, call.set, &in, guard.stream()));
+  return results;
+}
+#endif
 
 }  // namespace
 }  // namespace megagnn
@@ -258,6 +356,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(megagnn, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megagnn, CPU, library) {
-  library.impl("cartesian_edge_sum", TORCH_BOX(&megagnn::cartesian_edge_sum));
-  library.impl("cartesian_edge_gradient", TORCH_BOX(&megagnn::cartesian_edge_gradient));
+  library.impl("cartesian_edge_sum", TORCH_BOX(&megagnn::cartesian_edge_sum_cpu));
+  library.impl("cartesian_edge_gradient", TORCH_BOX(&megagnn::cartesian_edge_gradient_cpu));
 }
+
+#ifdef MEGAGNN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(megagnn, CUDA, library) {
+  library.impl("cartesian_edge_sum", TORCH_BOX(&megagnn::cartesian_edge_sum_cuda));
+  library.impl("cartesian_edge_gradient", TORCH_BOX(&megagnn::cartesian_edge_gradient_cuda));
+}
+#endif

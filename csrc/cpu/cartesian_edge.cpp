@@ -4,36 +4,21 @@
 #include "cpu/cartesian_edge.h"
 
 #include <algorithm>
-#include <initializer_list>
 
-#include "cpu/cartesian_message.h"
+#include "cartesian_message.h"
+#include "cpu/math.h"
 
 namespace megagnn::cpu::MEGAGNN_SIMD {
 namespace {
+
+using namespace cartesian;
 
 constexpr int64_t kChunkEdges = 512;  // whose neighbours stay in the cache from block to block of channels
 constexpr int64_t kAhead = 2;         // edges whose features are fetched before their turn
 constexpr int64_t kBatchEdges = 16;   // whose products with radial functions are added up together
 
-template <class T>
-constexpr T kRoot2 = T(0.70710678118654752440);
-template <class T>
-constexpr T kRoot6 = T(0.40824829046386301637);
-
-// Five components in the basis of messages.py, and the matrix xx, yy, zz, xy, yz, zx.
-template <class T>
-inline void to_matrix(const Vec<T>* t, Vec<T>* m) {
-  const Vec<T> difference = t[3] * kRoot2<T>, rest = t[4] * kRoot6<T>;
-  m[0] = difference - rest, m[1] = -difference - rest, m[2] = rest + rest;
-  for (int c = 0; c < 3; ++c) m[3 + c] = t[c] * kRoot2<T>;
-}
-// Of what add_message sums.
-template <class T>
-inline void from_matrix(const Vec<T>* m, Vec<T>* t) {
-  for (int c = 0; c < 3; ++c) t[c] = m[3 + c] * kRoot2<T>;
-  t[3] = (m[0] - m[1]) * kRoot2<T>;
-  t[4] = (m[2] + m[2] - m[0] - m[1]) * kRoot6<T>;
-}
+template <class T, bool PAIR>
+using Numbers = Number<Vec<T>, PAIR>;
 
 template <class T>
 void pack(const CartesianFields& fields, int mask, bool pair, void* packed, int64_t begin, int64_t end) {
@@ -63,7 +48,7 @@ void pack(const CartesianFields& fields, int mask, bool pair, void* packed, int6
 }
 
 template <class T, bool PAIR>
-inline Number<T, PAIR> broadcast_planes(const void* const planes[2], int64_t at) {
+inline Numbers<T, PAIR> broadcast_planes(const void* const planes[2], int64_t at) {
   const auto plane = [&](int k) { return broadcast(static_cast<const T*>(planes[k])[at]); };
   if constexpr (PAIR) {
     return {plane(0), plane(1)};
@@ -71,34 +56,9 @@ inline Number<T, PAIR> broadcast_planes(const void* const planes[2], int64_t at)
     return plane(0);
   }
 }
-template <bool PAIR, class Body>
-inline void for_planes(const Body& body) {
-  body(std::integral_constant<int, 0>{});
-  if constexpr (PAIR) body(std::integral_constant<int, 1>{});
-}
-template <class S>
-constexpr bool kIsPair = false;
-template <class V>
-constexpr bool kIsPair<Pair<V>> = true;
-template <class S, class Plane>
-inline auto& plane_of(S& x, Plane) {
-  if constexpr (!kIsPair<std::remove_const_t<S>>) {
-    return x;
-  } else if constexpr (Plane::value == 1) {
-    return x.tangent;
-  } else {
-    return x.value;
-  }
-}
-// Where a plane is in a result with value and tangent exchanged.
-template <bool PAIR, class Plane>
-constexpr auto exchanged(Plane) {
-  return std::integral_constant<int, PAIR ? 1 - Plane::value : 0>{};
-}
-
 // The weights of some channels on an edge.
 template <class T, bool PAIR, int COUNT>
-inline void edge_weights(const Vec<T>* table, const CartesianEdges& edges, int64_t e, Number<T, PAIR>* w) {
+inline void edge_weights(const Vec<T>* table, const CartesianEdges& edges, int64_t e, Numbers<T, PAIR>* w) {
   for_planes<PAIR>([&](auto plane) {
     const T* const basis = static_cast<const T*>(edges.basis[plane]) + e * edges.num_radial;
     Vec<T> sum[COUNT] = {};
@@ -197,7 +157,7 @@ inline void add_tiles(int64_t count, const T* const* basis, int64_t filled, cons
 // Of pairs of products whose value and tangent are exchanged, the tangent of the same.
 template <class T, bool PAIR>
 __attribute__((noinline)) void add_products(const CartesianEdges& edges, const int64_t* batch, int64_t filled,
-                                            const Number<T, PAIR>* products, int64_t count, Vec<T>* sums) {
+                                            const Numbers<T, PAIR>* products, int64_t count, Vec<T>* sums) {
   const int64_t radial = edges.num_radial;
   for_planes<PAIR>([&](auto plane) {
     constexpr auto of = exchanged<PAIR>(decltype(plane){});
@@ -219,8 +179,8 @@ __attribute__((noinline)) void add_products(const CartesianEdges& edges, const i
 template <class T, bool PAIR>
 __attribute__((noinline)) void add_geometry(const CartesianGradients& out, const Vec<T>* table,
                                             int64_t radial, int64_t e, bool first,
-                                            const Number<T, PAIR>* direction, const Number<T, PAIR>* products,
-                                            int64_t count) {
+                                            const Numbers<T, PAIR>* direction,
+                                            const Numbers<T, PAIR>* products, int64_t count) {
   constexpr int64_t kLanes = kLanesOf<T>;
   for_planes<PAIR>([&](auto plane) {
     constexpr int to = exchanged<PAIR>(decltype(plane){});
@@ -256,9 +216,10 @@ __attribute__((noinline)) void add_geometry(const CartesianGradients& out, const
 
 template <class T, bool PAIR, uint32_t PATHS>
 struct Edges {
-  using S = Number<T, PAIR>;
-  static constexpr int kCount = count(PATHS), kSenders = senders(PATHS), kReceivers = receivers(PATHS);
-  static constexpr int kSent = numbers(kSenders), kReceived = numbers(kReceivers);
+  using S = Numbers<T, PAIR>;
+  static constexpr int kCount = Set<PATHS>::kCount, kSenders = Set<PATHS>::kSenders,
+                       kReceivers = Set<PATHS>::kReceivers;
+  static constexpr int kSent = Set<PATHS>::kSent, kReceived = Set<PATHS>::kReceived;
 
   // body(e, features, unit, weights) for the edges [begin, end) of a row.
   template <class Body>
@@ -353,46 +314,24 @@ struct Edges {
   }
 };
 
-constexpr uint32_t paths(std::initializer_list<int> list) {
-  uint32_t set = 0;
-  for (int path : list) set |= 1u << (path - 1);
-  return set;
-}
-// The sets of messages.py: of senders with all fields, and of those of the first layer, with scalars.
-constexpr uint32_t kFull = (1u << kNumPaths) - 1, kFirst = paths({1, 4, 9});
-constexpr uint32_t kLean = paths({1, 4, 7, 9, 14}), kPainn = paths({1, 4, 7}), kPainnFirst = paths({1, 4});
-// The same from receivers to senders.
-constexpr uint32_t kFirstBack = paths({1, 2, 3}), kLeanBack = paths({1, 2, 3, 7, 14});
-constexpr uint32_t kPainnBack = paths({1, 2, 7}), kPainnFirstBack = paths({1, 2});
-
 template <class T, bool PAIR>
-CartesianKernels::Set set_of(uint32_t set) {
+CartesianKernels::Set kernels_of(uint32_t set) {
   CartesianKernels::Set found{};
-  const auto offer = [&](auto one, auto both) {
-    constexpr uint32_t kSet = decltype(one)::value;
-    if (set != kSet) return;
-    using Chosen = Edges<T, PAIR, kSet>;
+  for_sets([&](auto compiled) {
+    using This = decltype(compiled);
+    if (set != This::kSet) return;
+    using Chosen = Edges<T, PAIR, This::kSet>;
     found = {Chosen::kSenders, Chosen::kReceivers, Chosen::sum, nullptr};
-    if constexpr (decltype(both)::value) found.gradient = Chosen::gradient;
-  };
-  const std::true_type both;
-  const std::false_type back;
-  offer(std::integral_constant<uint32_t, kFull>{}, both);
-  offer(std::integral_constant<uint32_t, kFirst>{}, both);
-  offer(std::integral_constant<uint32_t, kLean>{}, both);
-  offer(std::integral_constant<uint32_t, kPainn>{}, both);
-  offer(std::integral_constant<uint32_t, kPainnFirst>{}, both);
-  offer(std::integral_constant<uint32_t, kFirstBack>{}, back);
-  offer(std::integral_constant<uint32_t, kLeanBack>{}, back);
-  offer(std::integral_constant<uint32_t, kPainnBack>{}, back);
-  offer(std::integral_constant<uint32_t, kPainnFirstBack>{}, back);
+    if constexpr (This::kGradient) found.gradient = Chosen::gradient;
+  });
   return found;
 }
 
 template <class T>
 constexpr CartesianKernels cartesian_of() {
-  return {kLanesOf<T>, pack<T>,
-          [](uint32_t set, bool pair) { return pair ? set_of<T, true>(set) : set_of<T, false>(set); }};
+  return {kLanesOf<T>, pack<T>, [](uint32_t set, bool pair) {
+            return pair ? kernels_of<T, true>(set) : kernels_of<T, false>(set);
+          }};
 }
 
 }  // namespace

@@ -4,13 +4,12 @@
 
 #include <cstdint>
 
+#include "cartesian_message.h"
 #include "cpu/scalar.h"
 
 namespace megagnn::cpu {
 
-constexpr int kFields = 3;  // scalars, vectors, tensors
-constexpr int kNumPaths = 14;
-constexpr int64_t kComponents[kFields] = {1, 3, 5};
+using cartesian::kComponents, cartesian::kFields, cartesian::kNumPaths;
 
 // Features or sums of `num_rows` atoms, (planes, num_rows, components, width) each; null where absent.
 struct CartesianFields {

@@ -5,13 +5,6 @@
 namespace megagnn::cuda {
 namespace {
 
-dim3 threads_for(int64_t count) { return dim3(unsigned((count + kBlockThreads - 1) / kBlockThreads)); }
-// A warp for each of `count` edges or rows, and for each 32 channels of `width`.
-dim3 warps_for(int64_t count, int64_t width = 1) {
-  constexpr int64_t kWarps = kBlockThreads / kWarp;
-  return dim3(unsigned((count + kWarps - 1) / kWarps), unsigned((width + kWarp - 1) / kWarp));
-}
-
 #define MEGAGNN_STAGE(kernel, grid, ...) \
   MEGAGNN_LAUNCH(kernel, grid, dim3(kBlockThreads), 0, static_cast<cudaStream_t>(in.stream), __VA_ARGS__)
 

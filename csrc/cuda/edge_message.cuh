@@ -8,8 +8,6 @@
 
 namespace megagnn::cuda {
 
-constexpr unsigned kFull = 0xffffffffu;
-
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 __device__ __forceinline__ void sine_cosine(float x, float* sine, float* cosine) { sincosf(x, sine, cosine); }
@@ -75,23 +73,6 @@ __device__ __forceinline__ Jet<T> feature(const EdgeProblem<T>& in, T d, int64_t
   const T value = exponential(T(-0.5) * offset * offset);
   return {value, -offset * value * narrow, (offset * offset - T(1)) * value * (narrow * narrow)};
 }
-
-// The sum of x over a warp, on every lane, always added in the same order.
-template <class T>
-__device__ __forceinline__ T warp_sum(T x) {
-#pragma unroll
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) x += __shfl_xor_sync(kFull, x, offset);
-  return x;
-}
-
-__device__ __forceinline__ int64_t thread_number() {
-  return int64_t(blockIdx.x) * kBlockThreads + threadIdx.x;
-}
-__device__ __forceinline__ int64_t warp_number() {
-  return int64_t(blockIdx.x) * (kBlockThreads / kWarp) + threadIdx.x / kWarp;
-}
-// The channel of this lane: the second dimension of the grid counts tiles of 32.
-__device__ __forceinline__ int64_t channel() { return int64_t(blockIdx.y) * kWarp + threadIdx.x % kWarp; }
 
 // The edges of row `first_row + k` that lie in the block, counted from its first edge.
 template <class T>

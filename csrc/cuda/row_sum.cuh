@@ -57,7 +57,7 @@ __device__ __forceinline__ void sum_entries(const Entries& entries, int64_t firs
 #pragma unroll
   for (int offset = LANES; offset < kWarp; offset *= 2) {
 #pragma unroll
-    for (int v = 0; v < VECTOR; ++v) sum[v] += __shfl_xor_sync(0xffffffffu, sum[v], offset);
+    for (int v = 0; v < VECTOR; ++v) sum[v] += __shfl_xor_sync(kAllLanes, sum[v], offset);
   }
 }
 

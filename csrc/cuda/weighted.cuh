@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kBlockThreads)
     }
   }
 #pragma unroll
-  for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
   if (lane == 0 && e < num_entries) out[e] = sum;
 }
 

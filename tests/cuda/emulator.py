@@ -70,7 +70,7 @@ def digest(command: list[str], source: Path) -> str:
     """Changes whenever the object would."""
     done = hashlib.sha256(repr(command).encode())
     done.update(subprocess.run([command[0], "--version"], capture_output=True).stdout)
-    headers = (path for folder in (CUDA, EMULATION) for path in folder.rglob("*"))
+    headers = (*CUDA.parent.glob("*.h"), *CUDA.rglob("*"), *EMULATION.rglob("*"))
     for path in [source, *sorted(path for path in headers if path.suffix in (".h", ".cuh"))]:
         done.update(path.read_bytes())
     return done.hexdigest()[:16]

@@ -8,7 +8,7 @@ values and tangents (`ops.dual`). `neighbour_sums_reference` is the same by PyTo
 
 [Note: derivatives] The sums are linear in a, and their transpose is the same kernel over the edges by sender,
 with the paths from receivers to senders (`transposed`). Of a pair with cotangents (b, b') it runs on (b', b):
-csrc/cpu/cartesian_message.h says why. For the backward's own derivative along xi,
+csrc/cartesian_message.h says why. For the backward's own derivative along xi,
 <xi, J^T b> = <b, J xi> is the tangent of the pair with tangents xi: its gradients with cotangents (0, b).
 """
 
@@ -35,9 +35,8 @@ Tensors = Sequence[Tensor | None]
 
 def has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the compiled operation serves such features; torch.compile sees the reference."""
-    return (
-        not torch.compiler.is_compiling() and extension.has_cpu and device.type == "cpu" and dtype in DTYPES
-    )
+    there = {"cpu": extension.has_cpu, "cuda": extension.has_cuda}.get(device.type, False)
+    return there and dtype in DTYPES and not torch.compiler.is_compiling()
 
 
 def neighbour_sums(

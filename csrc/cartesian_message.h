@@ -1,6 +1,6 @@
-// Messages of the Cartesian family and their derivatives, of one edge and some channels, written once for
-// vectors of numbers and for vectors of pairs (value and tangent). Included by sources compiled once per SIMD
-// level. The formulas are those of megagnn/models/cartesian/messages.py, with tensors as symmetric matrices.
+// Messages of the Cartesian family and their derivatives, of one edge and some channels, written once for a
+// CPU's vectors of numbers, a GPU thread's number, and pairs (value and tangent) of either. The formulas are
+// those of megagnn/models/cartesian/messages.py, with tensors as symmetric matrices.
 //
 // [Note: pairs] For outputs (y, y') = (f(x), f'(x) x') with cotangents b and b', those of x' are f'(x)^T b'
 // and those of x the derivative of f'(x)^T b' along (x, b'; x', b). So the derivatives below, taken of pairs,
@@ -8,14 +8,32 @@
 // exchanged, they come out exchanged as well.
 #pragma once
 
+#include <cstdint>
+#include <initializer_list>
 #include <type_traits>
 #include <utility>
 
-#include "cpu/cartesian_edge.h"
-#include "cpu/math.h"
+#ifdef __CUDACC__
+#define MEGAGNN_INLINE __host__ __device__ __forceinline__
+#else
+#define MEGAGNN_INLINE inline
+#endif
 
-namespace megagnn::cpu::MEGAGNN_SIMD {
+namespace megagnn::cartesian {
+
+constexpr int kFields = 3;  // scalars, vectors, tensors
+constexpr int kNumPaths = 14;
+constexpr int64_t kComponents[kFields] = {1, 3, 5};
+
+// Without linkage: sources are compiled once per SIMD level.
 namespace {
+
+// An integer that is part of the type; std::integral_constant is not for device code.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+  MEGAGNN_INLINE constexpr operator int() const { return N; }
+};
 
 // What paths read of the sender: a scalar, a vector, the tensor, and with them the direction rh of the edge:
 // alpha = v . rh, tau = T rh, beta = tau . rh.
@@ -32,10 +50,9 @@ constexpr Path kPaths[kNumPaths] = {
 
 // A set of paths, bit p - 1 for path p.
 constexpr int count(uint32_t paths) { return paths ? int(paths & 1) + count(paths >> 1) : 0; }
-constexpr int position(uint32_t paths, int path) { return count(paths & ((1u << path) - 1)); }
-constexpr bool has(uint32_t paths, int receiver, int kind) {
+constexpr bool any(uint32_t paths, int Path::* end, int field, Kind kind) {
   for (int p = 0; p < kNumPaths; ++p)
-    if (paths >> p & 1 && kPaths[p].receiver == receiver && kPaths[p].kind == kind) return true;
+    if (paths >> p & 1 && kPaths[p].*end == field && kPaths[p].kind == kind) return true;
   return false;
 }
 constexpr int senders(uint32_t paths) {
@@ -50,21 +67,62 @@ constexpr int receivers(uint32_t paths) {
     if (paths >> p & 1) fields |= 1 << kPaths[p].receiver;
   return fields;
 }
+constexpr uint32_t set_of(std::initializer_list<int> list) {
+  uint32_t set = 0;
+  for (int path : list) set |= 1u << (path - 1);
+  return set;
+}
+template <uint32_t PATHS, bool GRADIENT>
+struct Compiled {
+  static constexpr uint32_t kSet = PATHS;
+  static constexpr bool kGradient = GRADIENT;
+};
+// body(Compiled) for each set that kernels are compiled for.
+template <class Body>
+inline void for_sets(const Body& body) {
+  // Those of messages.py: of senders with all fields, and of those of the first layer, with scalars.
+  body(Compiled<(1u << kNumPaths) - 1, true>{});
+  body(Compiled<set_of({1, 4, 9}), true>{});
+  body(Compiled<set_of({1, 4, 7, 9, 14}), true>{});
+  body(Compiled<set_of({1, 4, 7}), true>{});
+  body(Compiled<set_of({1, 4}), true>{});
+  // The same from receivers to senders.
+  body(Compiled<set_of({1, 2, 3}), false>{});
+  body(Compiled<set_of({1, 2, 3, 7, 14}), false>{});
+  body(Compiled<set_of({1, 2, 7}), false>{});
+  body(Compiled<set_of({1, 2}), false>{});
+}
+
+// Of an atom: a tensor has the six of its matrix.
 constexpr int numbers(int fields) { return 1 + (fields & 2 ? 3 : 0) + (fields & 4 ? 6 : 0); }
 
+// What code for a device reads of a set: constants, not functions.
+template <uint32_t PATHS>
+struct Set {
+  static constexpr int kCount = count(PATHS), kSenders = senders(PATHS), kReceivers = receivers(PATHS);
+  static constexpr int kSent = numbers(kSenders), kReceived = numbers(kReceivers);
+};
+// Where a path's weight is among the set's.
+template <uint32_t PATHS, int PATH>
+constexpr int kPosition = count(PATHS & ((1u << PATH) - 1));
+// Whether paths of a kind read a field of the sender, or add to one of the receiver.
+template <uint32_t PATHS, int FIELD, Kind KIND>
+constexpr bool kSends = any(PATHS, &Path::sender, FIELD, KIND);
+template <uint32_t PATHS, int FIELD, Kind KIND>
+constexpr bool kAdds = any(PATHS, &Path::receiver, FIELD, KIND);
+
 template <uint32_t PATHS, class Body, int... P>
-inline void for_each(const Body& body, std::integer_sequence<int, P...>) {
+MEGAGNN_INLINE void for_each(const Body& body, std::integer_sequence<int, P...>) {
   const auto each = [&](auto path) {
     if constexpr ((PATHS >> decltype(path)::value & 1) != 0) body(path);
   };
-  (each(std::integral_constant<int, P>{}), ...);
+  (each(Constant<P>{}), ...);
 }
 // body(path, weight), with its position among the set's weights, as constants.
 template <uint32_t PATHS, class Body>
-inline void for_paths(const Body& body) {
-  for_each<PATHS>(
-      [&](auto path) { body(path, std::integral_constant<int, position(PATHS, decltype(path)::value)>{}); },
-      std::make_integer_sequence<int, kNumPaths>{});
+MEGAGNN_INLINE void for_paths(const Body& body) {
+  for_each<PATHS>([&](auto path) { body(path, Constant<kPosition<PATHS, decltype(path)::value>>{}); },
+                  std::make_integer_sequence<int, kNumPaths>{});
 }
 
 template <class V>
@@ -72,33 +130,77 @@ struct Pair {
   V value, tangent;
 };
 template <class V>
-inline Pair<V> operator+(const Pair<V>& a, const Pair<V>& b) {
+MEGAGNN_INLINE Pair<V> operator+(const Pair<V>& a, const Pair<V>& b) {
   return {a.value + b.value, a.tangent + b.tangent};
 }
 template <class V>
-inline Pair<V> operator*(const Pair<V>& a, const Pair<V>& b) {
+MEGAGNN_INLINE Pair<V> operator*(const Pair<V>& a, const Pair<V>& b) {
   return {a.value * b.value, a.value * b.tangent + a.tangent * b.value};
 }
 template <class V>
-inline void operator+=(Pair<V>& a, const Pair<V>& b) {
+MEGAGNN_INLINE void operator+=(Pair<V>& a, const Pair<V>& b) {
   a = a + b;
 }
-template <class T, bool PAIR>
-using Number = std::conditional_t<PAIR, Pair<Vec<T>>, Vec<T>>;
+template <class V, bool PAIR>
+using Number = std::conditional_t<PAIR, Pair<V>, V>;
+
+template <bool PAIR, class Body>
+MEGAGNN_INLINE void for_planes(const Body& body) {
+  body(Constant<0>{});
+  if constexpr (PAIR) body(Constant<1>{});
+}
+template <class S>
+constexpr bool kIsPair = false;
+template <class V>
+constexpr bool kIsPair<Pair<V>> = true;
+template <class S, class Plane>
+MEGAGNN_INLINE auto& plane_of(S& x, Plane) {
+  if constexpr (!kIsPair<std::remove_const_t<S>>) {
+    return x;
+  } else if constexpr (Plane::value == 1) {
+    return x.tangent;
+  } else {
+    return x.value;
+  }
+}
+// Where a plane is in a result with value and tangent exchanged.
+template <bool PAIR, class Plane>
+MEGAGNN_INLINE constexpr auto exchanged(Plane) {
+  return Constant<PAIR ? 1 - Plane::value : 0>{};
+}
+
+template <class T>
+constexpr T kRoot2 = T(0.70710678118654752440);
+template <class T>
+constexpr T kRoot6 = T(0.40824829046386301637);
+// Five components in the basis of messages.py, and the matrix xx, yy, zz, xy, yz, zx.
+template <class T, class V>
+MEGAGNN_INLINE void to_matrix(const V* t, V* m) {
+  const V difference = t[3] * kRoot2<T>, rest = t[4] * kRoot6<T>;
+  m[0] = difference - rest, m[1] = -difference - rest, m[2] = rest + rest;
+  for (int c = 0; c < 3; ++c) m[3 + c] = t[c] * kRoot2<T>;
+}
+// Of what add_message sums.
+template <class T, class V>
+MEGAGNN_INLINE void from_matrix(const V* m, V* t) {
+  for (int c = 0; c < 3; ++c) t[c] = m[3 + c] * kRoot2<T>;
+  t[3] = (m[0] - m[1]) * kRoot2<T>;
+  t[4] = (m[2] + m[2] - m[0] - m[1]) * kRoot6<T>;
+}
 
 template <class S>
-inline S dot(const S* a, const S* b) {
+MEGAGNN_INLINE S dot(const S* a, const S* b) {
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
 }
 // Of a symmetric matrix xx, yy, zz, xy, yz, zx.
 template <class S>
-inline void multiply(const S* m, const S* x, S* y) {
+MEGAGNN_INLINE void multiply(const S* m, const S* x, S* y) {
   y[0] = m[0] * x[0] + m[3] * x[1] + m[5] * x[2];
   y[1] = m[3] * x[0] + m[1] * x[1] + m[4] * x[2];
   y[2] = m[5] * x[0] + m[4] * x[1] + m[2] * x[2];
 }
 template <class S>
-inline S contract(const S* a, const S* b) {
+MEGAGNN_INLINE S contract(const S* a, const S* b) {
   const S off = a[3] * b[3] + a[4] * b[4] + a[5] * b[5];
   return a[0] * b[0] + a[1] * b[1] + a[2] * b[2] + (off + off);
 }
@@ -112,7 +214,7 @@ struct Features {
 };
 
 template <int FIELDS, class S>
-inline Features<S> features_of(const S* a, const S* unit) {
+MEGAGNN_INLINE Features<S> features_of(const S* a, const S* unit) {
   Features<S> f;
   f.scalar[0] = a[0];
   f.tensor = a + (FIELDS & 2 ? 4 : 1);
@@ -130,9 +232,9 @@ inline Features<S> features_of(const S* a, const S* unit) {
 // Adds an edge's message to the sums of its receiver: scalar, vector, and of the tensor the sums of xx, yy,
 // zz and of xy + yx, yz + zy, zx + xz, with a trace that is taken away at the end.
 template <uint32_t PATHS, class S>
-inline void add_message(const Features<S>& f, const S* unit, const S* w, S* sum) {
+MEGAGNN_INLINE void add_message(const Features<S>& f, const S* unit, const S* w, S* sum) {
   S along[kFields] = {}, across[3] = {};
-  S *const vector = sum + 1, *const tensor = sum + (receivers(PATHS) & 2 ? 4 : 1);
+  S *const vector = sum + 1, *const tensor = sum + (Set<PATHS>::kReceivers & 2 ? 4 : 1);
   for_paths<PATHS>([&](auto p, auto k) {
     constexpr Path path = kPaths[decltype(p)::value];
     if constexpr (path.kind == kScalar) along[path.receiver] += w[k] * f.scalar[path.sender];
@@ -146,13 +248,13 @@ inline void add_message(const Features<S>& f, const S* unit, const S* w, S* sum)
     }
   });
   sum[0] += along[0];
-  if constexpr (has(PATHS, 1, kScalar)) {
+  if constexpr (kAdds<PATHS, 1, kScalar>) {
     for (int c = 0; c < 3; ++c) vector[c] += unit[c] * along[1];
   }
-  if constexpr (has(PATHS, 2, kScalar)) {
+  if constexpr (kAdds<PATHS, 2, kScalar>) {
     for (int c = 0; c < 3; ++c) across[c] += unit[c] * along[2];
   }
-  if constexpr (has(PATHS, 2, kScalar) || has(PATHS, 2, kVector)) {
+  if constexpr (kAdds<PATHS, 2, kScalar> || kAdds<PATHS, 2, kVector>) {
     for (int c = 0; c < 3; ++c) {
       const int d = (c + 1) % 3;
       tensor[c] += unit[c] * across[c];
@@ -163,7 +265,7 @@ inline void add_message(const Features<S>& f, const S* unit, const S* w, S* sum)
 
 // Of the message's product with the cotangents b of the receiver's sums, the derivatives by the weights.
 template <uint32_t PATHS, class S>
-inline void weight_derivatives(const Features<S>& f, const Features<S>& b, S* x) {
+MEGAGNN_INLINE void weight_derivatives(const Features<S>& f, const Features<S>& b, S* x) {
   for_paths<PATHS>([&](auto p, auto k) {
     constexpr Path path = kPaths[decltype(p)::value];
     if constexpr (path.kind == kScalar) x[k] = b.scalar[path.receiver] * f.scalar[path.sender];
@@ -174,7 +276,7 @@ inline void weight_derivatives(const Features<S>& f, const Features<S>& b, S* x)
 
 // The derivative of the same by the direction.
 template <uint32_t PATHS, class S>
-inline void direction_derivative(const Features<S>& f, const Features<S>& b, const S* w, S* out) {
+MEGAGNN_INLINE void direction_derivative(const Features<S>& f, const Features<S>& b, const S* w, S* out) {
   // weights of the two kinds of alpha and beta, and vectors that the two tensors are multiplied with
   S of_sender[kFields] = {}, of_receiver[kFields] = {}, to_sender[3] = {}, to_receiver[3] = {};
   for_paths<PATHS>([&](auto p, auto k) {
@@ -202,16 +304,11 @@ inline void direction_derivative(const Features<S>& f, const Features<S>& b, con
       if constexpr (decltype(product)::value) out[c] += times[c];
     }
   };
-  constexpr auto sends = [](int field, Kind kind) {
-    for (int p = 0; p < kNumPaths; ++p)
-      if (PATHS >> p & 1 && kPaths[p].sender == field && kPaths[p].kind == kind) return true;
-    return false;
-  };
-  add(f, of_sender, to_sender, std::bool_constant<sends(1, kScalar)>{},
-      std::bool_constant<sends(2, kScalar)>{}, std::bool_constant<sends(2, kVector)>{});
-  add(b, of_receiver, to_receiver, std::bool_constant<has(PATHS, 1, kScalar)>{},
-      std::bool_constant<has(PATHS, 2, kScalar)>{}, std::bool_constant<has(PATHS, 2, kVector)>{});
+  add(f, of_sender, to_sender, std::bool_constant<kSends<PATHS, 1, kScalar>>{},
+      std::bool_constant<kSends<PATHS, 2, kScalar>>{}, std::bool_constant<kSends<PATHS, 2, kVector>>{});
+  add(b, of_receiver, to_receiver, std::bool_constant<kAdds<PATHS, 1, kScalar>>{},
+      std::bool_constant<kAdds<PATHS, 2, kScalar>>{}, std::bool_constant<kAdds<PATHS, 2, kVector>>{});
 }
 
 }  // namespace
-}  // namespace megagnn::cpu::MEGAGNN_SIMD
+}  // namespace megagnn::cartesian
