@@ -15,6 +15,12 @@ constexpr int kWeightTile = 16 / sizeof(T);
 template <class T>
 constexpr int kBasisTile = 32 / sizeof(T);
 
+// Where a component of a field, which has 1, 3 or 5, is in (atoms, components, width).
+__device__ __forceinline__ int64_t number_at(int64_t atom, int field, int component, int64_t width,
+                                             int64_t c) {
+  return (atom * (2 * field + 1) + component) * width + c;
+}
+
 // The numbers of an atom in a channel, tensors as matrices.
 template <int FIELDS, class T, bool PAIR>
 __device__ __forceinline__ void load_atom(const void* const* fields, int64_t num_rows, int64_t row,
@@ -23,8 +29,7 @@ __device__ __forceinline__ void load_atom(const void* const* fields, int64_t num
   cartesian::for_planes<PAIR>([&](auto plane) {
     const int64_t at = (PAIR && exchange ? 1 - plane : int(plane)) * num_rows + row;
     const auto load = [&](int field, int component) {
-      const int64_t components = field == 0 ? 1 : 2 * field + 1;
-      return static_cast<const T*>(fields[field])[(at * components + component) * width + c];
+      return static_cast<const T*>(fields[field])[number_at(at, field, component, width, c)];
     };
     cartesian::plane_of(out[0], plane) = load(0, 0);
     if constexpr ((FIELDS & 2) != 0) {
@@ -105,8 +110,7 @@ __global__ void __launch_bounds__(kBlockThreads) cartesian_sum(const __grid_cons
   for_planes<PAIR>([&](auto plane) {
     const int64_t at = (PAIR && in.exchanged ? 1 - plane : int(plane)) * in.num_rows + row;
     const auto store = [&](int field, int component, T x) {
-      const int64_t components = field == 0 ? 1 : 2 * field + 1;
-      static_cast<T*>(in.sums[field])[(at * components + component) * in.width + c] = x;
+      static_cast<T*>(in.sums[field])[number_at(at, field, component, in.width, c)] = x;
     };
     store(0, 0, plane_of(total[0], plane));
     if constexpr ((kReceivers & 2) != 0) {

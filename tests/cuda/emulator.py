@@ -59,11 +59,15 @@ def preloaded(variant: str) -> dict[str, str]:
     name = {"sanitized": "asan", "races": "tsan"}[variant]
     compiler = find_compiler()
     assert compiler
-    library = subprocess.run(
-        [*compiler, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
-    ).stdout.strip()
+
+    def path(library: str) -> str:
+        command = [*compiler, f"-print-file-name={library}"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    # The second, which else comes with torch, so that the first finds where exceptions are thrown.
+    libraries = f"{path(f'lib{name}.so')}:{path('libstdc++.so')}"
     options = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1:history_size=4"}
-    return {**os.environ, "LD_PRELOAD": library, **options}
+    return {**os.environ, "LD_PRELOAD": libraries, **options}
 
 
 def digest(command: list[str], source: Path) -> str:

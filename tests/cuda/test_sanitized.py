@@ -30,4 +30,5 @@ def test_accesses(build_folder: Path) -> None:
 
 def test_races(build_folder: Path) -> None:
     """A race between two CUDA threads ends the process. Slow, so only the tests of a few blocks are run."""
-    run_again(build_folder, "races", [HERE / "test_segment.py"], "-k", "few_blocks")
+    tests = [HERE / "test_segment.py", HERE / "test_cartesian_edge.py"]
+    run_again(build_folder, "races", tests, "-k", "few_blocks")
