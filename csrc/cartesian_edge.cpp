@@ -20,7 +20,7 @@ namespace {
 constexpr int kFields = cpu::kFields;
 constexpr const char* kFieldNames[kFields] = {"h", "v", "t"};
 
-// Fails unless the tensor has these sizes and the type of `like`.
+// Fails unless the tensor has these sizes and is of the type and device of `like`.
 void check_sizes(Where where, const char* name, const Tensor& tensor, const Tensor& like,
                  const std::vector<int64_t>& sizes) {
   bool fits = tensor.dim() == int64_t(sizes.size()) && tensor.scalar_type() == like.scalar_type() &&
@@ -30,7 +30,7 @@ void check_sizes(Where where, const char* name, const Tensor& tensor, const Tens
   std::string wanted, got;
   for (int64_t size : sizes) wanted += (wanted.empty() ? "" : ", ") + std::to_string(size);
   for (int64_t size : tensor.sizes()) got += (got.empty() ? "" : ", ") + std::to_string(size);
-  fail(where.operation, where.backend, name, " must have shape (", wanted, ") and type ",
+  fail(where.operation, where.backend, name, " must have shape (", wanted, ") on the device of h and type ",
        torch::headeronly::toString(like.scalar_type()), ", got (", got, ") and ",
        torch::headeronly::toString(tensor.scalar_type()));
 }

@@ -133,13 +133,12 @@ def case_in_float64(c: Case) -> Case:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("planes", [1, 2], ids=["value", "pair"])
-@pytest.mark.parametrize(("name", "layer"), CASES)
+@pytest.mark.parametrize(("name", "layer"), [x for x in CASES if x != ("lean", "first")])  # as full's
 def test_every_set_of_paths(emulated: Operations, name: str, layer: str, planes: int, dtype: Any) -> None:
     check(case(name, layer, planes, 33, dtype), emulated)
 
 
-@pytest.mark.parametrize("edges", [0, 1, 70])
-@pytest.mark.parametrize("width", [1, 31, 64])
+@pytest.mark.parametrize(("width", "edges"), [(1, 70), (31, 70), (64, 1), (33, 0)])
 def test_widths_and_edges(emulated: Operations, width: int, edges: int) -> None:
     c = case("full", "inner", 2, width, edges=edges)
     assert (c.destination.ptr.diff() == 0).any(), "the example must have an empty row"
