@@ -38,7 +38,7 @@ SIMD_FLAGS = {
     "avx512": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
 # Kernels whose bits may differ between processors, as those of the matrix products beside them do.
-CONTRACTED = ("edge_message.cpp", "activation.cpp", "node.cpp", "cartesian_edge.cpp")
+CONTRACTED = ("edge_message.cpp", "activation.cpp", "node.cpp", "cartesian_edge.cpp", "cartesian_atoms.cpp")
 CUDA_ARCHS = ("80", "90", "100")
 
 

@@ -9,7 +9,7 @@ tangent, and have no reverse rule for some of what a backward inside their level
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -26,21 +26,39 @@ from megagnn.ops.segment import Segments
 class Dual:
     """A value and its tangent, both of shape (...); of `planes` (2, ...) where they lie in one tensor."""
 
-    __slots__ = ("_planes", "tangent", "value")
+    __slots__ = ("_parts", "_planes")
 
-    def __init__(self, value: Tensor, tangent: Tensor, planes: Tensor | None = None) -> None:
+    def __init__(self, value: Tensor, tangent: Tensor) -> None:
         if value.shape != tangent.shape:
             raise ValueError(
                 f"Dual: value and tangent must have one shape, got {tuple(value.shape)} and "
                 f"{tuple(tangent.shape)}"
             )
-        self.value, self.tangent, self._planes = value, tangent, planes
+        self._parts: tuple[Tensor, Tensor] | None = (value, tangent)
+        self._planes: Tensor | None = None
 
     @classmethod
     def of_planes(cls, planes: Tensor) -> Dual:
         """Value and tangent stacked, (2, ...)."""
-        value, tangent = planes.unbind(0)
-        return cls(value, tangent, planes)
+        made = cls.__new__(cls)
+        made._parts, made._planes = None, planes  # most are never taken apart
+        return made
+
+    @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        if self._parts is None:
+            assert self._planes is not None
+            value, tangent = self._planes.unbind(0)
+            self._parts = (value, tangent)
+        return self._parts
+
+    @property
+    def value(self) -> Tensor:
+        return self._both[0]
+
+    @property
+    def tangent(self) -> Tensor:
+        return self._both[1]
 
     @property
     def planes(self) -> Tensor:
@@ -102,11 +120,11 @@ class Dual:
         return self.linear_map(Tensor.double)
 
     def to(self, dtype: torch.dtype) -> Dual:
-        return self if self.value.dtype == dtype else self.linear_map(lambda t: t.to(dtype))
+        return self if self.dtype == dtype else self.linear_map(lambda t: t.to(dtype))
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.value.dtype
+        return (self.value if self._planes is None else self._planes).dtype
 
     @property
     def mT(self) -> Dual:  # noqa: N802 (a tensor's own name)
@@ -151,6 +169,31 @@ def linear(x: T, weight: Tensor, bias: Tensor | None = None) -> T:
 def add_bias(x: T, bias: Tensor | None) -> T:
     """x + b, (..., F); a constant has no tangent."""
     return x if bias is None else x + bias
+
+
+def add(x: T | None, y: T, scale: float) -> T:
+    """x + scale y, or scale y without an x."""
+    if x is None:
+        return y * scale
+    if isinstance(x, Dual) and isinstance(y, Dual):
+        return Dual.of_planes(torch.add(x.planes, y.planes, alpha=scale))
+    return torch.add(x, y, alpha=scale)
+
+
+def concatenated(parts: Sequence[T]) -> T:
+    """One after the other along the last dimension; one or more."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], Dual):
+        return Dual.of_planes(torch.cat([x.planes for x in parts], -1))
+    return torch.cat(parts, -1)  # type: ignore[arg-type]
+
+
+def split(x: T, sizes: Sequence[int]) -> list[T]:
+    """Parts of these sizes of the last dimension."""
+    if isinstance(x, Dual):
+        return [Dual.of_planes(part) for part in x.planes.split(sizes, -1)]
+    return list(x.split(sizes, -1))
 
 
 def silu(x: T) -> T:

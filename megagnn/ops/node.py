@@ -6,7 +6,7 @@ The kernels are csrc/node.cpp; anything else takes the chains, `norm_linear_refe
 `silu_linear_reference`, which also answer where gradients are differentiated again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from megagnn.ops import dual, extension
 from megagnn.ops.dispatch import ABSENT, below_autograd
-from megagnn.ops.recompute import used_gradients
+from megagnn.ops.recompute import by_autograd, used_gradients
 
 _OPS = torch.ops.megagnn
 _ANY_WIDTH = 128  # as many columns as a block has rows (csrc/node.cpp)
@@ -120,7 +120,7 @@ class _NormLinear(torch.autograd.Function):
         inverse, *tensors = ctx.saved_tensors  # once: a recomputed layer is computed here
         used = used_gradients(ctx, tensors)
         if torch.is_grad_enabled():
-            gradients = _by_autograd(
+            gradients = by_autograd(
                 lambda h, gain, *rest: _reference(h, gain, ctx.eps, rest), tensors, used, bars
             )
             return (None, *gradients)
@@ -161,28 +161,12 @@ class _SiLULinear(torch.autograd.Function):
                 side = None if s is None else (s, weight_KM, ctx.factor)
                 return (silu_linear_reference(u, weight, bias, side, scale=ctx.scale),)
 
-            return (None, None, *_by_autograd(function, tensors, used, bars), h_bar)
+            return (None, None, *by_autograd(function, tensors, used, bars), h_bar)
         u, s, *weights = tensors
         given = (u if s is None else z, *_all((s, *weights)), *bars, ctx.factor, ctx.scale)
         with below_autograd():
             found = _OPS.silu_linear_backward.default(*given, used[1], any(used[2:]))
         return (None, None, *_only(found, used), h_bar)
-
-
-def _by_autograd(
-    function: Callable[..., tuple[Tensor, ...]],
-    tensors: Tensors,
-    used: Sequence[bool],
-    bars: Sequence[Tensor],
-) -> list[Tensor | None]:
-    aliases = [t.view_as(t) if t is not None and u else t for t, u in zip(tensors, used, strict=True)]
-    wanted = [t for t, u in zip(aliases, used, strict=True) if t is not None and u]
-    if not wanted:
-        return [None] * len(used)
-    pairs = [(y, bar) for y, bar in zip(function(*aliases), bars, strict=True) if y.requires_grad]
-    outputs, given = [y for y, _ in pairs], [bar for _, bar in pairs]
-    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True))
-    return [next(found) if u else None for u in used]
 
 
 def _halves(linears: Tensors) -> tuple[Tensors, Tensors]:

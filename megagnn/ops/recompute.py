@@ -91,6 +91,30 @@ def used_gradients(ctx: Any, tensors: Sequence[Tensor | None]) -> list[bool]:
     return [t is not None and _is_used(next(nodes)[0]) for t in tensors]
 
 
+def by_autograd(
+    function: Callable[..., Sequence[Tensor]],
+    tensors: Sequence[Tensor | None],
+    used: Sequence[bool],
+    bars: Sequence[Tensor],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again, by PyTorch's operations.
+
+    Args:
+        function: what a Function computes, of the tensors.
+        tensors: what it was applied to.
+        used: which of their gradients are wanted; None takes the place of the others.
+        bars: cotangents of its results.
+    """
+    aliases = [t.view_as(t) if t is not None and u else t for t, u in zip(tensors, used, strict=True)]
+    wanted = [t for t, u in zip(aliases, used, strict=True) if t is not None and u]
+    if not wanted:
+        return [None] * len(used)
+    pairs = [(y, bar) for y, bar in zip(function(*aliases), bars, strict=True) if y.requires_grad]
+    outputs, given = [y for y, _ in pairs], [bar for _, bar in pairs]
+    found = iter(torch.autograd.grad(outputs, wanted, given, create_graph=True))
+    return [next(found) if u else None for u in used]
+
+
 def _is_used(node: Any) -> bool:
     if node is None:
         return False

@@ -29,7 +29,8 @@ class CartesianConfig(ModelConfig):
     edge_width: Refused[PositiveInt | None] = None
     """Channels of the messages; half of `width` if not given."""
     edge_operation: Told[Literal["fused", "unfused"]] = "fused"
-    """Messages and their sums in one pass over the edges, or every message as a tensor (the reference)."""
+    """Messages and their sums in one pass over the edges, and norm, gates and products in a few over the
+    atoms, or every message and product as a tensor (the reference)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -17,10 +17,10 @@ the distance times the envelope. One norm for all degrees leaves small what is s
 products of an atom's sums with themselves, which add one to the body order each layer, grow linearly.
 
 All products of channels with channels are per atom: over tensor-parallel ranks the edges are divided by
-channels and send nothing. The messages and their sums are one operation (edge.py).
+channels and send nothing. The messages and their sums are one operation (edge.py); norm, gates and products
+are three (atoms.py).
 """
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -29,28 +29,18 @@ from torch import Tensor, nn
 
 from megagnn.data import keys
 from megagnn.models.cartesian import messages
+from megagnn.models.cartesian.atoms import gates_and_products, mean_square, parts_of
 from megagnn.models.cartesian.config import CartesianConfig
 from megagnn.models.cartesian.edge import has_kernels, neighbour_sums, planes_of
 from megagnn.models.cartesian.messages import COMPONENTS, Edges, direction_matrices, paths_of
-from megagnn.models.cartesian.parts import (
-    EnergyHead,
-    MergedNorm,
-    PathWeights,
-    RowSum,
-    from_matrix,
-    mean_square,
-    parts_of,
-    scale_atoms,
-    to_matrix,
-    width_key,
-)
+from megagnn.models.cartesian.parts import EnergyHead, MergedNorm, PathWeights, RowSum, width_key
 from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.parts import DISTANCE_EPSILON, branch_rate, graph_of, laws, refuse_edge_plan
 from megagnn.models.radial import DistanceFeature, envelope
 from megagnn.ops import dual
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import Constant, make_parameter
-from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels, share
+from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels
 
 
 def reads_of(config: CartesianConfig, number: int) -> tuple[str, ...]:
@@ -109,53 +99,36 @@ class CartesianLayer(nn.Module):
             out = laws(config, width, "output", scale=0.1, width=config.width)
             names = (width_key("v"), width_key("v"))
             self.force_head = RowLinear(width, 1, context, out, dtype, bias=False, names=names)
+
         self.scale = config.num_layers**-0.5 if config.depth_scaling else 1.0
 
     def forward(self, state: State, edges: Edges) -> State:
         """See the class."""
+        planes = edges.basis_planes
+        fused = planes is not None and planes.is_cpu  # a GPU has the chain
         state = {name: state[name] for name in self.reads}
-        n = {name: gather_channels(x, self.context) for name, x in self.norm(state).items()}
-        a = {name: self.up[name](x) for name, x in n.items()}
-        u = neighbour_sums(self.paths, self.path_weights(), a, edges)
-        u |= {name: u[name] + self.residual[name](x) for name, x in n.items()}
-        y = self.products(u, edges.tensor_basis)
+        n = {name: gather_channels(x, self.context) for name, x in self.norm(state, fused).items()}
+        made = {name: self.products_of(name, x) for name, x in n.items()}
+        a = {name: parts[0] for name, parts in made.items()}
+        residual = {name: parts[1] for name, parts in made.items()}
+        sums = neighbour_sums(self.paths, self.path_weights(), a, edges)
+        u, square_N1 = mean_square(sums, self.edge_widths, self.context, fused, residual)
+        gates = (made["h"][2], self.gate_slopes)
+        y = gates_and_products(u, square_N1, *gates, edges.tensor_basis, fused)
         for name in self.writes:
-            gate = self.gates[name](n["h"]) + u["h"] * self.gate_slopes[name]
-            y[name]["gated"] = gated(name, gate, u[name])
-            change = self.down[name](y[name]) * self.scale
-            state[name] = state[name] + change if name in state else change
+            change = self.down[name](y[name])
+            state[name] = dual.add(state.get(name), change, self.scale)
         if self.force_head is None:
             return {name: state[name] for name in self.writes}
         return {"h": state["h"], "forces": self.force_head(state["v"]).squeeze(-1)}
 
-    def products(self, u: Mapping[str, Any], basis: Tensor | None) -> dict[str, dict[str, Any]]:
-        """Products of two features of an atom, channel by channel, by field and part."""
-        square_N1 = mean_square(u, self.edge_widths, self.context) + 1.0
-        c_N1 = share(dual.rsqrt(square_N1), self.context)
-        v, t = u["v"], u.get("t")
-        found: dict[str, dict[str, Any]] = {name: {} for name in self.writes}
-        found["h"]["vv"] = (v * v).sum(-2)
-        if t is not None:
-            assert basis is not None
-            found["h"]["tt"] = (t * t).sum(-2)
-            if "v" in found:
-                matrix = to_matrix(t, basis)
-                found["v"]["tv"] = (matrix * v.unsqueeze(-3)).sum(-2)
-            if "t" in found:
-                found["t"]["vv"] = from_matrix(v.unsqueeze(-2) * v.unsqueeze(-3), basis)
-                square = (matrix.unsqueeze(-2) * matrix.unsqueeze(-4)).sum(-3)
-                found["t"]["tt"] = from_matrix(square, basis)
-        return {
-            name: {part: scale_atoms(name, x, c_N1) for part, x in parts.items()}
-            for name, parts in found.items()
-        }
-
-
-def gated(field: str, gate: Any, u: Any) -> Any:
-    """Features times a gate of scalars: of scalars SiLU, of others the logistic function."""
-    if field == "h":
-        return dual.silu(gate) * u
-    return dual.sigmoid(gate).unsqueeze(-2) * u
+    def products_of(self, name: str, n: Any) -> list[Any]:
+        """All Linears of a field in one product: what is sent, the residual and, of scalars, the gates."""
+        linears = [self.up[name], self.residual[name], *(self.gates.values() if name == "h" else ())]
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = torch.cat([linear.bias for linear in linears]) if name == "h" else None
+        edge = linears[0].weight.shape[0]
+        return dual.split(dual.linear(n, weight, bias), [edge, edge, len(weight) - 2 * edge][: len(linears)])
 
 
 class Cartesian(Model):
@@ -196,7 +169,7 @@ class Cartesian(Model):
         edge, widths, size = config.message_width, config.widths, COMPONENTS
         reads, writes = reads_of(config, layer), writes_of(config, layer)
         up = 2 * sum(size[name] * widths[name] for name in reads) + len(writes) * config.width
-        down = sum(size[name] * widths[name] * len(parts_of(config, name)) for name in writes)
+        down = sum(size[name] * widths[name] * len(parts_of(config.widths, name)) for name in writes)
         # between five components and 3 x 3 matrices, of one field and back of two products
         changes = 45 * (("v" in writes) + 2 * ("t" in writes)) if "t" in widths else 0
         paths = paths_of(config.paths, reads)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.models.cartesian import messages
+from megagnn.models.cartesian.atoms import mean_square, parts_of, scaled
 from megagnn.models.cartesian.config import CartesianConfig
-from megagnn.models.cartesian.messages import COMPONENTS, added
 from megagnn.models.family import State
 from megagnn.models.parts import branch_rate, laws
 from megagnn.ops import dual
@@ -20,34 +20,10 @@ from megagnn.tensor_parallel.layers import (
     RMSNorm,
     RowLinear,
     gather_channels,
-    reduce_partial,
     scatter_channels,
-    share,
 )
 
 EPSILON = 1e-6
-PARTS = {"h": ("gated", "vv", "tt"), "v": ("gated", "tv"), "t": ("gated", "vv", "tt")}
-"""What the last Linears of a layer read, by field: the features times a gate, and products of two."""
-
-
-def parts_of(config: CartesianConfig, field: str) -> tuple[str, ...]:
-    """`PARTS` of a field, without products of tensors where there are none."""
-    return tuple(part for part in PARTS[field] if "t" in config.widths or part in ("gated", "vv"))
-
-
-def mean_square(state: Mapping[str, T], widths: Mapping[str, int], context: ParallelContext) -> Any:
-    """Mean over the fields of the mean square of their components: sharded fields to replicated (N, 1)."""
-    terms: list[Any] = []
-    for name, x in state.items():
-        square = dual.square_sum(x)
-        square = square if name == "h" else square.sum(-2)
-        terms.append(square * (1.0 / (len(state) * COMPONENTS[name] * widths[name])))
-    return reduce_partial(added(terms), context)
-
-
-def scale_atoms(field: str, x: Any, factor_N1: Any) -> Any:
-    """Features like those of a field times a number for each atom, in the type of the features."""
-    return (x * (factor_N1 if field == "h" else factor_N1.unsqueeze(-1))).to(x.dtype)
 
 
 class MergedNorm(nn.Module):
@@ -67,11 +43,10 @@ class MergedNorm(nn.Module):
             }
         )
 
-    def forward(self, state: State) -> State:
-        """See the class."""
-        square_N1 = mean_square(state, self.widths, self.context) + EPSILON
-        inverse_N1 = share(dual.rsqrt(square_N1), self.context)
-        return {name: scale_atoms(name, x, inverse_N1) * self.gains[name] for name, x in state.items()}
+    def forward(self, state: State, fused: bool) -> State:
+        """See the class; `fused` as in atoms.py."""
+        state, square_N1 = mean_square(state, self.widths, self.context, fused)
+        return scaled(state, square_N1, EPSILON, self.gains, fused)
 
 
 def width_key(field: str) -> str:
@@ -80,16 +55,15 @@ def width_key(field: str) -> str:
 
 
 class RowSum(nn.Module):
-    """Sum of a Linear of each input, with one bias: sharded (..., in/tp) each to sharded (..., out/tp).
-
-    Over ranks one message for all.
+    """Sum of a Linear of each of an atom's parts, which lie side by side, with one bias: sharded
+    (..., parts in/tp) to sharded (..., out/tp).
     """
 
     def __init__(
         self, config: CartesianConfig, field: str, context: ParallelContext, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        self.context, self.parts = context, parts_of(config, field)
+        self.context, self.parts = context, parts_of(config.widths, field)
         inputs, outputs = config.message_width, config.widths[field]
         law = laws(config, len(self.parts) * inputs, rate=branch_rate(config), width=config.width)
         shape, how = (outputs, inputs), (law.weight_rate, law.matrix_rate)
@@ -105,10 +79,12 @@ class RowSum(nn.Module):
                 (outputs,), 0, context, law.bias, dtype, width_key(field), law.bias_rate
             )
 
-    def forward(self, inputs: Mapping[str, Any]) -> Any:
+    def forward(self, inputs: Any) -> Any:
         """See the class."""
-        partial = added([dual.linear(inputs[part], self.weights[part]) for part in self.parts])
-        return dual.add_bias(scatter_channels(partial, self.context), self.bias)
+        weight = torch.cat([self.weights[part] for part in self.parts], 1)
+        if self.context.tp_size == 1:
+            return dual.linear(inputs, weight, self.bias)
+        return dual.add_bias(scatter_channels(dual.linear(inputs, weight), self.context), self.bias)
 
 
 class PathWeights(nn.Module):
@@ -136,18 +112,6 @@ class PathWeights(nn.Module):
     def forward(self) -> Tensor:
         """See the class."""
         return self.weight * self.factors_P11
-
-
-def to_matrix(t: T, basis: Tensor) -> T:
-    """Components (N, 5, F) to matrices (N, 3, 3, F)."""
-    flat = basis.flatten(1).mT
-    return dual.linear_map(t, lambda x: (flat @ x).unflatten(-2, (3, 3)))
-
-
-def from_matrix(m: T, basis: Tensor) -> T:
-    """Components (N, 5, F) of the symmetric traceless part of matrices (N, 3, 3, F)."""
-    flat = basis.flatten(1)
-    return dual.linear_map(m, lambda x: flat @ x.flatten(-3, -2))
 
 
 class EnergyHead(nn.Module):
