@@ -57,8 +57,10 @@ struct Call {
   uint32_t set = 0;
   bool pair = false;
   int64_t num_others = 0, width = 0, blocks = 0, num_radial = 0;
+  int64_t num_weights = 0;  // of each path and channel; an edge reads num_radial of them
   Rows rows;
   Tensor weight, basis, unit, other;
+  std::optional<Tensor> first;
   const cpu::CartesianKernels* kernels = nullptr;
   cpu::CartesianKernels::Set run{};
 
@@ -70,9 +72,29 @@ struct Call {
   }
 };
 
+// Where edges read different rows of weights.
+void take_first(Call& call, const Tensor& first, const Tensor& weight) {
+  const Where where = call.where;
+  const int64_t E = call.rows.num_entries, R = call.num_radial;
+  check_integers(where, "first", first, weight);
+  check(first.size(0) == E, where.operation, where.backend,
+        "first must be as long as index, the number of edges, got ", first.size(0), " and ", E);
+  const int64_t rows = weight.dim() == 3 ? weight.size(2) : 0;
+  check(rows >= R, where.operation, where.backend,
+        "weight must have three dimensions, and a row for each of the ", R, " numbers of basis, got ",
+        weight.dim(), " dimensions and ", rows, " rows");
+  call.num_weights = rows, call.first = make_contiguous(first);
+  if (!first.is_cpu()) return;
+  const int64_t* const from = integers(*call.first);
+  bool inside = true;
+  for (int64_t e = 0; e < E; ++e) inside &= uint64_t(from[e]) <= uint64_t(rows - R);
+  check(inside, where.operation, where.backend, "first must lie in [0, ", rows - R,
+        "], got an element outside");
+}
+
 Call take(Where where, const Tensors& features, const Tensor& weight, const Tensor& basis, const Tensor& unit,
           std::vector<int64_t> paths, const Tensor& index, const Tensor& ptr,
-          const std::optional<Tensor>& perm, const Tensor& other) {
+          const std::optional<Tensor>& perm, const Tensor& other, const std::optional<Tensor>& first) {
   check(features.size() == kFields, where.operation, where.backend, "features must be three tensors, got ",
         features.size());
   const Tensor& h = features[0];
@@ -98,7 +120,9 @@ Call take(Where where, const Tensors& features, const Tensor& weight, const Tens
   check(basis.dim() == 3, where.operation, where.backend, "basis must have three dimensions, got ",
         basis.dim());
   call.num_radial = basis.size(2);
-  check_sizes(where, "weight", weight, h, {call.num_paths(), call.width, call.num_radial});
+  call.num_weights = call.num_radial;
+  if (first) take_first(call, *first, weight);
+  check_sizes(where, "weight", weight, h, {call.num_paths(), call.width, call.num_weights});
   check_sizes(where, "basis", basis, h, {call.planes(), E, call.num_radial});
   check_sizes(where, "unit", unit, h, {call.planes(), E, 3});
   call.weight = make_contiguous(weight), call.basis = make_contiguous(basis);
@@ -168,10 +192,10 @@ Tensor pack(const Call& call, const Tensors& tensors, int mask, int64_t num_rows
   return packed;
 }
 
-// body(position in the weights (path, channel, radial function), position in the kernels' order).
+// body(position in the weights (path, channel, row), position in the kernels' order).
 template <class Body>
 void over_weights(const Call& call, const Body& body) {
-  const int64_t lanes = call.kernels->lanes, P = call.num_paths(), R = call.num_radial;
+  const int64_t lanes = call.kernels->lanes, P = call.num_paths(), R = call.num_weights;
   for (int64_t p = 0; p < P; ++p) {
     const int64_t slot = call.slot(call.paths[size_t(p)]);
     for (int64_t c = 0; c < call.width; ++c) {
@@ -184,7 +208,7 @@ void over_weights(const Call& call, const Body& body) {
 template <class T>
 Tensor pack_weights(const Call& call) {
   const Tensor packed =
-      zeros(call.weight, {call.blocks * call.num_radial * call.num_paths() * call.kernels->lanes});
+      zeros(call.weight, {call.blocks * call.num_weights * call.num_paths() * call.kernels->lanes});
   const T* const from = data<T>(call.weight);
   T* const to = static_cast<T*>(packed.mutable_data_ptr());
   over_weights(call, [=](int64_t here, int64_t there) { to[there] = from[here]; });
@@ -199,9 +223,11 @@ cpu::CartesianInput input_of(const Call& call, const Tensor& weight, const Tenso
   return {{call.rows.ptr_data(),
            call.rows.perm_data(),
            integers(call.other),
+           call.first ? integers(*call.first) : nullptr,
            E,
            call.num_others,
            R,
+           call.num_weights,
            {basis, basis + E * R},
            {unit, unit + 3 * E}},
           weight.const_data_ptr(),
@@ -249,7 +275,7 @@ Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars,
                              first_row(in.edges.ptr, num_rows, t + 1, tasks));
   });
   check(ok, call.where.operation, call.where.backend, "other must lie in [0, ", call.num_others,
-        ") and perm in [0, ", E, "), got an element outside");
+        ") and perm in [0, ", call.rows.num_entries, "), got an element outside");
   if (!weights) return results;
   T* const to = static_cast<T*>(results[0].mutable_data_ptr());
   over_weights(call, [&](int64_t here, int64_t there) {
@@ -262,18 +288,19 @@ Tensors gradient(const Call& call, const Tensors& features, const Tensors& bars,
 
 Tensors cartesian_edge_sum_cpu(Tensors features, Tensor weight, Tensor basis, Tensor unit,
                                std::vector<int64_t> paths, bool exchanged, Tensor index, Tensor ptr,
-                               std::optional<Tensor> perm, Tensor other) {
+                               std::optional<Tensor> perm, Tensor other, std::optional<Tensor> first) {
   const Call call = take({"cartesian_edge_sum", "cpu"}, features, weight, basis, unit, std::move(paths),
-                         index, ptr, perm, other);
+                         index, ptr, perm, other, first);
   return weight.scalar_type() == ScalarType::Float ? sum<float>(call, features, exchanged)
                                                    : sum<double>(call, features, exchanged);
 }
 
 Tensors cartesian_edge_gradient_cpu(Tensors features, Tensors bars, Tensor weight, Tensor basis, Tensor unit,
                                     std::vector<int64_t> paths, bool weights, bool geometry, Tensor index,
-                                    Tensor ptr, std::optional<Tensor> perm, Tensor other) {
+                                    Tensor ptr, std::optional<Tensor> perm, Tensor other,
+                                    std::optional<Tensor> first) {
   const Call call = take({"cartesian_edge_gradient", "cpu"}, features, weight, basis, unit, std::move(paths),
-                         index, ptr, perm, other);
+                         index, ptr, perm, other, first);
   check_gradients(call, bars);
   return weight.scalar_type() == ScalarType::Float
              ? gradient<float>(call, features, bars, weights, geometry)
@@ -292,17 +319,18 @@ cuda::CartesianProblem problem_of(const Call& call, const Tensors& features, Ten
   in.unit = call.unit.const_data_ptr();
   in.ptr = call.rows.ptr_data(), in.perm = call.rows.perm_data(), in.index = call.rows.index_data();
   in.other = integers(call.other);
+  in.first = call.first ? integers(*call.first) : nullptr;
   in.num_rows = call.rows.num_rows, in.num_others = call.num_others, in.num_edges = call.rows.num_entries;
-  in.width = call.width, in.num_weights = call.weight.size(2), in.num_radial = call.num_radial;
+  in.width = call.width, in.num_weights = call.num_weights, in.num_radial = call.num_radial;
   for (size_t p = 0; p < call.paths.size(); ++p) in.order[call.slot(call.paths[p])] = int64_t(p);
   return in;
 }
 
 Tensors cartesian_edge_sum_cuda(Tensors features, Tensor weight, Tensor basis, Tensor unit,
                                 std::vector<int64_t> paths, bool exchanged, Tensor index, Tensor ptr,
-                                std::optional<Tensor> perm, Tensor other) {
+                                std::optional<Tensor> perm, Tensor other, std::optional<Tensor> first) {
   const Call call = take({"cartesian_edge_sum", "cuda"}, features, weight, basis, unit, std::move(paths),
-                         index, ptr, perm, other);
+                         index, ptr, perm, other, first);
   const cuda::DeviceGuard guard(call.where.operation, weight.get_device());
   Tensors held;
   cuda::CartesianProblem in = problem_of(call, features, held);
@@ -318,9 +346,10 @@ Tensors cartesian_edge_sum_cuda(Tensors features, Tensor weight, Tensor basis, T
 
 Tensors cartesian_edge_gradient_cuda(Tensors features, Tensors bars, Tensor weight, Tensor basis, Tensor unit,
                                      std::vector<int64_t> paths, bool weights, bool geometry, Tensor index,
-                                     Tensor ptr, std::optional<Tensor> perm, Tensor other) {
+                                     Tensor ptr, std::optional<Tensor> perm, Tensor other,
+                                     std::optional<Tensor> first) {
   const Call call = take({"cartesian_edge_gradient", "cuda"}, features, weight, basis, unit, std::move(paths),
-                         index, ptr, perm, other);
+                         index, ptr, perm, other, first);
   check_gradients(call, bars);
   const cuda::DeviceGuard guard(call.where.operation, weight.get_device());
   Tensors held;
@@ -344,15 +373,17 @@ Tensors cartesian_edge_gradient_cuda(Tensors features, Tensors bars, Tensor weig
 }  // namespace megagnn
 
 // other: the atom at the other end of each edge. basis, unit and all features have a first dimension of one
-// plane, or of two, value and tangent; `exchanged`: features and sums have the tangent first.
+// plane, or of two, value and tangent; `exchanged`: features and sums have the tangent first. first: of each
+// edge, the row of weights that the first of its numbers in `basis` multiplies; without it that is 0.
 STABLE_TORCH_LIBRARY_FRAGMENT(megagnn, library) {
   library.def(
       "cartesian_edge_sum(Tensor[] features, Tensor weight, Tensor basis, Tensor unit, int[] paths, "
-      "bool exchanged, Tensor index, Tensor ptr, Tensor? perm, Tensor other) -> Tensor[]");
+      "bool exchanged, Tensor index, Tensor ptr, Tensor? perm, Tensor other, Tensor? first=None) -> "
+      "Tensor[]");
   library.def(
       "cartesian_edge_gradient(Tensor[] features, Tensor[] bars, Tensor weight, Tensor basis, Tensor unit, "
-      "int[] paths, bool weights, bool geometry, Tensor index, Tensor ptr, Tensor? perm, Tensor other) -> "
-      "Tensor[]");
+      "int[] paths, bool weights, bool geometry, Tensor index, Tensor ptr, Tensor? perm, Tensor other, "
+      "Tensor? first=None) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(megagnn, CPU, library) {

@@ -4,6 +4,7 @@
 #include "cpu/cartesian_edge.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "cartesian_message.h"
 #include "cpu/math.h"
@@ -15,7 +16,7 @@ using namespace cartesian;
 
 constexpr int64_t kChunkEdges = 512;  // whose neighbours stay in the cache from block to block of channels
 constexpr int64_t kAhead = 2;         // edges whose features are fetched before their turn
-constexpr int64_t kBatchEdges = 16;   // whose products with radial functions are added up together
+constexpr int64_t kBatchEdges = 16;   // whose gradients are made together
 
 template <class T, bool PAIR>
 using Numbers = Number<Vec<T>, PAIR>;
@@ -56,20 +57,34 @@ inline Numbers<T, PAIR> broadcast_planes(const void* const planes[2], int64_t at
     return plane(0);
   }
 }
+// The first row of weights that an edge reads.
+inline int64_t first_of(const CartesianEdges& edges, int64_t e) { return edges.first ? edges.first[e] : 0; }
+
 // The weights of some channels on an edge.
 template <class T, bool PAIR, int COUNT>
 inline void edge_weights(const Vec<T>* table, const CartesianEdges& edges, int64_t e, Numbers<T, PAIR>* w) {
-  for_planes<PAIR>([&](auto plane) {
-    const T* const basis = static_cast<const T*>(edges.basis[plane]) + e * edges.num_radial;
-    Vec<T> sum[COUNT] = {};
+  table += first_of(edges, e) * COUNT;
+  const auto add = [&](auto... planes) {
+    constexpr int kPlanes = sizeof...(planes);
+    Vec<T> sum[kPlanes][COUNT] = {};
     for (int64_t n = 0; n < edges.num_radial; ++n) {
-      const Vec<T> b = broadcast(basis[n]);
+      const int64_t at = e * edges.num_radial + n;
+      const Vec<T> b[kPlanes] = {broadcast(static_cast<const T*>(edges.basis[planes])[at])...};
 #pragma GCC unroll 14
-      for (int k = 0; k < COUNT; ++k) sum[k] += b * table[n * COUNT + k];
+      for (int k = 0; k < COUNT; ++k)
+        for (int p = 0; p < kPlanes; ++p) sum[p][k] += b[p] * table[n * COUNT + k];
     }
 #pragma GCC unroll 14
-    for (int k = 0; k < COUNT; ++k) plane_of(w[k], plane) = sum[k];
-  });
+    for (int k = 0; k < COUNT; ++k) {
+      int p = 0;
+      ((plane_of(w[k], planes) = sum[p++][k]), ...);
+    }
+  };
+  if constexpr (PAIR && kVectorBytes == 64) {  // 32 registers: both from one load of the table
+    add(std::integral_constant<int, 0>{}, std::integral_constant<int, 1>{});
+  } else {
+    for_planes<PAIR>(add);
+  }
 }
 
 // The sums of the lanes of as many vectors as a vector has lanes, in their order: in each step lanes of two
@@ -128,90 +143,134 @@ inline int64_t edge_at(const CartesianEdges& edges, int64_t k) {
   return __builtin_expect(uint64_t(edges.index[e]) < uint64_t(edges.num_others), 1) ? e : -1;
 }
 
-// Not inlined: compiled once for all sets of paths, whose number is `count`.
+// Edges of a block of channels, with what their gradients are made of: products of each path, and derivatives
+// by the direction.
+template <class S, int COUNT>
+struct Batch {
+  int64_t filled = 0, block = 0, edges[kBatchEdges];
+  S products[kBatchEdges][COUNT], directions[kBatchEdges][3];
+};
 
-// sums[n, path] += sum over a batch of edges of basis[n] products[path], for RADIAL numbers n and PATHS
-// paths.
-template <class T, int PATHS, int RADIAL, class S, class Plane>
-inline void add_tile(int64_t count, const T* const* basis, int64_t filled, const S* products, Plane plane,
+// sums[n, path] += sum over a batch of edges of basis[n] products[path], for RADIAL numbers n and PATHS paths
+// from `path` on.
+template <class T, int PATHS, int RADIAL, class S, int COUNT, class Plane>
+inline void add_tile(const Batch<S, COUNT>& batch, const T* const* basis, int path, Plane plane,
                      Vec<T>* sums) {
   Vec<T> total[PATHS][RADIAL];
   for (int k = 0; k < PATHS; ++k)
-    for (int r = 0; r < RADIAL; ++r) total[k][r] = sums[r * count + k];
-  for (int64_t i = 0; i < filled; ++i) {
+    for (int r = 0; r < RADIAL; ++r) total[k][r] = sums[r * COUNT + path + k];
+  for (int64_t i = 0; i < batch.filled; ++i) {
     for (int k = 0; k < PATHS; ++k) {
-      const Vec<T> x = plane_of(products[i * count + k], plane);
+      const Vec<T> x = plane_of(batch.products[i][path + k], plane);
       for (int r = 0; r < RADIAL; ++r) total[k][r] += x * broadcast(basis[i][r]);
     }
   }
   for (int k = 0; k < PATHS; ++k)
-    for (int r = 0; r < RADIAL; ++r) sums[r * count + k] = total[k][r];
-}
-template <class T, int RADIAL, class S, class Plane>
-inline void add_tiles(int64_t count, const T* const* basis, int64_t filled, const S* products, Plane plane,
-                      Vec<T>* sums) {
-  int64_t k = 0;
-  for (; k + 2 <= count; k += 2) add_tile<T, 2, RADIAL>(count, basis, filled, products + k, plane, sums + k);
-  if (k < count) add_tile<T, 1, RADIAL>(count, basis, filled, products + k, plane, sums + k);
+    for (int r = 0; r < RADIAL; ++r) sums[r * COUNT + path + k] = total[k][r];
 }
 // Of pairs of products whose value and tangent are exchanged, the tangent of the same.
-template <class T, bool PAIR>
-__attribute__((noinline)) void add_products(const CartesianEdges& edges, const int64_t* batch, int64_t filled,
-                                            const Numbers<T, PAIR>* products, int64_t count, Vec<T>* sums) {
+template <class T, bool PAIR, int COUNT>
+__attribute__((noinline)) void add_products(const CartesianEdges& edges,
+                                            const Batch<Numbers<T, PAIR>, COUNT>& batch, Vec<T>* sums) {
   const int64_t radial = edges.num_radial;
   for_planes<PAIR>([&](auto plane) {
     constexpr auto of = exchanged<PAIR>(decltype(plane){});
     const T* basis[kBatchEdges];
-    for (int64_t i = 0; i < filled; ++i)
-      basis[i] = static_cast<const T*>(edges.basis[plane]) + batch[i] * radial;
-    const auto on = [&](int64_t by) {
-      for (int64_t i = 0; i < filled; ++i) basis[i] += by;
+    for (int64_t i = 0; i < batch.filled; ++i)
+      basis[i] = static_cast<const T*>(edges.basis[plane]) + batch.edges[i] * radial;
+    const auto add = [&](int64_t n, auto tile) {
+      constexpr int kTile = decltype(tile)::value;
+      int k = 0;
+      for (; k + 2 <= COUNT; k += 2) add_tile<T, 2, kTile>(batch, basis, k, of, sums + n * COUNT);
+      if (k < COUNT) add_tile<T, 1, kTile>(batch, basis, k, of, sums + n * COUNT);
+      for (int64_t i = 0; i < batch.filled; ++i) basis[i] += kTile;
     };
     int64_t n = 0;
-    for (; n + 4 <= radial; n += 4, on(4))
-      add_tiles<T, 4>(count, basis, filled, products, of, sums + n * count);
-    for (; n < radial; ++n, on(1)) add_tiles<T, 1>(count, basis, filled, products, of, sums + n * count);
+    for (; n + 4 <= radial; n += 4) add(n, std::integral_constant<int, 4>{});
+    for (; n < radial; ++n) add(n, std::integral_constant<int, 1>{});
   });
 }
-
-// Derivatives of one edge by its direction and its functions of the distance, summed over the lanes; of pairs
-// exchanged.
-template <class T, bool PAIR>
-__attribute__((noinline)) void add_geometry(const CartesianGradients& out, const Vec<T>* table,
-                                            int64_t radial, int64_t e, bool first,
-                                            const Numbers<T, PAIR>* direction,
-                                            const Numbers<T, PAIR>* products, int64_t count) {
-  constexpr int64_t kLanes = kLanesOf<T>;
-  for_planes<PAIR>([&](auto plane) {
-    constexpr int to = exchanged<PAIR>(decltype(plane){});
-    const auto add = [&](const Vec<T>* vectors, void* data, int64_t at, int64_t some) {
-      T sums[kLanes], *const here = static_cast<T*>(data) + at;
-      store(sums, sum_lanes_of<T>(vectors, some), All{});
-      for (int64_t i = 0; i < some; ++i) here[i] = first ? sums[i] : here[i] + sums[i];
-    };
-    Vec<T> vectors[kLanes < 4 ? 4 : kLanes] = {};
-    for (int c = 0; c < 3; ++c) vectors[c] = plane_of(direction[c], plane);
-    for (int64_t c = 0; c < 3; c += kLanes)
-      add(vectors + c, out.unit[to], 3 * e + c, std::min<int64_t>(3 - c, kLanes));
-    for (int64_t n = 0; n < radial; n += kLanes) {
-      const int64_t some = std::min<int64_t>(radial - n, kLanes);
-      int64_t i = 0;
-      const auto sum = [&](auto tile) {
-        constexpr int kTile = decltype(tile)::value;
-        for (; i + kTile <= some; i += kTile) {
-          Vec<T> total[kTile] = {};
-          for (int64_t k = 0; k < count; ++k) {
-            const Vec<T> x = plane_of(products[k], plane);
-            for (int t = 0; t < kTile; ++t) total[t] += table[(n + i + t) * count + k] * x;
-          }
-          for (int t = 0; t < kTile; ++t) vectors[i + t] = total[t];
-        }
-      };
-      sum(std::integral_constant<int, 4>{});
-      sum(std::integral_constant<int, 1>{});
-      add(vectors, out.basis[to], radial * e + n, some);
+// The same for edges that read different rows of weights: they are ordered by their first, so that those
+// which read a row follow one another.
+template <class T, bool PAIR, int COUNT>
+__attribute__((noinline)) void add_products_to_rows(const CartesianEdges& edges,
+                                                    const Batch<Numbers<T, PAIR>, COUNT>& batch,
+                                                    std::vector<int>& ends, Vec<T>* sums) {
+  using S = Numbers<T, PAIR>;
+  const int64_t R = edges.num_radial, last = edges.num_rows - R;
+  ends.assign(size_t(last + 2), 0);  // behind the edges with each first row
+  for (int64_t i = 0; i < batch.filled; ++i) ++ends[size_t(edges.first[batch.edges[i]]) + 1];
+  for (int64_t f = 0; f <= last; ++f) ends[size_t(f) + 1] += ends[size_t(f)];
+  const S* products[kBatchEdges];
+  int64_t basis[kBatchEdges];  // where the number for row 0 would be
+  for (int64_t i = 0; i < batch.filled; ++i) {
+    const int64_t e = batch.edges[i], first = edges.first[e], at = ends[size_t(first)]++;
+    products[at] = batch.products[i], basis[at] = e * R - first;
+  }
+  for (int64_t row = 0; row < edges.num_rows; ++row, sums += COUNT) {
+    const int begin = row < R ? 0 : ends[size_t(row - R)], end = ends[size_t(std::min(row, last))];
+    if (begin == end) continue;
+    Vec<T> total[COUNT];
+#pragma GCC unroll 14
+    for (int k = 0; k < COUNT; ++k) total[k] = sums[k];
+    for (int i = begin; i < end; ++i) {
+      const S b = broadcast_planes<T, PAIR>(edges.basis, basis[i] + row), *const x = products[i];
+#pragma GCC unroll 14
+      for (int k = 0; k < COUNT; ++k) {
+        for_planes<PAIR>(
+            [&](auto plane) { total[k] += plane_of(b, plane) * plane_of(x[k], exchanged<PAIR>(plane)); });
+      }
     }
-  });
+#pragma GCC unroll 14
+    for (int k = 0; k < COUNT; ++k) sums[k] = total[k];
+  }
+}
+
+// Derivatives of a batch of edges by their directions and functions of the distance, summed over the lanes;
+// of pairs exchanged.
+template <class T, bool PAIR, int COUNT>
+__attribute__((noinline)) void add_geometry(const CartesianEdges& edges, const CartesianGradients& out,
+                                            const Batch<Numbers<T, PAIR>, COUNT>& batch,
+                                            const Vec<T>* table) {
+  constexpr int64_t kLanes = kLanesOf<T>;
+  const int64_t radial = edges.num_radial;
+  for (int64_t i = 0; i < batch.filled; ++i) {
+    for_planes<PAIR>([&](auto plane) {
+      constexpr int to = exchanged<PAIR>(decltype(plane){});
+      const int64_t e = batch.edges[i];
+      const Vec<T>* const rows = table + first_of(edges, e) * COUNT;
+      T* const unit = static_cast<T*>(out.unit[to]) + 3 * e;
+      T* const basis = static_cast<T*>(out.basis[to]) + radial * e - 3;
+      for (int64_t c = 0; c < 3 + radial; c += kLanes) {
+        const int64_t some = std::min<int64_t>(3 + radial - c, kLanes);
+        Vec<T> vectors[kLanes + 1];
+        int64_t v = 0;
+        for (; v < some && c + v < 3; ++v) vectors[v] = plane_of(batch.directions[i][c + v], plane);
+        const auto sum = [&](auto tile) {
+          constexpr int kTile = decltype(tile)::value;
+          for (; v + kTile <= some; v += kTile) {
+            Vec<T> total[kTile] = {};
+            const Vec<T>* const row = rows + (c + v - 3) * COUNT;
+#pragma GCC unroll 14
+            for (int k = 0; k < COUNT; ++k) {
+              const Vec<T> x = plane_of(batch.products[i][k], plane);
+              for (int t = 0; t < kTile; ++t) total[t] += row[t * COUNT + k] * x;
+            }
+            for (int t = 0; t < kTile; ++t) vectors[v + t] = total[t];
+          }
+        };
+        sum(std::integral_constant<int, 4>{});
+        sum(std::integral_constant<int, 1>{});
+        vectors[some] = Vec<T>{};
+        T sums[kLanes];
+        store(sums, sum_lanes_of<T>(vectors, some), All{});
+        for (int64_t k = 0; k < some; ++k) {
+          T* const here = (c + k < 3 ? unit : basis) + c + k;
+          *here = batch.block ? *here + sums[k] : sums[k];
+        }
+      }
+    });
+  }
 }
 
 template <class T, bool PAIR, uint32_t PATHS>
@@ -221,13 +280,16 @@ struct Edges {
                        kReceivers = Set<PATHS>::kReceivers;
   static constexpr int kSent = Set<PATHS>::kSent, kReceived = Set<PATHS>::kReceived;
 
-  // body(e, features, unit, weights) for the edges [begin, end) of a row.
+  static const Vec<T>* table_of(const CartesianInput& in, int64_t block) {
+    return static_cast<const Vec<T>*>(in.weight) + block * in.edges.num_rows * kCount;
+  }
+
+  // body(e, features, unit) for the edges [begin, end) of a row.
   template <class Body>
   static inline bool each(const CartesianInput& in, int64_t blocks, int64_t block, int64_t begin, int64_t end,
                           const Body& body) {
     const CartesianEdges& edges = in.edges;
     const S* const others = static_cast<const S*>(in.others);
-    const Vec<T>* const table = static_cast<const Vec<T>*>(in.weight) + block * edges.num_radial * kCount;
     for (int64_t k = begin; k < end; ++k) {
       const int64_t e = edge_at(edges, k);
       if (e < 0) return false;
@@ -237,26 +299,28 @@ struct Edges {
             others + (edges.index[next < 0 ? e : next] * blocks + block) * kSent);
         for (int64_t b = 0; b < int64_t(sizeof(S)) * kSent; b += 64) __builtin_prefetch(from + b);
       }
-      S unit[3], w[kCount];
+      S unit[3];
       for (int c = 0; c < 3; ++c) unit[c] = broadcast_planes<T, PAIR>(edges.unit, 3 * e + c);
-      edge_weights<T, PAIR, kCount>(table, edges, e, w);
-      body(e, features_of<kSenders>(others + (edges.index[e] * blocks + block) * kSent, unit), unit, w);
+      body(e, features_of<kSenders>(others + (edges.index[e] * blocks + block) * kSent, unit), unit);
     }
     return true;
   }
 
   static bool sum(const CartesianInput& in, const CartesianFields& out, int64_t row_begin, int64_t row_end) {
     const int64_t blocks = (out.width + kLanesOf<T> - 1) / kLanesOf<T>;
-    return over_chunks(in.edges, blocks, row_begin, row_end,
-                       [&](int64_t block, int64_t row, int64_t begin, int64_t end) {
-                         S total[kReceived] = {};
-                         const bool ok = each(in, blocks, block, begin, end,
-                                              [&](int64_t, const Features<S>& f, const S* unit, const S* w) {
-                                                add_message<PATHS>(f, unit, w, total);
-                                              });
-                         write(out, row, block, total);
-                         return ok;
-                       });
+    return over_chunks(
+        in.edges, blocks, row_begin, row_end, [&](int64_t block, int64_t row, int64_t begin, int64_t end) {
+          const Vec<T>* const table = table_of(in, block);
+          S total[kReceived] = {};
+          const bool ok =
+              each(in, blocks, block, begin, end, [&](int64_t e, const Features<S>& f, const S* unit) {
+                S w[kCount];
+                edge_weights<T, PAIR, kCount>(table, in.edges, e, w);
+                add_message<PATHS>(f, unit, w, total);
+              });
+          write(out, row, block, total);
+          return ok;
+        });
   }
 
   static inline void write(const CartesianFields& out, int64_t row, int64_t block, S* total) {
@@ -281,36 +345,38 @@ struct Edges {
 
   static bool gradient(const CartesianInput& in, const CartesianGradients& out, int64_t width,
                        int64_t row_begin, int64_t row_end) {
-    const int64_t blocks = (width + kLanesOf<T> - 1) / kLanesOf<T>, radial = in.edges.num_radial;
+    const int64_t blocks = (width + kLanesOf<T> - 1) / kLanesOf<T>;
     const S* const rows = static_cast<const S*>(in.rows);
-    S products[kBatchEdges * kCount];
-    int64_t batch[kBatchEdges];
-    return over_chunks(
+    Batch<S, kCount> batch;
+    std::vector<int> ends;
+    const auto add_batch = [&] {
+      if (batch.filled == 0) return;
+      Vec<T>* const sums = static_cast<Vec<T>*>(out.weight) + batch.block * in.edges.num_rows * kCount;
+      if (out.unit[0]) add_geometry<T, PAIR, kCount>(in.edges, out, batch, table_of(in, batch.block));
+      if (out.weight && !in.edges.first) add_products<T, PAIR, kCount>(in.edges, batch, sums);
+      if (out.weight && in.edges.first) add_products_to_rows<T, PAIR, kCount>(in.edges, batch, ends, sums);
+      batch.filled = 0;
+    };
+    const bool ok = over_chunks(
         in.edges, blocks, row_begin, row_end, [&](int64_t block, int64_t row, int64_t begin, int64_t end) {
           const S* const bars = rows + (row * blocks + block) * kReceived;
-          const Vec<T>* const table = static_cast<const Vec<T>*>(in.weight) + block * radial * kCount;
-          Vec<T>* const sums =
-              out.weight ? static_cast<Vec<T>*>(out.weight) + block * radial * kCount : nullptr;
-          int64_t filled = 0;
-          const bool ok = each(
-              in, blocks, block, begin, end, [&](int64_t e, const Features<S>& f, const S* unit, const S* w) {
-                const Features<S> b = features_of<kReceivers>(bars, unit);
-                S* const x = products + filled * kCount;
-                weight_derivatives<PATHS>(f, b, x);
-                if (out.unit[0]) {
-                  S direction[3];
-                  direction_derivative<PATHS>(f, b, w, direction);
-                  add_geometry<T, PAIR>(out, table, radial, e, block == 0, direction, x, kCount);
-                }
-                if (!sums) return;
-                batch[filled++] = e;
-                if (filled < kBatchEdges) return;
-                add_products<T, PAIR>(in.edges, batch, filled, products, kCount, sums);
-                filled = 0;
-              });
-          if (sums) add_products<T, PAIR>(in.edges, batch, filled, products, kCount, sums);
-          return ok;
+          const Vec<T>* const table = table_of(in, block);
+          if (block != batch.block) add_batch(), batch.block = block;
+          return each(in, blocks, block, begin, end, [&](int64_t e, const Features<S>& f, const S* unit) {
+            const Features<S> b = features_of<kReceivers>(bars, unit);
+            const int64_t at = batch.filled++;
+            batch.edges[at] = e;
+            weight_derivatives<PATHS>(f, b, batch.products[at]);
+            if (out.unit[0]) {
+              S w[kCount];
+              edge_weights<T, PAIR, kCount>(table, in.edges, e, w);
+              direction_derivative<PATHS>(f, b, w, batch.directions[at]);
+            }
+            if (batch.filled == kBatchEdges) add_batch();
+          });
         });
+    add_batch();
+    return ok;
   }
 };
 

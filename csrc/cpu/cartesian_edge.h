@@ -21,13 +21,14 @@ struct CartesianFields {
 // The edges of some rows: those of row i are e = perm[ptr[i]], ... (perm null: ptr[i], ...).
 struct CartesianEdges {
   const int64_t *ptr, *perm, *index;  // index: the atom at the other end
-  int64_t num_edges, num_others, num_radial;
-  const void *basis[2], *unit[2];  // (E, R) and (E, 3), values and tangents
+  const int64_t* first;               // the rows of weights [first, first + R) that an edge reads; null: 0
+  int64_t num_edges, num_others, num_radial, num_rows;  // num_rows: of weights, R or more
+  const void *basis[2], *unit[2];                       // (E, R) and (E, 3), values and tangents
 };
 
 // What the kernels read, in blocks of as many channels as a vector has lanes: features (atom, block, number,
-// plane, lane), where a tensor's numbers are the six of its matrix; weights (block, radial function, path,
-// lane), paths in the order of their numbers.
+// plane, lane), where a tensor's numbers are the six of its matrix; weights (block, row, path, lane), paths
+// in the order of their numbers.
 struct CartesianInput {
   CartesianEdges edges;
   const void *weight, *others, *rows;  // rows: cotangents of the sums, for gradients

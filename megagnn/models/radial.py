@@ -1,13 +1,16 @@
 """Functions of the interatomic distance: the features that messages see, and the cutoff envelope."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from megagnn.ops import dual
 from megagnn.ops.dual import Dual, T
 from megagnn.ops.lift import lift
+from megagnn.parallel.parameter import Initial
 
 
 def envelope(distance_E: T, cutoff: float) -> T:
@@ -113,3 +116,74 @@ def distance_features(
         return torch.sin(d_E1 * centres_R) * (cutoff / d_E1)
     offset_ER = (d_E1 - centres_R) / spread
     return torch.exp(-0.5 * offset_ER * offset_ER)
+
+
+@dataclass(frozen=True)
+class CubicSplines:
+    """K uniform cubic B-splines on [0, cutoff], of which four are not zero at any distance.
+
+    With h = cutoff / (K - 3), spline k is centred at (k - 1) h, and those of the interval
+    [f h, (f + 1) h] are f to f + 3 (de Boor, "A Practical Guide to Splines", 2001, chapter IX). They are
+    multiplied by sqrt(R / 2) / sqrt((d / cutoff)^2 + 1/400), about the root mean square of R Bessel functions
+    with weights of variance 1, so that weights of the same size give functions of the same size.
+    """
+
+    num_splines: int
+    """K, at least 4."""
+    num_bessel: int
+    """R."""
+    cutoff: float
+    """Å."""
+
+    def __call__(self, distance_E: T) -> tuple[T, Tensor]:
+        """The four at distances (E,), tensors or Dual numbers, and the number of the first of them.
+
+        Shapes (E, 4), twice differentiable, and (E,), int64, from 0 to K - 4.
+        """
+        intervals, s_E = self.num_splines - 3, distance_E / self.cutoff
+        places_E = s_E * intervals
+        value_E = places_E.value if isinstance(places_E, Dual) else places_E
+        first_E = value_E.detach().long().clamp(max=intervals - 1)
+        size_E = dual.rsqrt(s_E * s_E + 0.05**2) * (self.num_bessel / 2) ** 0.5
+        values_E4: T = lift(_cubic_pieces)(places_E + first_E.neg()) * size_E.unsqueeze(-1)
+        return values_E4, first_E
+
+    def initial(self, law: Initial) -> Initial:
+        """A law of weights (..., K): the functions that weights (..., R) of a law make of Bessel functions.
+
+        They are equal but for the splines' error. Independent weights would change from spline to spline.
+        """
+
+        def fill(whole: Tensor, generator: torch.Generator) -> None:
+            waves = whole.new_empty(*whole.shape[:-1], self.num_bessel)
+            law(waves, generator)
+            whole.copy_(waves @ self._sines().to(waves))
+
+        return fill
+
+    def _sines(self) -> Tensor:
+        """Weights of the splines that are sqrt(2 / R) sin(n pi d / cutoff) at their centres, (R, K)."""
+        n_R1 = torch.arange(1, self.num_bessel + 1, dtype=torch.float64).unsqueeze(-1)
+        angle_R1 = n_R1 * (math.pi / (self.num_splines - 3))
+        centres_K = torch.arange(-1, self.num_splines - 1, dtype=torch.float64)
+        # splines with weights sin(k a) are (2 + cos a) / 3 sin(k a) at the centres
+        amplitude_R1 = (2 / self.num_bessel) ** 0.5 * 3 / (2 + torch.cos(angle_R1))
+        return amplitude_R1 * torch.sin(angle_R1 * centres_K)
+
+
+def _cubic_pieces(u_E: Tensor) -> Tensor:
+    """The four pieces of a uniform cubic B-spline, last to first, at u in [0, 1], (E, 4)."""
+    rest_E, square_E = 1 - u_E, u_E * u_E
+    cube_E = square_E * u_E
+    inner = (3 * cube_E - 6 * square_E + 4, 3 * (u_E + square_E - cube_E) + 1)
+    return torch.stack((rest_E * rest_E * rest_E, *inner, cube_E), -1) / 6
+
+
+def spread(values: T, first_E: Tensor, size: int) -> T:
+    """Values (E, n) at first, first + 1, ... of rows of zeros, (E, size)."""
+
+    def place(x: Tensor) -> Tensor:
+        index = (first_E.unsqueeze(-1) + torch.arange(x.shape[-1], device=x.device)).expand(x.shape)
+        return x.new_zeros(*x.shape[:-1], size).scatter(-1, index, x)
+
+    return dual.linear_map(values, place)

@@ -42,7 +42,9 @@ FAMILIES = {
     "painn-direct": Configuration({"family": "painn", "forces": "direct", "num_layers": 4}, "mae", "norm"),
     "cartesian": Configuration({"family": "cartesian", "stress": True, "num_layers": 4}, "huber"),
     "cartesian-direct": Configuration(
-        {"family": "cartesian", "paths": "lean", "forces": "direct", "num_layers": 4}, "mae", "norm"
+        {"family": "cartesian", "paths": "lean", "num_splines": 8, "forces": "direct", "num_layers": 4},
+        "mae",
+        "norm",
     ),
 }
 """Run by tests/models/test_parity.py."""

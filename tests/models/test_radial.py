@@ -5,8 +5,16 @@ import math
 import pytest
 import torch
 
-from megagnn.models.radial import DistanceFeature, envelope, envelope_curvature, envelope_slope
+from megagnn.models.radial import (
+    CubicSplines,
+    DistanceFeature,
+    envelope,
+    envelope_curvature,
+    envelope_slope,
+    spread,
+)
 from megagnn.ops.dual import Dual
+from megagnn.parallel.parameter import Normal
 
 # At half of a cutoff of 2 Å: 1 + s^6 (-28 + 48 s - 21 s^2), its slope -168/c s^5 (1 - s)^2 and its curvature
 # -168/c^2 s^4 (1 - s)(5 - 7 s).
@@ -54,3 +62,63 @@ def test_distance_features() -> None:
         feature = DistanceFeature(kind, 3, 2.0, torch.float64)
         assert feature.centres_R is None
         assert feature.num_features == 1
+
+
+def functions(splines: CubicSplines, weight_CK: torch.Tensor, distance_E: torch.Tensor) -> torch.Tensor:
+    """What weights of all splines make of them, (C, E), without the size that all share."""
+    values_E4, first_E = splines(distance_E)
+    s_E = distance_E / splines.cutoff
+    size_E = (splines.num_bessel / 2) ** 0.5 / torch.sqrt(s_E * s_E + 1 / 400)
+    return weight_CK @ spread(values_E4, first_E, splines.num_splines).mT / size_E
+
+
+def test_splines_in_numbers() -> None:
+    """With knots 1 Å apart: 1/6, 4/6, 1/6 at a knot, 1/48, 23/48, 23/48, 1/48 in the middle."""
+    splines, distance_E = CubicSplines(7, 2, 4.0), tensor(0, 1, 2.5, 4)
+    assert splines(tensor(0, 1, 2.5, 4, 4.5))[1].tolist() == [0, 1, 2, 3, 3]
+    every_KE = functions(splines, torch.eye(7, dtype=torch.float64), distance_E)
+    expected = [
+        [8, 32, 8, 0, 0, 0, 0],
+        [0, 8, 32, 8, 0, 0, 0],
+        [0, 0, 1, 23, 23, 1, 0],
+        [0, 0, 0, 0, 8, 32, 8],
+    ]
+    torch.testing.assert_close(48 * every_KE.mT, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_splines_are_twice_differentiable_at_knots() -> None:
+    """Values, slopes and curvatures are the same on both sides; the third derivative jumps."""
+    splines, weight_CK = CubicSplines(9, 2, 6.0), torch.cos(3 * tensor(*range(9))).unsqueeze(0)
+    sides = []
+    for offset in (-1e-9, 1e-9):
+        d_E = (tensor(1, 2, 3, 4, 5) + offset).requires_grad_()
+        orders = [functions(splines, weight_CK, d_E).squeeze(0)]
+        for _ in range(3):
+            orders += torch.autograd.grad(orders[-1].sum(), d_E, create_graph=True)
+        sides.append(torch.stack(orders).detach())
+    difference = (sides[0] - sides[1]).abs().amax(-1) / sides[0].abs().amax(-1)
+    assert difference[:3].max() < 1e-7
+    assert difference[3] > 0.1
+
+
+def test_splines_begin_as_bessel_functions() -> None:
+    """Over many draws as large at each distance as combinations of Bessel functions, with weights as large as
+    theirs, and smooth: independent weights differ from spline to spline by more than they are large."""
+    bessel, splines = DistanceFeature("bessel", 4, 5.0, torch.float64), CubicSplines(43, 4, 5.0)
+    weight_CK = torch.empty(2000, 43, dtype=torch.float64)
+    splines.initial(Normal(0.5))(weight_CK, torch.Generator().manual_seed(0))
+    d_E = torch.linspace(0.8, 4.8, 60, dtype=torch.float64)
+    values_E4, first_E = splines(d_E)
+    found_CE = weight_CK @ spread(values_E4, first_E, 43).mT
+    expected_E = 0.5 * bessel(d_E).square().sum(-1).sqrt()
+    torch.testing.assert_close(found_CE.square().mean(0).sqrt(), expected_E, rtol=0.1, atol=0)
+    assert weight_CK.square().mean().sqrt().item() == pytest.approx(0.5, rel=0.1)
+    assert weight_CK.diff(dim=-1).square().mean() < 0.05 * 2 * 0.5**2
+
+
+def test_splines_of_a_pair() -> None:
+    splines, d_E = CubicSplines(7, 3, 4.0), tensor(0.3, 1.7, 3.9)
+    jacobian = torch.autograd.functional.jacobian(lambda d: splines(d)[0], d_E)
+    pair, _ = splines(Dual(d_E, tensor(2, 2, 2)))
+    torch.testing.assert_close(pair.value, splines(d_E)[0])
+    torch.testing.assert_close(pair.tangent, 2 * jacobian.diagonal(dim1=0, dim2=2).mT)

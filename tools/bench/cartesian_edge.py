@@ -5,10 +5,13 @@
 `forward` is sums alone, `backward` sums and the gradients of features and weights, as training takes them;
 `pair` values and tangents, for losses on forces. The least that must be moved is the senders' features, once
 for each edge; the ceiling is a read of the features of all atoms, as many times. Widths are channels of the
-messages; every atom has 40 neighbours, in its own structure of 64 atoms.
+messages; every atom has 40 neighbours, in its own structure of 64 atoms. `--splines` has numbers of splines,
+of which each edge reads four; 0 for 8 Bessel functions.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -29,24 +32,22 @@ def main() -> None:
         ("--edges", {"nargs": "+", "type": int, "default": (10000, 100000)}),
         ("--widths", {"nargs": "+", "type": int, "default": (32, 64, 128, 256)}),
         ("--paths", {"nargs": "+", "choices": tuple(SETS), "default": ("full",)}),
+        ("--splines", {"nargs": "+", "type": int, "default": (0, 16)}),
         ("--ops", {"nargs": "+", "choices": OPS, "default": OPS}),
     )
     records: list[harness.Record] = []
-    for num_edges in args.edges:
-        for width in args.widths:
-            for paths in args.paths:
-                for op in args.ops:
-                    found = harness.compare(case(op, paths, num_edges, width), args)
-                    print(harness.table(found), flush=True)
-                    records += found
+    for what in itertools.product(args.ops, args.paths, args.edges, args.widths, args.splines):
+        found = harness.compare(case(*what), args)
+        print(harness.table(found), flush=True)
+        records += found
     harness.report(records, args)
 
 
 OPS = ("forward", "backward", "pair forward", "pair backward")
 
 
-def case(op: str, name: str, num_edges: int, width: int) -> harness.Case:
-    """One operation on so many edges and channels of messages."""
+def case(op: str, name: str, num_edges: int, width: int, splines: int = 0) -> harness.Case:
+    """One operation on so many edges and channels of messages, with splines or Bessel functions."""
     planes, fields = 2 if "pair" in op else 1, ("h", "v", "t")[: 2 if name == "painn" else 3]
     num_atoms = max(num_edges // NEIGHBOURS, 1)
     generator = torch.Generator().manual_seed(0)
@@ -56,17 +57,26 @@ def case(op: str, name: str, num_edges: int, width: int) -> harness.Case:
 
     ends = graph(num_atoms, num_edges, generator)
     paths = paths_of(name, fields)
-    weight = normal(len(paths), width, RADIAL).requires_grad_()
+    weight = normal(len(paths), width, splines or RADIAL).requires_grad_()
+    first = None
+    if splines:  # distances of a uniform density
+        intervals = splines - 3
+        first = (
+            (torch.rand(num_edges, generator=generator) ** (1 / 3) * intervals)
+            .long()
+            .clamp(max=intervals - 1)
+        )
     shapes = {n: (num_atoms, *([COMPONENTS[n]] if n != "h" else []), width) for n in fields}
     features = {n: normal(planes, *shape).requires_grad_() for n, shape in shapes.items()}
     unit = torch.nn.functional.normalize(normal(planes, num_edges, 3), dim=-1)
-    basis, directions = (_number(x) for x in (normal(planes, num_edges, RADIAL), unit))
+    basis, directions = (_number(x) for x in (normal(planes, num_edges, 4 if splines else RADIAL), unit))
     fused = Edges(
         *ends,
         basis_planes=planes_of(basis, torch.float32),
         unit_planes=planes_of(directions, torch.float32),
+        first_E=first,
     )
-    plain = Edges(*ends, basis, directions.unsqueeze(-1), *direction_matrices(directions))
+    plain = Edges(*ends, basis, directions.unsqueeze(-1), *direction_matrices(directions), first_E=first)
 
     def work(edges: Edges) -> harness.Work:
         def forward() -> list[Tensor]:
@@ -83,7 +93,7 @@ def case(op: str, name: str, num_edges: int, width: int) -> harness.Case:
     numbers = sum(COMPONENTS[n] for n in fields) * width * planes * 4
     every = torch.cat([x.detach().flatten() for x in features.values()])
     return harness.Case(
-        f"{name} {op}",
+        f"{name} {op}{' splines' if splines else ''}",
         {"E": num_edges, "F": width},
         "float32",
         {"megagnn": work(fused), "pytorch": work(plain)},

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.models.config import ModelConfig
@@ -19,6 +19,9 @@ class CartesianConfig(ModelConfig):
     """Named set of parts."""
     num_radial: Refused[PositiveInt] = 8
     """Bessel functions of the distance, R, of which every path's weight is a linear combination."""
+    num_splines: Refused[NonNegativeInt] = 0
+    """Cubic B-splines of the distance, K, at least R + 3, in place of the Bessel functions: no more than four
+    are not zero on an edge. The paths' weights begin as with R Bessel functions. 0 for none."""
     paths: Refused[Literal["full", "lean", "painn"]] = "full"
     """Products of a sender's features with the edge's direction: all 14 up to l = 2, the 5 that no product
     with the sender's vectors and tensors needs, or the 3 of PaiNN's messages, which has no tensors."""
@@ -38,6 +41,12 @@ class CartesianConfig(ModelConfig):
             raise ValueError(
                 f"model.tensor_width needs paths with tensors, got {self.tensor_width} beside model.paths = "
                 "'painn'; leave it out, or take 'lean' or 'full'"
+            )
+
+        if 0 < self.num_splines < self.num_radial + 3:
+            raise ValueError(
+                f"model.num_splines must be 0 or at least model.num_radial + 3 = {self.num_radial + 3}, got "
+                f"{self.num_splines}; take more of them, or a smaller num_radial"
             )
 
     @property

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from megagnn.models.cartesian import messages
 from megagnn.models.cartesian.messages import COMPONENTS, PATHS, SCALARS, VECTORS, Edges, Path
+from megagnn.models.radial import spread
 from megagnn.ops import dual, extension
 from megagnn.ops.dispatch import ABSENT, DTYPES, accumulator_type, below_autograd
 from megagnn.ops.recompute import used_gradients
@@ -48,14 +49,15 @@ def neighbour_sums(
 
     Args:
         paths: those that are added up; a set of `messages.SETS`.
-        weight_PFR: (P, Fe, R), of each path and channel for each of the edges' functions of the distance.
+        weight_PFR: (P, Fe, R), of each path and channel for each function of the distance; of K splines
+            (P, Fe, K), of which `edges` have four.
         sender: features of atoms, of these shapes, by field; no more than the paths read.
         edges: with planes for the kernels, else for the reference.
     """
     basis, unit = edges.basis_planes, edges.unit_planes
     if basis is None or unit is None:
         return neighbour_sums_reference(paths, weight_PFR, sender, edges)
-    where = _Where(tuple(paths), edges.destination, edges.source)
+    where = _Where(tuple(paths), edges.destination, edges.source, edges.first_E)
     features = [_planes(sender[name]) if name in sender else None for name in FIELDS]
     found = _Sums.apply(where, weight_PFR.to(basis.dtype), basis, unit, *features)
     pair = isinstance(sender["h"], dual.Dual)
@@ -70,7 +72,10 @@ def neighbour_sums_reference(
     paths: Mapping[int, Path], weight_PFR: Tensor, sender: Mapping[str, Any], edges: Edges
 ) -> dict[str, Any]:
     """`neighbour_sums` by a product, gathers, `messages.messages` and sums."""
-    weights = dual.linear(edges.basis_ER, weight_PFR.flatten(0, 1)).chunk(len(paths), -1)
+    basis_ER = edges.basis_ER
+    if edges.first_E is not None:
+        basis_ER = spread(basis_ER, edges.first_E, weight_PFR.shape[-1])
+    weights = dual.linear(basis_ER, weight_PFR.flatten(0, 1)).chunk(len(paths), -1)
     sent = {name: dual.gather(x, edges.source) for name, x in sender.items()}
     found = messages.messages(paths, dict(zip(paths, weights, strict=True)), sent, edges)
     return {name: dual.segment_sum(m, edges.destination) for name, m in found.items()}
@@ -100,11 +105,12 @@ def _kind(path: Path) -> int:
 
 @dataclass(frozen=True)
 class _Where:
-    """Paths, and both ends of the edges."""
+    """Paths, both ends of the edges, and the first weight that each reads."""
 
     paths: tuple[int, ...]
     destination: Segments
     source: Segments
+    first: Tensor | None
 
     def sums(self, features: Tensors, *weight_and_edges: Tensor) -> list[Tensor | None]:
         """The operation, on planes."""
@@ -120,7 +126,7 @@ class _Where:
     ) -> list[Tensor | None]:
         with below_autograd():
             found = _OPS.cartesian_edge_sum.default(
-                _wide(features, edges[0]), *edges, paths, exchanged, *_rows(rows), other.index
+                _wide(features, edges[0]), *edges, paths, exchanged, *_rows(rows), other.index, self.first
             )
         like = next(x for x in features if x is not None)
         return [None if x.dim() == 1 else x.to(like.dtype) for x in found]
@@ -133,7 +139,8 @@ class _Where:
             return [None] * 3
         given = (_wide(features, edges[0]), _wide(bars, edges[0]), *edges, self.paths, *wanted)
         with below_autograd():
-            found = _OPS.cartesian_edge_gradient.default(*given, *_rows(self.destination), self.source.index)
+            rows = _rows(self.destination)
+            found = _OPS.cartesian_edge_gradient.default(*given, *rows, self.source.index, self.first)
         return [x if w else None for x, w in zip(found, (wanted[0], wanted[1], wanted[1]), strict=True)]
 
 
@@ -228,7 +235,7 @@ def _double_backward_reference(where: _Where, tensors: Tensors, xi: Tensors) -> 
         sender = {name: x for name, x in zip(FIELDS, wide, strict=True) if x is not None}
         assert unit is not None
         directions = (unit.unsqueeze(-1), *messages.direction_matrices(unit))
-        edges = Edges(where.destination, where.source, basis, *directions)
+        edges = Edges(where.destination, where.source, basis, *directions, first_E=where.first)
         paths = {number: PATHS[number] for number in where.paths}
         found = neighbour_sums_reference(paths, weight, sender, edges)
         outputs = [found[name].unsqueeze(0) for name in FIELDS if name in found]

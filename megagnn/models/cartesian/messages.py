@@ -109,6 +109,8 @@ class Edges:
     distance with a first dimension of one plane, or of values and tangents, (planes, E, R)."""
     unit_planes: Tensor | None = None
     """rh in the same way, (planes, E, 3)."""
+    first_E: Tensor | None = None
+    """Where weights are for more functions than an edge has, which of them its first is; else None."""
 
 
 def direction_matrices(unit_EC: T) -> tuple[T, T]:

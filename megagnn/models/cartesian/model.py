@@ -12,9 +12,10 @@ the embedding v = t = 0. A layer, with x one of h, v and t, L layers and A neigh
     y_t = [ sigmoid(g_t + k_t u_h) u_t,   c sym0(u_v (x) u_v),       c sym0(T T) ]
     x  <- x + L^(-1/2) O_x y_x
 
-with sym0 the symmetric traceless part. The weight of a path is a linear combination of Bessel functions of
-the distance times the envelope. One norm for all degrees leaves small what is still near zero; c lets the
-products of an atom's sums with themselves, which add one to the body order each layer, grow linearly.
+with sym0 the symmetric traceless part. The weight of a path is a linear combination of Bessel functions, or
+of splines, of the distance times the envelope. One norm for all degrees leaves small what is still near zero;
+c lets the products of an atom's sums with themselves, which add one to the body order each layer, grow
+linearly.
 
 All products of channels with channels are per atom: over tensor-parallel ranks the edges are divided by
 channels and send nothing. The messages and their sums are one operation (edge.py); norm, gates and products
@@ -33,7 +34,14 @@ from megagnn.models.cartesian.atoms import gates_and_products, mean_square, part
 from megagnn.models.cartesian.config import CartesianConfig
 from megagnn.models.cartesian.edge import has_kernels, neighbour_sums, planes_of
 from megagnn.models.cartesian.messages import COMPONENTS, Edges, direction_matrices, paths_of
-from megagnn.models.cartesian.parts import EnergyHead, MergedNorm, PathWeights, RowSum, width_key
+from megagnn.models.cartesian.parts import (
+    EnergyHead,
+    MergedNorm,
+    PathWeights,
+    RowSum,
+    splines_of,
+    width_key,
+)
 from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.parts import DISTANCE_EPSILON, branch_rate, graph_of, laws, refuse_edge_plan
 from megagnn.models.radial import DistanceFeature, envelope
@@ -174,7 +182,8 @@ class Cartesian(Model):
         changes = 45 * (("v" in writes) + 2 * ("t" in writes)) if "t" in widths else 0
         paths = paths_of(config.paths, reads)
         products, channelwise = messages.work(paths)
-        per_edge = edge * (len(paths) * config.num_radial + products + channelwise)
+        functions = 4 if config.num_splines else config.num_radial  # that are not zero
+        per_edge = edge * (len(paths) * functions + products + channelwise)
         return Work(per_edge, edge * (up + down + changes), edge * channelwise)
 
     def graph(self, batch: dict[str, Any]) -> Edges:
@@ -185,12 +194,15 @@ class Cartesian(Model):
         inverse_E1 = dual.rsqrt(square_E1)
         d_E = (square_E1 * inverse_E1).squeeze(-1)
         unit_EC = r_EC * inverse_E1
-        basis_ER = self.radial(d_E) * envelope(d_E, self.config.cutoff).unsqueeze(-1)
+        splines = splines_of(self.config)
+        functions_ER, first_E = splines(d_E) if splines else (self.radial(d_E), None)
+        basis_ER: Any = functions_ER * envelope(d_E, self.config.cutoff).unsqueeze(-1)
         ends, basis = (edges.destination, edges.source), self.tensor_basis
+        shared: dict[str, Any] = {"tensor_basis": basis, "first_E": first_E}
         if self.config.edge_operation == "fused" and has_kernels(edges.source.index.device, dtype):
             planes = (planes_of(basis_ER, dtype), planes_of(unit_EC, dtype))
-            return Edges(*ends, tensor_basis=basis, basis_planes=planes[0], unit_planes=planes[1])
-        found = Edges(*ends, basis_ER.to(dtype), unit_EC.unsqueeze(-1).to(dtype), tensor_basis=basis)
+            return Edges(*ends, basis_planes=planes[0], unit_planes=planes[1], **shared)
+        found = Edges(*ends, basis_ER.to(dtype), unit_EC.unsqueeze(-1).to(dtype), **shared)
         if basis is None:
             return found
         matrix_E5C, tensor_E51 = (x.to(dtype) for x in direction_matrices(unit_EC))

@@ -11,6 +11,7 @@ from megagnn.models.cartesian.atoms import mean_square, parts_of, scaled
 from megagnn.models.cartesian.config import CartesianConfig
 from megagnn.models.family import State
 from megagnn.models.parts import branch_rate, laws
+from megagnn.models.radial import CubicSplines
 from megagnn.ops import dual
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
@@ -87,8 +88,18 @@ class RowSum(nn.Module):
         return dual.add_bias(scatter_channels(dual.linear(inputs, weight), self.context), self.bias)
 
 
+def splines_of(config: CartesianConfig) -> CubicSplines | None:
+    """The splines that take the place of Bessel functions, if any do."""
+    if not config.num_splines:
+        return None
+    return CubicSplines(config.num_splines, config.num_radial, config.cutoff)
+
+
 class PathWeights(nn.Module):
-    """The weights of each path and channel, (P, Fe/tp, R), times the path's constant and `scale`; sharded."""
+    """The weights of each path and channel, (P, Fe/tp, R), of K splines (P, Fe/tp, K); sharded.
+
+    They are multiplied by the path's constant and by `scale`.
+    """
 
     factors_P11: Tensor
 
@@ -101,11 +112,11 @@ class PathWeights(nn.Module):
         dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        shape = (len(paths), config.message_width, config.num_radial)
+        splines = splines_of(config)
+        shape = (len(paths), config.message_width, config.num_splines or config.num_radial)
         law = laws(config, config.num_radial, "input", rate=branch_rate(config))
-        self.weight = make_parameter(
-            shape, 1, context, law.weight, dtype, "model.edge_width", law.weight_rate
-        )
+        initial = splines.initial(law.weight) if splines else law.weight
+        self.weight = make_parameter(shape, 1, context, initial, dtype, "model.edge_width", law.weight_rate)
         factors_P11 = torch.tensor(messages.factors(paths), dtype=torch.float64).view(-1, 1, 1) * scale
         self.register_buffer("factors_P11", factors_P11.to(dtype), persistent=False)
 

@@ -32,6 +32,11 @@ def energies(parameters: Parameters, config: CartesianConfig, statistics: Statis
     envelope_E = (1 - 28 * s**6 + 48 * s**7 - 21 * s**8) * (s < 1)
     n_R = torch.arange(1, config.num_radial + 1, dtype=torch.float64)
     basis_ER = torch.sin(n_R * math.pi * s[:, None]) / s[:, None] * envelope_E[:, None]
+    if config.num_splines:
+        x_EK = s[:, None] * (config.num_splines - 3) - torch.arange(-1, config.num_splines - 1)
+        powers = [math.comb(4, k) * (-1) ** k * torch.relu(x_EK + 2 - k) ** 3 / 6 for k in range(5)]
+        size_E = (config.num_radial / 2) ** 0.5 / torch.sqrt(s * s + 1 / 400) * envelope_E
+        basis_ER = torch.stack(powers).sum(0) * size_E[:, None]
     element_N = torch.tensor([statistics.elements.index(z) for z in batch[keys.ATOMIC_NUMBERS].tolist()])
     level_N = batch[keys.LEVEL][batch[keys.BATCH]]
     state = {"h": parameters["element_embedding.weight"][element_N]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -22,6 +22,8 @@ from tests.tolerances import PARITY, assert_close
 
 compiled = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
 N, E, R = 12, 70, 5
+ROWS = 11
+"""Weights of each path and channel where edges read R of them."""
 CASES = [(name, layer) for name in SETS for layer in ("first", "inner")]
 
 
@@ -36,6 +38,7 @@ class Case:
     features: dict[str, Tensor]
     destination: Segments
     source: Segments
+    first: Tensor | None = None
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -51,13 +54,20 @@ class Case:
             edges = Edges(*ends, basis_planes=planes_of(basis, dtype), unit_planes=planes_of(unit, dtype))
         else:
             edges = Edges(*ends, basis, unit.unsqueeze(-1), *direction_matrices(unit))
+        edges = replace(edges, first_E=self.first)
         sender = {n: Dual.of_planes(x) if pair else x.squeeze(0) for n, x in self.features.items()}
         found = neighbour_sums(self.paths, self.weight, sender, edges)
         return [x.planes if isinstance(x, Dual) else x.unsqueeze(0) for x in found.values()]
 
 
 def case(
-    name: str, layer: str, planes: int = 1, width: int = 5, dtype: Any = torch.float64, edges: int = E
+    name: str,
+    layer: str,
+    planes: int = 1,
+    width: int = 5,
+    dtype: Any = torch.float64,
+    edges: int = E,
+    rows: int = R,
 ) -> Case:
     torch.manual_seed(0)
     fields = ("h",) if layer == "first" else ("h", "v") if name == "painn" else ("h", "v", "t")
@@ -66,12 +76,13 @@ def case(
     shapes = {n: (planes, N, *([COMPONENTS[n]] if n != "h" else []), width) for n in fields}
     return Case(
         paths,
-        torch.randn(len(paths), width, R, dtype=dtype, requires_grad=True),
+        torch.randn(len(paths), width, rows, dtype=dtype, requires_grad=True),
         torch.randn(planes, edges, R, dtype=dtype, requires_grad=True),
         unit.requires_grad_(),
         {n: torch.randn(shape, dtype=dtype, requires_grad=True) for n, shape in shapes.items()},
         random_segments(N, edges, perm=False),
         random_segments(N, edges, perm=True, seed=1),
+        torch.arange(edges) * 5 % (rows - R + 1) if rows > R else None,
     )
 
 
@@ -82,12 +93,12 @@ def gradients(c: Case, fused: bool, create_graph: bool = False) -> list[Tensor]:
 
 
 @compiled
-@pytest.mark.parametrize("width", [5, 37])
+@pytest.mark.parametrize(("width", "rows"), [(5, R), (37, R), (37, ROWS)], ids=["5", "37", "rows"])
 @pytest.mark.parametrize("planes", [1, 2], ids=["value", "pair"])
 @pytest.mark.parametrize(("name", "layer"), CASES)
-def test_equals_the_reference(name: str, layer: str, planes: int, width: int) -> None:
+def test_equals_the_reference(name: str, layer: str, planes: int, width: int, rows: int) -> None:
     """Sums and gradients by features, weights, functions of the distance and directions."""
-    c = case(name, layer, planes, width)
+    c = case(name, layer, planes, width, rows=rows)
     for got, want in zip(c.sums(True), c.sums(False), strict=True):
         assert_close(got.detach(), want.detach())
     for got, want in zip(gradients(c, True), gradients(c, False), strict=True):
@@ -95,9 +106,10 @@ def test_equals_the_reference(name: str, layer: str, planes: int, width: int) ->
 
 
 @compiled
+@pytest.mark.parametrize("rows", [R, ROWS], ids=["all", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_level(dtype: torch.dtype, simd: str) -> None:
-    c, wide = case("full", "inner", 2, 19, dtype), case("full", "inner", 2, 19)
+def test_every_level(dtype: torch.dtype, rows: int, simd: str) -> None:
+    c, wide = case("full", "inner", 2, 19, dtype, rows=rows), case("full", "inner", 2, 19, rows=rows)
     pairs = list(zip(c.leaves, wide.leaves, strict=True))
     for x, y in pairs:
         y.data.copy_(x.data)
@@ -127,11 +139,12 @@ def test_bfloat16_is_summed_in_float32() -> None:
 
 
 @compiled
+@pytest.mark.parametrize("rows", [R, ROWS], ids=["all", "rows"])
 @pytest.mark.parametrize("weights", [False, True], ids=["geometry", "weights"])
 @pytest.mark.parametrize(("name", "layer"), CASES)
-def test_second_derivatives(name: str, layer: str, weights: bool) -> None:
+def test_second_derivatives(name: str, layer: str, weights: bool, rows: int) -> None:
     """Of all gradients, or of all but those of the weights, as training on forces takes them."""
-    c, results = case(name, layer), []
+    c, results = case(name, layer, rows=rows), []
     for fused in (True, False):
         first = gradients(c, fused, create_graph=True)[0 if weights else 1 :]
         results.append(torch.autograd.grad(sum((g * torch.cos(g)).sum() for g in first), c.leaves))
@@ -197,13 +210,17 @@ def test_no_edges() -> None:
     assert all(not x.any() for x in found)
 
 
-@pytest.mark.parametrize("paths", SETS)
-def test_models_fused_and_unfused(paths: str) -> None:
+@pytest.mark.parametrize(("paths", "splines"), [*((paths, 0) for paths in SETS), ("full", 12)])
+def test_models_fused_and_unfused(paths: str, splines: int) -> None:
     """Energies and gradients by one backward, and by create_graph, with layers recomputed."""
     results: list[list[Tensor]] = []
     for operation in ("fused", "unfused"):
         config = model_config(
-            family="cartesian", paths=paths, edge_operation=operation, recompute_layers=paths == "full"
+            family="cartesian",
+            paths=paths,
+            num_splines=splines,
+            edge_operation=operation,
+            recompute_layers=paths == "full",
         )
         potential, b = randomised(config), batch()
         pair = potential.directional(b, torch.sin(10 * b[keys.POSITIONS]))[keys.ENERGY]
@@ -236,6 +253,20 @@ def test_errors() -> None:
     ):
         with pytest.raises(RuntimeError, match=r"cartesian_edge_sum \(cpu\): " + message):
             sums(features, w, basis, unit, paths, False, *rows)
+    first = torch.full((E,), 2)
+    first[5] = 3
+    seven = torch.randn(14, 5, R + 2).double()
+    for w, given, message in (
+        (seven, first, r"first must lie in \[0, 2\], got an element outside"),
+        (seven, first[1:], "first must be as long as index, .* got 69 and 70"),
+        (
+            weight[..., 1:],
+            first,
+            "weight must have .* a row for each of the 5 numbers of basis, got 3 dimensions and 4 rows",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            sums([h, v, t], w, basis, unit, full, False, *rows, given)
     outside = c.source.index.clone()
     outside[-1] = N
     with pytest.raises(RuntimeError, match=r"other must lie in \[0, 12\)"):

@@ -32,9 +32,10 @@ def loss(energy_B: Tensor, forces_NC: Tensor) -> Tensor:
     return energy_B.square().sum() + (forces_NC * torch.sin(forces_NC)).sum()
 
 
-def errors(paths: str, **changes: Any) -> dict[str, float]:
+def errors(paths: str, num_splines: int = 0, **changes: Any) -> dict[str, float]:
     """max|x - x_ref| / max|x_ref| of energies, forces and gradients against the formulas of other keys."""
-    config, b = model_config(family="cartesian", paths=paths), batch()
+    same: dict[str, Any] = {"family": "cartesian", "paths": paths, "num_splines": num_splines}
+    config, b = model_config(**same), batch()
     potential = randomised(config)
     outputs = potential(b, create_graph=True)
     bonding_B = outputs[keys.ENERGY] - potential.model.reference_energy(b)
@@ -43,7 +44,7 @@ def errors(paths: str, **changes: Any) -> dict[str, float]:
     got |= {name: p.grad for name, p in potential.model.named_parameters() if p.grad is not None}
     parameters = {name: p.detach().requires_grad_() for name, p in potential.model.named_parameters()}
     moved = {**b, keys.POSITIONS: b[keys.POSITIONS].clone().requires_grad_()}
-    other = model_config(**{"family": "cartesian", "paths": paths, **changes})
+    other = model_config(**{**same, **changes})
     energy_B = plain.energies(parameters, other, STATISTICS, moved)
     (gradient_NC,) = torch.autograd.grad(energy_B.sum(), moved[keys.POSITIONS], create_graph=True)
     loss(energy_B, -gradient_NC).backward()
@@ -56,9 +57,9 @@ def errors(paths: str, **changes: Any) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("paths", SETS)
-def test_equals_the_formulas_written_again(paths: str) -> None:
-    found = errors(paths)
+@pytest.mark.parametrize(("paths", "splines"), [*((paths, 0) for paths in SETS), ("full", 13)])
+def test_equals_the_formulas_written_again(paths: str, splines: int) -> None:
+    found = errors(paths, splines)
     assert max(found.values()) <= PARITY, found
 
 
@@ -166,6 +167,7 @@ def test_bfloat16_is_near_float64(paths: str) -> None:
             {"paths": "painn", "tensor_width": 4},
             "tensor_width needs paths with tensors, got 4 .*'painn'; leave it",
         ),
+        ({"num_splines": 10}, r"num_splines must be 0 or at least .* \+ 3 = 11, got 10; take more"),
     ],
 )
 def test_errors(values: dict[str, Any], message: str) -> None:

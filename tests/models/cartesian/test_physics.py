@@ -9,9 +9,9 @@ class TestFull(PhysicsTests):
         return randomised(model_config(family="cartesian", stress=True))
 
 
-class TestLean(PhysicsTests):
+class TestLeanWithSplines(PhysicsTests):
     def make_potential(self) -> Potential:
-        return randomised(model_config(family="cartesian", preset="lean", paths="lean", stress=True))
+        return randomised(model_config(family="cartesian", preset="lean", num_splines=13, stress=True))
 
 
 class TestVectors(PhysicsTests):

@@ -12,9 +12,10 @@ from tools.bench import cartesian_edge, harness
 compiled = pytest.mark.skipif(extension.module is None, reason="the extension is not built")
 
 
+@pytest.mark.parametrize("splines", [0, 7])
 @pytest.mark.parametrize("op", cartesian_edge.OPS)
-def test_the_cases_are_right(op: str) -> None:
-    case = cartesian_edge.case(op, "lean", 90, 5)
+def test_the_cases_are_right(op: str, splines: int) -> None:
+    case = cartesian_edge.case(op, "lean", 90, 5, splines)
     ours, peer = case.implementations.values()
     assert ours is not None
     assert peer is not None
