@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from megagnn.models.cartesian import edge
 from megagnn.models.cartesian.messages import COMPONENTS, PATHS
 from megagnn.ops import extension
 from tests.cuda.emulator import ORDERS, SCALARS, Emulator, Guarded
-from tests.models.cartesian.test_edge import CASES, Case, R, case, gradients
+from tests.models.cartesian.test_edge import CASES, Case, case, gradients
 from tests.tolerances import assert_close
 
 POINTERS = ("features", "bars", "sums")
@@ -71,11 +72,11 @@ class Operations:
     ) -> None:
         """Calls a launcher; tensors go as their addresses, empty ones as null."""
         weight, basis, unit = edges
-        index, ptr, perm, other, *first = where
+        index, ptr, perm, other, first = where
         parts = self.num_parts if len(index) else 0
         table, sums = Guarded((weight.numel(),), weight.dtype), Guarded((parts, weight.numel()), weight.dtype)
         tensors = {"weight": weight, "basis": basis, "unit": unit, "index": index, "ptr": ptr, "perm": perm}
-        tensors |= {"other": other, "first": first[0] if first else None, "table": table, "parts": sums}
+        tensors |= {"other": other, "first": first, "table": table, "parts": sums}
         problem = Problem(exchanged=others.pop("exchanged", False))
         for key, value in {**tensors, **others, "features": features}.items():
             if key in POINTERS:
@@ -128,7 +129,7 @@ def case_in_float64(c: Case) -> Case:
         return x.detach().double().requires_grad_()
 
     features = {name: wide(x) for name, x in c.features.items()}
-    return Case(c.paths, wide(c.weight), wide(c.basis), wide(c.unit), features, c.destination, c.source)
+    return replace(c, weight=wide(c.weight), basis=wide(c.basis), unit=wide(c.unit), features=features)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -183,33 +184,17 @@ def test_mistakes_are_far_outside_the_tolerance(
 
 def test_paths_without_kernels_are_an_error(emulated: Operations) -> None:
     c = case("full", "inner")
-    where = (*edge._rows(c.destination), c.source.index)
+    where = (*edge._rows(c.destination), c.source.index, None)
     with pytest.raises(RuntimeError, match="error 1"):
         emulated.run("sum", list(c.features.values()), c.leaves[:3], [2, 5], where)
 
 
 @pytest.mark.parametrize("planes", [1, 2], ids=["value", "pair"])
 def test_rows_of_weights_that_differ_by_edge(emulated: Operations, planes: int) -> None:
-    """As with all rows of weights and zeros beside the edge's numbers, whose gradients are cut out."""
-    rows, e = 11, torch.arange(70)
-    c = case("full", "inner", planes, 33)
-    first = (5 * e) % (rows - R + 1)  # 0 to 6
-    at = first[:, None] + torch.arange(R)
-    weight = torch.randn(14, 33, rows, dtype=torch.float64)
-    basis = torch.zeros(planes, 70, rows, dtype=torch.float64)
-    basis[:, e[:, None], at] = c.basis.detach()
-    paths, where = list(range(1, 15)), (*edge._rows(c.destination), c.source.index)
-    features = [x.detach() for x in c.features.values()]
-    bars = [torch.randn_like(x) for x in features]
-    unit = c.unit.detach()
-    for run, middle in ((emulated.sum, (paths, False)), (emulated.gradient, (paths, True, True))):
-        given = (features,) if run == emulated.sum else (features, bars)
-        got = run(*given, weight, c.basis.detach(), unit, *middle, *where, first)
-        want = run(*given, weight, basis, unit, *middle, *where)
-        if run == emulated.gradient:
-            want[1] = want[1][:, e[:, None], at]
-        for x, y in zip(got, want, strict=True):
-            assert_close(x, y, 1e-12)
+    c = case("full", "inner", planes, 33, rows=11)
+    assert c.first is not None
+    assert len(c.first.unique()) == 7
+    check(c, emulated)
 
 
 @pytest.mark.parametrize("there", [False, True])
