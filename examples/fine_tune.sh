@@ -21,9 +21,9 @@ short=(--train.num_steps 400 --optim.warmup_steps 20 --train.validate_every 100 
 for source in molecules-gfn2 molecules-gfn1; do
   [ -f "$data/$source/header.json" ] || python tools/source_store.py "$archive" "$source" "$data/$source"
 done
-[ -d "$out/others/checkpoints/best" ] || megagnn train examples/configs/mlearn.toml --data.paths "$data/mlearn-others" \
+[ -d "$out/others/checkpoints/best" ] || megagnn train examples/configs/mlearn-egnn.toml --data.paths "$data/mlearn-others" \
   --out_dir "$out/others" "${common[@]}" --optim.learning_rate 4e-3 --train.num_steps 5000 --train.validate_every 500 --overwrite
-[ -d "$out/gfn2/checkpoints/best" ] || megagnn train examples/configs/quickstart.toml \
+[ -d "$out/gfn2/checkpoints/best" ] || megagnn train examples/configs/quickstart-egnn.toml \
   --data.paths "$data/molecules-gfn2" --out_dir "$out/gfn2" "${common[@]}" --optim.learning_rate 6e-3 --optim.ema_decay 0.995 \
   --train.num_steps 3000 --train.validate_every 500 --overwrite
 
@@ -42,8 +42,8 @@ compare() {
 }
 for seed in ${SEEDS:-0 1 2}; do
   for few in 10 30 100; do
-    compare examples/configs/mlearn.toml "$out/others/checkpoints/best" "$data/mlearn-Si" "$few" 4e-3 "$seed" \
+    compare examples/configs/mlearn-egnn.toml "$out/others/checkpoints/best" "$data/mlearn-Si" "$few" 4e-3 "$seed" \
       --init.new_elements Si=Ge "${@}"
   done
-  compare examples/configs/quickstart.toml "$out/gfn2/checkpoints/best" "$data/molecules-gfn1" 100 6e-3 "$seed" "${@}"
+  compare examples/configs/quickstart-egnn.toml "$out/gfn2/checkpoints/best" "$data/molecules-gfn1" 100 6e-3 "$seed" "${@}"
 done

@@ -304,7 +304,8 @@ def run_name(settings: Mapping[str, Any]) -> str:
 
 def _digest(config: RunConfig) -> str:
     """Digest of what differs from the first defaults, so that neither new keys nor new defaults change it."""
-    usual = {**flat_config(RunConfig()), **FIRST_DEFAULTS}
+    family = flat_config(RunConfig(model=type(config.model)()))
+    usual = {**family, **flat_config(RunConfig()), **FIRST_DEFAULTS}
     flat = {
         key: value
         for key, value in flat_config(config).items()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -112,6 +113,21 @@ def test_new_keys_change_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         True,
         False,
     ]
+
+
+def test_new_keys_of_another_family_change_no_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = SWEEP.replace("[set]", '[set]\n"model.family" = "cartesian"')
+    before = [run.digest for run in load_sweep(write_sweep(tmp_path, text)).runs]
+    assert before != [run.digest for run in load_sweep(write_sweep(tmp_path)).runs]
+    write_sweep(tmp_path, text)
+    flat = sweep_module.flat_config
+
+    def with_new(config: RunConfig) -> dict[str, Any]:
+        new = {"model.new": 1} if config.model.family == "cartesian" else {}
+        return {**flat(config), **new}
+
+    monkeypatch.setattr(sweep_module, "flat_config", with_new)
+    assert [run.digest for run in load_sweep(tmp_path / "sweep.toml").runs] == before
 
 
 def test_a_changed_default_makes_other_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
