@@ -219,11 +219,20 @@ def check_keys(root: type, values: dict[str, Any], section: type | None = None, 
     """Raises ValueError at the first key that is no field of the dataclass `root` or of its sections."""
     section = section or root
     choose = getattr(section, "choose", None)
+    chosen_from: dict[str, type] = getattr(section, "variants", {})
     section = choose(values) if choose else section
     fields = {f.name for f in dataclasses.fields(section)}
     types = typing.get_type_hints(section)
     for key, value in values.items():
         if key not in fields:
+            holds = {n: {f.name for f in dataclasses.fields(kind)} for n, kind in chosen_from.items()}
+            owners = [n for n, names in holds.items() if key in names]
+            if owners:
+                mine = next((n for n, kind in chosen_from.items() if kind is section), "another")
+                raise ValueError(
+                    f"configuration key '{prefix}{key}' is one of the family {' or '.join(owners)}, and of "
+                    f"'{mine}' it is not; leave it out, or choose that family"
+                )
             raise ValueError(_unknown_key(root, prefix + key, prefix, sorted(fields)))
         if dataclasses.is_dataclass(types[key]):
             if not isinstance(value, dict):

@@ -148,6 +148,7 @@ def test_without_a_family_it_is_the_egnn() -> None:
     [
         ({"family": "egn"}, "model.family must be one of .*egnn.*, got 'egn'; nearest: 'egnn'"),
         ({"family": 3}, "model.family must be one of .*egnn.*, got 3"),
+        ({"num_splines": 16}, "'model.num_splines' is one of the family cartesian, and of 'egnn' it is not"),
         ({"edge_memori": "save"}, "'model.edge_memori'; nearest valid key: 'model.edge_memory'"),
         ({"width": 0}, "'model.width': input should be greater than 0, got 0"),
         ({"preset": "satoras"}, "'model.preset': .* got 'satoras'; nearest: 'satorras'"),
