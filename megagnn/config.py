@@ -59,8 +59,8 @@ class TrainConfig:
     num_epochs: Told[PositiveInt | None] = None
     """Passes over the training structures, which make the number of steps instead of `num_steps`."""
     direct_steps: Refused[NonNegativeInt] = 0
-    """Steps on direct forces, a third of the work of conservative ones, with whose weights the run begins; a
-    run of its own in out_dir/direct."""
+    """Steps on direct forces, three eighths of the work of conservative ones, with whose weights the run
+    begins; a run of its own in out_dir/direct."""
     patience: Told[PositiveInt | None] = None
     """Validations in a row without a lower loss after which the run ends; none end it if not given."""
     seed: Refused[NonNegativeInt] = 0

@@ -1,6 +1,7 @@
 """One run of a sweep: train, or go on where it was killed; measure; append its line of results."""
 
 import json
+import math
 import platform
 import resource
 import time
@@ -55,12 +56,14 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
         done = broadcast_object(run.name in sweep.finished() if context.is_main else None, context)
         if done:
             return
-        *earlier, last = parts_of(config)
-        before = [_trained(part, context) for part in earlier]
-        trainer, seconds = _trained(last, context)
-        known = [seconds, *(s for _, s in before)]
-        total = None if None in known else sum(filter(None, known))
-        flops = sum(map(_flops, [trainer, *(t for t, _ in before)]))
+        flops, seconds = 0.0, 0.0
+        trainer: Trainer | None = None
+        for part in parts_of(config):
+            trainer = None  # one at a time in memory
+            trainer, taken = _trained(part, context)
+            flops, seconds = flops + _flops(trainer), seconds + (math.nan if taken is None else taken)
+        assert trainer is not None
+        total = None if math.isnan(seconds) else seconds
         record = _measured(sweep, run, trainer, total, flops, context)
         if context.is_main:
             append_line(sweep.results, record.to_json())

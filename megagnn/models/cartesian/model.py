@@ -107,7 +107,6 @@ class CartesianLayer(nn.Module):
             out = laws(config, width, "output", scale=0.1, width=config.width)
             names = (width_key("v"), width_key("v"))
             self.force_head = RowLinear(width, 1, context, out, dtype, bias=False, names=names)
-
         self.scale = config.num_layers**-0.5 if config.depth_scaling else 1.0
 
     def forward(self, state: State, edges: Edges) -> State:
