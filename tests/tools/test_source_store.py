@@ -32,3 +32,17 @@ def test_what_is_known_of_a_source_goes_with_it(tmp_path: Path, monkeypatch: pyt
         assert header.references == {source: {"H": {"A": -13.6, "B": -1.0}[source]}}
         assert header.warnings == (f"{source}: odd" + ", too" * (source == "B"), "a file was odd")
         assert header.isolated_distance == 9.0
+
+
+def test_fewer_training_structures_and_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [make_structure(2, k, source="A") for k in range(10)]
+    write_store(tmp_path / "all", records, splits=np.array([0] * 7 + [1, 2, 2], np.uint8))
+    for number, status in ((3, 0), (8, 2), (0, 2)):
+        out = tmp_path / str(number)
+        monkeypatch.setattr(
+            "sys.argv", ["source_store", str(tmp_path / "all"), "A", str(out), "--train", str(number)]
+        )
+        assert source_store.main() == status
+        assert out.exists() == (status == 0)
+    store = Store.open(tmp_path / "3")
+    assert [len(store.indices(split)) for split in ("train", "valid", "test")] == [3, 1, 2]
