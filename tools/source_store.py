@@ -1,4 +1,4 @@
-"""Write one source of a store into a store of its own: python tools/source_store.py STORE SOURCE OUT [--train N]
+"""Write one source of a store into a store of its own: source_store.py STORE SOURCE OUT [--train N]
 
 STORE may be an archive. The structures keep their split and their groups. --train N keeps N of the training
 structures, drawn at random, always the same.
