@@ -123,3 +123,8 @@ def weight_at(config: LossConfig, term: str, progress: float) -> float:
         return weight * final
     risen = max(0.0, progress - begin) / (end - begin) if end > begin else 0.0
     return weight * (1 + (final - 1) * risen)
+
+
+def weights_are_final(config: LossConfig, progress: float) -> bool:
+    """Whether all terms weigh, where this share of the run is done, what they do at its end."""
+    return all(weight_at(config, term, progress) == weight_at(config, term, 1.0) for term in TERMS)

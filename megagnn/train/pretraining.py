@@ -8,16 +8,21 @@ expressive interatomic potentials for physical property prediction", ICML 2025.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megagnn.config import InitConfig, RunConfig
+from megagnn.objective.terms import TERMS
 
 FOLDER = "direct"
 """Of the first run, in that of the second."""
+# Weights rise once, at the end of both parts: the second begins again with those of the first one's start.
+_CONSTANT_WEIGHTS: dict[str, Any] = {term.factor_key: 1.0 for term in TERMS.values() if term.factor_key}
 
 
 def parts_of(config: RunConfig) -> list[RunConfig]:
-    """The runs that a configuration asks for: with `train.direct_steps` one on direct forces, and then the
-    conservative one that begins with its weights and keeps its reference energies."""
+    """The runs that a configuration asks for: with `train.direct_steps` one on direct forces, with the loss's
+    initial weights, and then the conservative one that begins with its parameters and keeps its reference
+    energies."""
     if not config.train.direct_steps:
         return [config]
     first = Path(config.out_dir) / FOLDER
@@ -25,7 +30,7 @@ def parts_of(config: RunConfig) -> list[RunConfig]:
         config,
         out_dir=str(first),
         model=replace(config.model, forces="direct", stress=False),
-        loss=replace(config.loss, stress_weight=0.0),
+        loss=replace(config.loss, stress_weight=0.0, **_CONSTANT_WEIGHTS),
         train=replace(config.train, num_steps=config.train.direct_steps, num_epochs=None, direct_steps=0),
     )
     last = str(first / "checkpoints" / "last")

@@ -26,7 +26,7 @@ from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics, compute_statistics
 from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
-from megagnn.objective.loss import Loss, check_labels, step_counts
+from megagnn.objective.loss import Loss, check_labels, step_counts, weights_are_final
 from megagnn.optim.bucket_reducer import GradientReducer
 from megagnn.optim.interface import RunOptimizer
 from megagnn.optim.optimizer import (
@@ -129,7 +129,7 @@ class Trainer:
 
     @property
     def best_path(self) -> Path:
-        """A link to the checkpoint with the lowest validation loss."""
+        """A link to the checkpoint with the lowest validation loss, see `_loss_to_beat`."""
         return self.out_dir / "checkpoints" / "best"
 
     def _make_potential(self, earlier: list[int]) -> None:
@@ -397,12 +397,21 @@ class Trainer:
         )
         monitor.restart_clock()
         # the main rank's verdict, for saving takes all ranks, and machines may round differently
-        best: bool = broadcast_object(result.loss < self.progress.best_loss, self.context)
+        best: bool = broadcast_object(result.loss < self._loss_to_beat(), self.context)
         if best:
             self.progress = dataclasses.replace(
                 self.progress, best_loss=result.loss, best_step=self.progress.step
             )
         return best, False
+
+    def _loss_to_beat(self) -> float:
+        """The lowest validation loss so far. Once the loss has its final weights, the lowest since then: what
+        was trained for other weights is no candidate."""
+        step, best = self.progress.step, self.progress.best_step or 0
+        final_now, final_then = (
+            weights_are_final(self.config.loss, at / self.config.train.num_steps) for at in (step, best)
+        )
+        return math.inf if final_now and not final_then else self.progress.best_loss
 
     def _finish(self, monitor: Monitor) -> None:
         """The best weights as one file; the parity plot of the last validation."""

@@ -1,12 +1,14 @@
-"""`best` after a resume: it moves again where validation losses cannot be compared with those before."""
+"""`best`: sought anew with the final weights of the loss, and where a resumed run judges by other losses."""
 
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import megagnn.train.trainer as module
 from megagnn.checkpoint.folder import follow
 from megagnn.data.store import write_store
 from tests import runs
@@ -118,3 +120,51 @@ def test_patience_begins_anew_with_the_loss(store: Path, tmp_path: Path) -> None
     assert not other._is_done
     other.run()
     assert best_of(out)[0] > 4
+
+
+SCRIPT = {2: 3.0, 4: 1.0, 6: 2.5, 8: 2.0, 10: 2.2, 12: 2.1}
+"""Validation losses by step, the lowest before the weights are final."""
+
+
+@pytest.mark.parametrize(
+    ("factor", "change", "best", "stops_at"),
+    [
+        ("10", "[0.25, 0.6]", 8, None),
+        ("10", "[0.25, 0.6]", 8, 9),
+        ("10", "[0.9, 0.9]", 12, 4),
+        ("10", "[0.2, 0.3]", 4, None),
+        ("1", "[0.25, 0.6]", 4, None),
+    ],
+)
+def test_best_is_sought_anew_with_the_final_weights(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    factor: str,
+    change: str,
+    best: int,
+    stops_at: int | None,
+) -> None:
+    """Not among checkpoints from before, whatever their loss; with constant weights among all. A run that was
+    stopped in between and resumed finds the same one."""
+    out, judged = tmp_path / "run", module.evaluate
+    every = ("--train.validate_every", "2", "--train.num_steps", "12", "--optim.warmup_steps", "1")
+    options = (*every, "--loss.final_energy_factor", factor, "--loss.change", change)
+    trainer = runs.make_trainer(store, out, *options)
+
+    def scripted(*arguments: Any, **keywords: Any) -> Any:
+        result = judged(*arguments, **keywords)
+        return dataclasses.replace(result, loss=SCRIPT[trainer.progress.step])
+
+    monkeypatch.setattr(module, "evaluate", scripted)
+    if stops_at is not None:
+        original = trainer._step
+
+        def step(*arguments: object) -> bool:
+            return original(*arguments) or trainer.progress.step == stops_at  # type: ignore[arg-type]
+
+        trainer._step = step  # type: ignore[method-assign]
+        trainer.run()
+        trainer = runs.make_trainer(store, out, *options, resume=True)
+    trainer.run()
+    assert best_of(out) == (best, SCRIPT[best])

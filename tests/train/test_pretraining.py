@@ -11,6 +11,8 @@ from megagnn.checkpoint.single_file import load_checkpoint, open_checkpoint
 from megagnn.config import config_from_dict
 from megagnn.launch.context import parallel_context
 from megagnn.models.family import step_flops
+from megagnn.objective.loss import weight_at
+from megagnn.objective.terms import TERMS
 from megagnn.scaling.records import read_records
 from megagnn.scaling.sweep import load_sweep
 from megagnn.scaling.sweep_run import run_one
@@ -91,6 +93,17 @@ def test_what_does_not_fit_is_refused() -> None:
         config_from_dict({"train": {"direct_steps": 5, "num_steps": 9}, "optim": {"warmup_steps": 7}})
     own = config_from_dict({"train": {"num_steps": 9}, "optim": {"warmup_steps": 7}})
     assert parts_of(own) == [own]
+
+
+def test_weights_of_the_loss_rise_in_the_last_part_only() -> None:
+    """Direct forces are trained with the weights of the beginning, by which their validations judge, too."""
+    loss = {"final_energy_factor": 20.0, "final_force_factor": 2.0, "stress_weight": 1.0}
+    both = config_from_dict({"train": {"direct_steps": 500}, "loss": loss, "model": {"stress": True}})
+    direct, last = parts_of(both)
+    assert last.loss == both.loss
+    for term in TERMS:
+        assert weight_at(direct.loss, term, 1.0) == weight_at(direct.loss, term, 0.0)
+    assert weight_at(direct.loss, "energy", 1.0) == both.loss.energy_weight
 
 
 def test_a_sweep_counts_both_parts(store: Path, tmp_path: Path) -> None:
