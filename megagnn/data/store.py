@@ -258,11 +258,8 @@ def _save_atomically(path: Path, array: NDArray[Any]) -> None:
 def check_together(stores: Sequence[Store]) -> None:
     """Refuse stores that would count structures twice or leak test structures into training.
 
-    Groups are compared where their names are stored. A group of a fixed test or validation file that its own
-    store trains on, as its publisher chose, is left out of the comparison, and so are isolated atoms.
-
     Raises:
-        ValueError: one store given twice or a copy of it, or a group on different sides in two stores.
+        ValueError: one store given twice or a copy of it; or see `check_sides`.
     """
     if len(stores) < 2:
         return
@@ -276,6 +273,18 @@ def check_together(stores: Sequence[Store]) -> None:
                     f"{other.path} and {store.path} are the same store; give it once, or its structures "
                     "count twice"
                 )
+    check_sides(stores)
+
+
+def check_sides(stores: Sequence[Store]) -> None:
+    """Refuse stores that have one group on different sides, such as training and test.
+
+    Groups are compared where their names are stored. A group of a fixed test or validation file that its own
+    store trains on, as its publisher chose, is left out of the comparison, and so are isolated atoms.
+
+    Raises:
+        ValueError: a group on different sides in two stores.
+    """
     first: dict[str, tuple[int, Store]] = {}
     for store in stores:
         for group, side in group_sides(store).items():

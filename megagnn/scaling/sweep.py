@@ -27,7 +27,8 @@ the data,
     warmup        optim.warmup_steps: share of the steps
     validations   train.validate_every and checkpoint_every: times in the run
 
-Errors are those on the test split, or on `split`, "valid" or a list of both.
+Errors are those on the test split, or on `split`, "valid" or a list of both; of the stores that `evaluate`
+lists, if it is given, in place of those that a run trains on.
 
 Results go to out_dir/runs.jsonl, or to the file that `results` names, such as one under version control.
 """
@@ -37,6 +38,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -73,7 +75,19 @@ _LETTERS = {
     "steps": "t",
     "epochs": "e",
 }
-_KEYS = ("config", "out_dir", "recipe", "processes", "threads", "split", "results", "set", "grid", "runs")
+_KEYS = (
+    "config",
+    "out_dir",
+    "recipe",
+    "processes",
+    "threads",
+    "split",
+    "evaluate",
+    "results",
+    "set",
+    "grid",
+    "runs",
+)
 
 # Defaults that have changed since their keys were made, as they were: digests are of what differs from these.
 FIRST_DEFAULTS: dict[str, Any] = {
@@ -91,7 +105,7 @@ class PlannedRun:
     name: str
     config: RunConfig
     digest: str
-    """Digest of the configuration, except where it runs."""
+    """Digest of the configuration, except where it runs, and of the stores that it is evaluated on."""
     recipe: str
 
     @property
@@ -116,6 +130,8 @@ class Sweep:
     """Threads of each run."""
     splits: tuple[str, ...]
     """Where the losses of the results are measured; those of the second are named `valid/force_mae`."""
+    evaluate: tuple[str, ...]
+    """Stores whose splits those are; empty for those that each run trains on."""
     results: Path
     """Lines of results."""
     runs: tuple[PlannedRun, ...]
@@ -140,10 +156,9 @@ class Sweep:
         return records
 
     def pending(self) -> list[int]:
-        """Indices of the runs without a result, the largest first, so that none is left over at the end."""
+        """Indices of the runs without a result, in the order of the table."""
         done = self.finished()
-        left = [k for k, run in enumerate(self.runs) if run.name not in done]
-        return sorted(left, key=lambda k: -self.runs[k].work)
+        return [k for k, run in enumerate(self.runs) if run.name not in done]
 
 
 def load_sweep(path: str | Path) -> Sweep:
@@ -161,7 +176,7 @@ def load_sweep(path: str | Path) -> Sweep:
     out_dir = Path(str(values["out_dir"]))
     threads = _positive(values, "threads", path)
     common = {**_dotted(path, values.get("set", {})), "train.threads": threads}
-    usual, runs = str(values.get("recipe", base_path.stem)), []
+    evaluate, usual, runs = _evaluate(path, values), str(values.get("recipe", base_path.stem)), []
     for recipe, settings, told in _settings(path, values):
         name = run_name({key: settings[key] for key in told})
         if recipe is not None:
@@ -172,7 +187,7 @@ def load_sweep(path: str | Path) -> Sweep:
             config = _in_steps(complete_config(_merged(base, dotted)), relative)
         except ValueError as error:
             raise ValueError(f"{path}, run {name}: {error}") from None
-        runs.append(PlannedRun(name, config, _digest(config), usual if recipe is None else recipe))
+        runs.append(PlannedRun(name, config, _digest(config, evaluate), usual if recipe is None else recipe))
     names = [run.name for run in runs]
     twice = next((n for n in names if names.count(n) > 1), None)
     if twice is not None:
@@ -183,6 +198,7 @@ def load_sweep(path: str | Path) -> Sweep:
         _positive(values, "processes", path),
         threads,
         _splits(path, values),
+        evaluate,
         Path(str(values.get("results", out_dir / "runs.jsonl"))),
         tuple(runs),
     )
@@ -223,6 +239,15 @@ def _splits(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
     if not splits or len(set(splits)) < len(splits) or not set(splits) <= {"valid", "test"}:
         raise ValueError(f"{path}: split must be 'test' or 'valid', or a list of both, got {given!r}")
     return splits
+
+
+def _evaluate(path: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
+    stores = values.get("evaluate", [])
+    if not isinstance(stores, list) or not all(isinstance(store, str) for store in stores):
+        raise ValueError(
+            f'{path}: evaluate must be a list of stores, as evaluate = ["runs/data/mine"], got {stores!r}'
+        )
+    return tuple(os.path.expanduser(store) for store in stores)
 
 
 def _settings(path: Path, values: Mapping[str, Any]) -> list[tuple[str | None, dict[str, Any], list[str]]]:
@@ -302,7 +327,7 @@ def run_name(settings: Mapping[str, Any]) -> str:
     return "-".join(parts).replace("/", "_").replace(" ", "")
 
 
-def _digest(config: RunConfig) -> str:
+def _digest(config: RunConfig, evaluate: tuple[str, ...] = ()) -> str:
     """Digest of what differs from the first defaults, so that neither new keys nor new defaults change it."""
     family = flat_config(RunConfig(model=type(config.model)()))
     usual = {**family, **flat_config(RunConfig()), **FIRST_DEFAULTS}
@@ -311,6 +336,8 @@ def _digest(config: RunConfig) -> str:
         for key, value in flat_config(config).items()
         if Change.SAME_RUN not in change_of(RunConfig, key) and value != usual.get(key)
     }
+    if evaluate:
+        flat["evaluate"] = evaluate
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:12]
 
 

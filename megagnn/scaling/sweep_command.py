@@ -70,6 +70,8 @@ def run_all(sweep: Sweep, processes: int) -> int:
     Interrupted or terminated, it ends its runs; the next call continues them from their checkpoints.
     """
     waiting = sweep.pending()
+    if processes > 1:  # the largest first, so that none is left over at the end
+        waiting.sort(key=lambda k: -sweep.runs[k].work)
     total = sum(sweep.runs[k].work for k in waiting)
     num_done = len(sweep.runs) - len(waiting)
     running: dict[int, subprocess.Popen[bytes]] = {}

@@ -1,5 +1,6 @@
 """One run of a sweep: train, or go on where it was killed; measure; append its line of results."""
 
+import dataclasses
 import json
 import math
 import platform
@@ -13,6 +14,7 @@ import megagnn
 from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.checkpoint.single_file import load_potential, open_checkpoint
 from megagnn.config import RunConfig, flat_config
+from megagnn.data.store import Store, check_sides
 from megagnn.launch.context import parallel_context
 from megagnn.models.config import ModelConfig
 from megagnn.models.family import step_flops
@@ -42,7 +44,8 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
     """Train a run to its end and append its line, on one process or the ranks of a launcher.
 
     Raises:
-        ValueError: bad data or settings, or another process has this run.
+        ValueError: bad data or settings, a group that `evaluate` has on another side than the data of the
+            run, or another process has this run.
         FloatingPointError: it diverged.
         ConnectionAbortedError: a signal stopped it; it is saved.
     """
@@ -56,6 +59,8 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
         done = broadcast_object(run.name in sweep.finished() if context.is_main else None, context)
         if done:
             return
+        if sweep.evaluate:
+            check_sides([Store.open(path) for path in (*config.data.paths, *sweep.evaluate)])
         flops, seconds = 0.0, 0.0
         trainer: Trainer | None = None
         for part in parts_of(config):
@@ -108,14 +113,15 @@ def _measured(
     checkpoint = open_checkpoint(trainer.best_path)
     potential = load_potential(checkpoint, context=context).to(context.device)
     losses: dict[str, Error] = {}
+    data = dataclasses.replace(config.data, paths=sweep.evaluate or config.data.paths)
     for split in sweep.splits:
-        dataset = open_split(config.data, model, split, context, checkpoint.statistics)
+        dataset = open_split(data, model, split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)
         result = evaluate(potential, loader, context, Loss(config.loss))
         prefix = "" if split == sweep.splits[0] else f"{split}/"
         found = losses_of(result.per_source, result.loss)
         losses |= {prefix + name: value for name, value in found.items()}
-    data = trainer.train.dataset
+    seen = trainer.train.dataset
     versions = {
         "megagnn": megagnn.__version__,
         "torch": torch.__version__,
@@ -127,8 +133,8 @@ def _measured(
         width=model.width,
         depth=model.num_layers,
         parameters=trainer.potential.model.num_parameters(),
-        structures=len(data),
-        atoms=int(data.num_atoms.sum()),
+        structures=len(seen),
+        atoms=int(seen.num_atoms.sum()),
         seed=config.train.seed,
         learning_rate=config.optim.learning_rate,
         flops=flops,
