@@ -215,6 +215,47 @@ def test_recipes_side_by_side(tmp_path: Path) -> None:
         analyse(ours, dataclasses.replace(options, depth=5))
 
 
+def test_two_families_at_equal_sizes_and_compute() -> None:
+    """Models of other widths are matched by their parameters. One recipe is ahead below 1e12 FLOP."""
+    ours = study(widths=(16, 32, 64, 128), seeds=1, noise=0.0)
+    theirs = [
+        dataclasses.replace(
+            r,
+            recipe="the other",
+            width=2 * r.width,
+            parameters=round(1.1 * r.parameters),
+            losses={k: (v * (r.flops / 1e12) ** -0.05, u) for k, (v, u) in r.losses.items()},
+        )
+        for r in ours
+    ]
+    # nearer to a size of ours than theirs is, and then too far from any
+    near = [
+        dataclasses.replace(r, parameters=round(1.05 / 1.1 * r.parameters)) for r in theirs if r.width == 64
+    ]
+    far = [dataclasses.replace(r, parameters=round(1.3 * r.parameters)) for r in ours if r.width == 128]
+    both = [*ours, *theirs, *near, *far]
+    first, second = (analyse(both, Options(recipe=r, replicates=100)) for r in ("synthetic", "the other"))
+    found = compare.matches(first, second)
+    assert len(found) == 16
+    assert {round(m.parameters[1] / m.parameters[0], 2) for m in found} == {1.05, 1.1}
+    equal = compare.at_equal_compute(first, second)
+    assert equal is not None
+    (crossing,) = equal.crossings()
+    assert crossing == pytest.approx(1e12, rel=0.05)
+    before, after = (equal.at(f * crossing) for f in (0.1, 10.0))
+    assert before[1] / before[0] == pytest.approx(10**0.05, rel=0.02)
+    assert after[1] / after[0] == pytest.approx(10**-0.05, rel=0.02)
+    text = "\n".join(compare.describe(first, second))
+    assert first.frontier_points is not None
+    flops, losses = first.frontier_points
+    worse = dataclasses.replace(first, frontier_points=(flops, 2 * losses))
+    assert f"they cross at {crossing:.2g} FLOP" in text
+    assert "'synthetic' is ahead at all of it" in "\n".join(compare.describe(first, worse))
+    dearer = dataclasses.replace(first, frontier_points=(1e6 * flops, losses))
+    assert compare.at_equal_compute(first, dearer) is None
+    assert "have no compute in common" in "\n".join(compare.describe(first, dearer))
+
+
 def search(power: float = -0.5) -> list[RunRecord]:
     """A learning-rate search whose best rate goes with a power of the width."""
     shape = study(widths=(16, 64, 256), data=(500,), seeds=1)

@@ -12,14 +12,17 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.cli import main
 from megagnn.config import RunConfig, flat_config, load_config
+from megagnn.data.store import write_store
 from megagnn.scaling import sweep as sweep_module
+from megagnn.scaling import sweep_command
 from megagnn.scaling.records import read_records
-from megagnn.scaling.sweep import load_sweep, run_name
+from megagnn.scaling.sweep import Sweep, load_sweep, run_name
 from megagnn.scaling.sweep_run import technique
 from megagnn.train import run_lock
 from tests import runs
@@ -69,8 +72,28 @@ def test_the_table(tmp_path: Path) -> None:
     assert config.data.num_structures is None
     assert sweep.runs[2].config.data.num_structures == 12
     assert config.out_dir == f"{tmp_path}/out/w16-s0"
-    assert sweep.pending() == [1, 0, 2], "the largest first"
+    assert sweep.pending() == [0, 1, 2]
     assert run_name({"learning_rate": 3e-4, "model.edge_memory": "save"}) == "lr0.0003-edge_memory_save"
+
+
+@pytest.mark.parametrize(("processes", "order"), [(1, [0, 1, 2]), (2, [1, 0, 2])])
+def test_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, order: list[int]) -> None:
+    """One at a time as in the table, for what is needed first; several at a time the largest first."""
+    started = []
+
+    class Ended:
+        returncode = 0
+
+        def poll(self) -> int:
+            return 0
+
+    def start(sweep: Sweep, index: int) -> Ended:
+        started.append(index)
+        return Ended()
+
+    monkeypatch.setattr(sweep_command, "_start", start)
+    assert sweep_command.run_all(load_sweep(write_sweep(tmp_path)), processes) == 0
+    assert started == order
 
 
 def test_recipes_of_their_own(tmp_path: Path) -> None:
@@ -154,13 +177,15 @@ def test_every_first_default_is_known() -> None:
     assert not set(usual) - set(first), "add these keys to tests/scaling/first_defaults.json"
 
 
-@pytest.mark.parametrize("path", sorted(STUDY.glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(STUDY.rglob("*.toml")), ids=lambda p: f"{p.parent.stem}-{p.stem}")
 def test_the_results_under_version_control_are_of_their_sweeps(path: Path) -> None:
     """Every line is of a run of the table, made with its settings; `finished` refuses others."""
     sweep = load_sweep(path)
-    done = dataclasses.replace(sweep, results=STUDY.parents[2] / sweep.results).finished()
+    results = STUDY.parents[2] / sweep.results
+    done = dataclasses.replace(sweep, results=results).finished()
     assert set(done) <= {run.name for run in sweep.runs}
-    assert done
+    assert bool(done) == results.is_file()
+    assert done or path.parent != STUDY, "the runs of these are all made"
 
 
 @pytest.mark.parametrize(
@@ -173,6 +198,7 @@ def test_the_results_under_version_control_are_of_their_sweeps(path: Path) -> No
         ("width = [8, 16]", "width = [8, -1]", r"run w-1-s0: configuration key 'model\.width'"),
         ("processes = 2", "processes = 0", r"processes must be a whole number, at least 1, got 0"),
         ("processes = 2", 'split = "train"', r"split must be 'test' or 'valid', or a list of both"),
+        ("processes = 2", 'evaluate = "store"', r"evaluate must be a list of stores, .*, got 'store'"),
         ("processes = 2", 'split = ["test", "test"]', r"or a list of both, got \['test', 'test'\]"),
         ('config = "base.toml"', "", r"'config' is missing"),
         ("seed = [0]", "epochs = [5]", r"run w8-e5: epochs needs structures, and data\.max_structures"),
@@ -226,6 +252,38 @@ def test_losses_are_those_of_evaluate(folder: Path, split: str, prefix: str) -> 
     expected = json.loads(out.read_text())["sources"]["clusters"]["force_mae_mev_per_angstrom"]
     (record,) = [r for r in read_records([folder / "out" / "runs.jsonl"]) if r.run == "w16-s0"]
     assert 1e3 * record.losses[f"{prefix}clusters/force_mae"][0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_errors_on_another_store(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`evaluate` names the structures of the errors; a group that it has on another side is refused."""
+    records = runs.structures()
+    runs.write_data(tmp_path / "other", records[::2])
+    text = SWEEP.split("[grid]")[0].replace("processes = 2", 'evaluate = ["{other}"]')
+    text += "[grid]\nwidth = [8]\n"
+    filled = {"folder": folder, "steps": 6}
+    path, best = folder / "elsewhere.toml", folder / "out-elsewhere" / "w8" / "checkpoints" / "best"
+    text = text.replace("/out", "/out-elsewhere")
+    path.write_text(text.format(**filled, other=tmp_path / "other"))
+    assert main(["sweep", str(path), "--index", "0"]) == 0
+    (record,) = read_records([folder / "out-elsewhere" / "runs.jsonl"])
+    assert record.structures == 48
+    found = {}
+    for store in (tmp_path / "other", folder / "store"):
+        assert main(["evaluate", str(best), str(store), "--json", str(tmp_path / "m.json")]) == 0
+        sources = json.loads((tmp_path / "m.json").read_text())["sources"]
+        found[store.name] = sources["clusters"]["force_mae_mev_per_angstrom"]
+    assert 1e3 * record.losses["clusters/force_mae"][0] == pytest.approx(found["other"], rel=1e-6)
+    assert found["other"] != pytest.approx(found["store"], rel=1e-3)
+    # the digest tells where the errors are from
+    path.write_text(text.format(**filled, other=folder / "store"))
+    with pytest.raises(ValueError, match="made with other settings"):
+        load_sweep(path).finished()
+    write_store(tmp_path / "torn", records, splits=np.full(len(records), 2, dtype=np.uint8))
+    path.write_text(text.format(**filled, other=tmp_path / "torn").replace("elsewhere", "torn"))
+    capsys.readouterr()
+    assert main(["sweep", str(path), "--index", "0"]) == 2
+    assert "a group must lie on one side" in capsys.readouterr().err
+    assert not best.parents[2].with_name("out-torn").joinpath("w8", "checkpoints").exists()
 
 
 def test_nothing_is_done_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
