@@ -153,7 +153,7 @@ def test_environment_set_up_knows_its_extras() -> None:
         ["bash", str(ROOT / "tools" / "setup_env.sh"), "tests"], capture_output=True, text=True, cwd="/"
     )
     assert done.returncode != 0
-    assert "setup: no extra named tests; there are test, labels, mpi, peers" in done.stderr
+    assert "setup: no extra named tests; there are test, formats, labels, mpi, peers" in done.stderr
 
 
 def test_environment_set_up_needs_bash() -> None:

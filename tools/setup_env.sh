@@ -7,7 +7,7 @@
 # Uses the active virtual or conda environment (conda's base is left alone), else .venv in the repository, made with
 # $PYTHON or the first Python >= 3.10 found. A torch that is already there is kept; otherwise the one of
 # tools/constraints-cpu.txt is installed. Installs again when the sources of the extension, the package's metadata,
-# torch or the build's environment variables change. The extras are test, labels, mpi and peers: the last, which
+# torch or the build's environment variables change. The extras are test, formats, labels, mpi and peers: the last, which
 # benchmarks and the aggregation back ends use, builds torch_scatter and torch_sparse from source, once, in half an hour.
 
 if [ -z "${BASH_VERSION:-}" ]; then
@@ -127,9 +127,9 @@ _megagnn_setup() {
   local root stamp argument extras=()
   for argument in "$@"; do
     case $argument in
-      test | labels | mpi | peers) extras+=("$argument") ;;
+      test | formats | labels | mpi | peers) extras+=("$argument") ;;
       *) # a script that is sourced without arguments sees those of its caller: they are not meant for it
-        [ "${BASH_SOURCE[0]}" != "$0" ] || { echo "setup: no extra named $argument; there are test, labels, mpi, peers" >&2; return 1; }
+        [ "${BASH_SOURCE[0]}" != "$0" ] || { echo "setup: no extra named $argument; there are test, formats, labels, mpi, peers" >&2; return 1; }
         ;;
     esac
   done

@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path",
         type=Path,
-        help="a checkpoint (a folder or a file), a bad batch (.safetensors) or a packed store",
+        help="a checkpoint (a folder or a file), a bad batch (.safetensors), a packed store, or a file "
+        "that `megagnn prepare` reads",
     )
 
 
@@ -30,9 +31,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(describe(Store.open(arguments.path)))
     elif is_bad_batch(arguments.path):
         print(describe_bad_batch(arguments.path))
+    elif _is_data(arguments.path):
+        from megagnn.data.inspect_file import describe_file
+
+        print(describe_file(arguments.path))
     else:
         print(describe_checkpoint(open_checkpoint(arguments.path)))
     return 0
+
+
+def _is_data(path: Path) -> bool:
+    """Whether a path is one that `megagnn prepare` reads, and no checkpoint."""
+    from megagnn.data.formats import detect_format
+
+    if path.is_dir():
+        return detect_format(path) != "ase"
+    return path.is_file() and path.suffix != ".safetensors"
 
 
 def describe_checkpoint(checkpoint: Checkpoint | FolderCheckpoint) -> str:

@@ -8,9 +8,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megagnn.data.formats.ase_files import read_ase
+from megagnn.data.formats.hdf5 import is_hdf5, look_into_hdf5, read_hdf5
+from megagnn.data.formats.lmdb import is_lmdb, look_into_lmdb, read_lmdb
 from megagnn.data.formats.mlearn import is_mlearn, read_mlearn
 from megagnn.data.formats.options import ReadOptions, UnreadableError
 from megagnn.data.formats.packed import is_store, read_store
@@ -39,12 +41,17 @@ class Format(NamedTuple):
     """The reader."""
     recognises: Callable[[Path], bool]
     """Whether a file, which exists, is of this format, by its name and content."""
+    look: Callable[[Path, ReadOptions], dict[str, Any]] = lambda *_: {}
+    """What can be told of a file without reading it all: some of `layout`, `keys`, `units`, `num_structures`
+    and `num_groups`."""
 
 
 FORMATS = {
     "store": Format(read_store, is_store),
     "pymatgen": Format(read_pymatgen_json, is_pymatgen_json),
     "mlearn": Format(read_mlearn, is_mlearn),
+    "hdf5": Format(read_hdf5, is_hdf5, look_into_hdf5),
+    "lmdb": Format(read_lmdb, is_lmdb, look_into_lmdb),
     "ase": Format(read_ase, lambda _: True),
 }
 """Formats by name; a file is of the first that recognises it, and "ase" is what is left."""
@@ -68,7 +75,7 @@ def read_structures(
 
     Args:
         path: any file ASE reads (compressed by gzip, bzip2 or xz too), JSON of pymatgen structures with
-            labels (lists, mlearn, MatPES, MPtrj), a store or its archive.
+            labels (lists, mlearn, MatPES, MPtrj), HDF5 and LMDB of published sets, a store or its archive.
         options: names, keys of labels, units, grouping; see `ReadOptions`. Grouped by file, the file is read
             twice: its group is named by all its structures.
         format: one of FORMATS, or None to detect it.

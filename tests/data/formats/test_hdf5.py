@@ -1,0 +1,161 @@
+"""HDF5 of ANI-1x, SPICE, QM7-X and MACE: labels in eV and Å, levels of theory, and files that are refused.
+
+The files of tests/data/files are written by tools/sample_files/hdf5.py.
+"""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megagnn.data.formats import ReadOptions, detect_format, read_structures
+
+h5py = pytest.importorskip("h5py", reason="h5py is not installed")
+FILES = Path(__file__).parents[1] / "files"
+STIFFNESS = 5.0
+"""eV/Å^2, of the springs that the labels are of."""
+
+
+def spring(positions):
+    bonds = positions[1:] - positions[0]
+    lengths = np.linalg.norm(bonds, axis=1, keepdims=True)
+    pulls = STIFFNESS * (lengths - 1) * bonds / lengths
+    return 0.5 * STIFFNESS * ((lengths - 1) ** 2).sum() - 100 * len(positions), np.vstack(
+        [pulls.sum(0), -pulls]
+    )
+
+
+def copied(name, tmp_path):
+    return Path(shutil.copy(FILES / name, tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "level", "groups"),
+    [
+        ("ani1x.h5", 12, "wB97X/6-31G(d)", {"H4C", "H2O"}),
+        ("spice.h5", 8, "wB97M-D3BJ/def2-TZVPPD", {"SPICE methane", "SPICE water"}),
+        ("qm7x.hdf5", 6, "PBE0+MBD", {"QM7-X 1", "QM7-X 10"}),
+        ("mace.h5", 4, "unknown", {"H2O"}),
+    ],
+)
+def test_labels_are_those_of_the_spring(name, count, level, groups):
+    assert detect_format(FILES / name) == "hdf5"
+    found = list(read_structures(FILES / name))
+    assert len(found) == count
+    for structure in found:
+        energy, forces = spring(structure.positions)
+        # float32 positions of bohr or Å; a wrong CODATA value (8e-7) would be 4e-4 eV of these energies
+        assert structure.energy == pytest.approx(energy, abs=1e-5)
+        assert structure.forces == pytest.approx(forces, abs=2e-5)  # a hartree per bohr is 1.89 times this
+        assert structure.level == level
+    assert {s.group for s in found} == groups
+    assert max(np.abs(s.forces).max() for s in found) > 0.1
+
+
+def test_a_key_of_one_level_brings_its_forces():
+    (first, *_), pbe0 = (
+        list(read_structures(FILES / "qm7x.hdf5", o)) for o in (None, ReadOptions(energy_key="ePBE0"))
+    )
+    assert pbe0[0].energy == pytest.approx(first.energy + 0.5)
+    assert pbe0[0].forces == pytest.approx(0.9 * first.forces)
+    assert pbe0[0].level == "PBE0"
+    alone = next(read_structures(FILES / "qm7x.hdf5", ReadOptions(energy_key="ePBE0", forces_key="none")))
+    assert alone.forces is None
+
+
+def test_what_was_not_computed_is_passed_over():
+    found = list(read_structures(FILES / "ani1x.h5", ReadOptions(energy_key="ccsd(t)_cbs.energy")))
+    assert len(found) == 4
+    assert all(s.forces is None and s.level == "CCSD(T)*/CBS" for s in found)
+    assert not list(read_structures(FILES / "ani1x.h5", ReadOptions(energy_key="wb97x_tz.energy")))
+
+
+def test_labels_of_two_levels_are_refused():
+    options = ReadOptions(energy_key="ePBE0", forces_key="totFOR")
+    with pytest.raises(ValueError, match="ePBE0 and totFOR are of different levels of theory"):
+        list(read_structures(FILES / "qm7x.hdf5", options))
+    with pytest.raises(ValueError, match="--forces-key totFOR if they belong together"):
+        list(read_structures(FILES / "qm7x.hdf5", ReadOptions(energy_key="eAT")))
+    both = ReadOptions(energy_key="eAT", forces_key="totFOR")
+    with pytest.raises(ValueError, match=r"no energy key 'eAT'; keys there are .*ePBE0\+MBD"):
+        list(read_structures(FILES / "qm7x.hdf5", both))
+
+
+def test_mace_says_nothing_by_a_word():
+    found = list(read_structures(FILES / "mace.h5"))
+    assert found[1].stress is None
+    assert found[0].stress == pytest.approx(np.array([[0.01, 0.001, 0], [0.001, 0.02, 0], [0, 0, 0.03]]))
+    assert [s.weights[0] for s in found] == [1.0, 2.0, 3.0, 4.0]
+    assert found[0].pbc.all()
+    assert found[0].cell[2, 2] == 8
+
+
+def test_structures_of_a_batch_stay_in_order(tmp_path):
+    with h5py.File(tmp_path / "many.h5", "w") as file:
+        for k in range(12):
+            group = file.create_group(f"config_batch_0/config_{k}")
+            group["atomic_numbers"], group["positions"] = [1], [[0.0, 0.0, 0.0]]
+            group["properties/energy"] = float(k)
+    assert [s.energy for s in read_structures(tmp_path / "many.h5")] == list(range(12))
+
+
+def change_no_numbers(file):
+    del file["H2O1/atomic_numbers"]
+
+
+def change_shape(file):
+    x = file["H2O1/coordinates"][()]
+    del file["H2O1/coordinates"]
+    file["H2O1/coordinates"] = x[:, :2]
+
+
+def change_count(file):
+    forces = file["H2O1/wb97x_dz.forces"][()]
+    del file["H2O1/wb97x_dz.forces"]
+    file["H2O1/wb97x_dz.forces"] = forces[:5]
+
+
+def change_elements(file):
+    file["H2O1/atomic_numbers"][0] = 200
+
+
+def change_label(file):
+    del file["H2O1/wb97x_dz.energy"]
+    file["H2O1/wb97x_dz.energy"] = np.array([b"x"] * 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "left"),
+    [
+        (change_no_numbers, "group H2O1: there is no 'atomic_numbers'; keys there are", 6),
+        (change_shape, r"coordinates must be \(N, 3\) or \(C, N, 3\).* got \(6, 2, 3\)", 6),
+        (
+            change_count,
+            r"wb97x_dz.forces must have an entry for each of 6 conformations, got shape \(5, 3, 3\)",
+            6,
+        ),
+        (change_elements, r"atomic numbers must be whole numbers up to 118 in one row, got \[200", 6),
+        (change_label, r"ani1x.h5, frame \d+: could not convert string to float", 6),
+    ],
+)
+def test_broken_groups_are_named_or_left_out(change, said, left, tmp_path):
+    path = copied("ani1x.h5", tmp_path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(ValueError, match=said):
+        list(read_structures(path))
+    told = []
+    assert len(list(read_structures(path, ReadOptions(on_unreadable=told.append)))) == left
+    assert told
+
+
+def test_other_and_truncated_files_are_refused(tmp_path):
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["table/x"] = [1.0]
+    with pytest.raises(ValueError, match=r"none of the known layouts .* its first group holds x; convert"):
+        list(read_structures(tmp_path / "other.h5"))
+    path = copied("spice.h5", tmp_path)
+    path.write_bytes(path.read_bytes()[:6000])
+    with pytest.raises(ValueError, match=r"cannot read .*spice.h5.*truncated file.*is the file whole\?"):
+        list(read_structures(path))
