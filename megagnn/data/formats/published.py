@@ -110,7 +110,8 @@ def structures(
 
     Args:
         items: dictionaries with `numbers` (N,), `positions` (N, 3), `values` (labels by key), and perhaps
-            `cell` (3, 3), `pbc` (3,), `fixed` (N,), `info`, `where` (a name for messages), `level`, `notes`; or
+            `cell` (3, 3), `pbc` (3,), `fixed` (N,), `info`, `where` (a name for messages), `level`,
+            `notes`; or
             strings that say why one cannot be read.
         keys: names of labels that the first structure has, for messages.
 

@@ -187,8 +187,10 @@ def test_truncated_in_the_second_frame(tmp_path):
 def test_missing_file_and_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_structures(tmp_path / "nowhere.xyz")
-    with pytest.raises(ValueError, match="unknown format 'hdf5'; known are ase, mlearn, pymatgen, store"):
-        read_structures(tmp_path / "nowhere.xyz", format="hdf5")
+    with pytest.raises(
+        ValueError, match="unknown format 'hdf7'; known are ase, hdf5, lmdb, mlearn, pymatgen, store"
+    ):
+        read_structures(tmp_path / "nowhere.xyz", format="hdf7")
 
 
 def test_labels_of_the_same_style_that_nobody_named_are_told(tmp_path):
