@@ -145,8 +145,13 @@ class CubicSplines:
         value_E = places_E.value if isinstance(places_E, Dual) else places_E
         first_E = value_E.detach().long().clamp(max=intervals - 1)
         size_E = dual.rsqrt(s_E * s_E + 0.05**2) * (self.num_bessel / 2) ** 0.5
-        values_E4: T = lift(_cubic_pieces)(places_E + first_E.neg()) * size_E.unsqueeze(-1)
-        return values_E4, first_E
+        pieces_E4: Any
+        if isinstance(places_E, Dual):
+            planes = _PlanesPieces.apply(places_E.planes, first_E)
+            pieces_E4 = Dual.of_planes(planes)
+        else:
+            pieces_E4 = _cubic_pieces(places_E - first_E)
+        return pieces_E4 * size_E.unsqueeze(-1), first_E
 
     def initial(self, law: Initial) -> Initial:
         """A law of weights (..., K): the functions that weights (..., R) of a law make of Bessel functions.
@@ -177,6 +182,37 @@ def _cubic_pieces(u_E: Tensor) -> Tensor:
     cube_E = square_E * u_E
     inner = (3 * cube_E - 6 * square_E + 4, 3 * (u_E + square_E - cube_E) + 1)
     return torch.stack((rest_E * rest_E * rest_E, *inner, cube_E), -1) / 6
+
+
+def _cubic_slopes(u_E: Tensor) -> Tensor:
+    """The derivatives of `_cubic_pieces`, (E, 4)."""
+    rest_E, square_E = 1 - u_E, u_E * u_E
+    inner = (3 * square_E - 4 * u_E, 1 + 2 * u_E - 3 * square_E)
+    return torch.stack((-rest_E * rest_E, *inner, square_E), -1) / 2
+
+
+def _cubic_curvatures(u_E: Tensor) -> Tensor:
+    """The second derivatives of `_cubic_pieces`, (E, 4)."""
+    return torch.stack((1 - u_E, 3 * u_E - 2, 1 - 3 * u_E, u_E), -1)
+
+
+class _PlanesPieces(torch.autograd.Function):
+    """p, p' = p_u(u) u' with u = places - first; with bars of both, u_bar = p_u p_bar + p_uu u' p'_bar and
+    u'_bar = p_u p'_bar, summed over the four."""
+
+    @staticmethod
+    def forward(ctx: Any, planes: Tensor, first_E: Tensor) -> Tensor:
+        ctx.save_for_backward(planes, first_E)
+        u_E, tangent_E = planes[0] - first_E, planes[1]
+        return torch.stack((_cubic_pieces(u_E), _cubic_slopes(u_E) * tangent_E.unsqueeze(-1)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        planes, first_E = ctx.saved_tensors
+        u_E, tangent_E = planes[0] - first_E, planes[1]
+        by_value, by_tangent = (grads[0] * _cubic_slopes(u_E)).sum(-1).unbind(0)
+        second_E = (grads[0][1] * _cubic_curvatures(u_E)).sum(-1) * tangent_E
+        return torch.stack((by_value + second_E, by_tangent)), None
 
 
 def spread(values: T, first_E: Tensor, size: int) -> T:

@@ -62,9 +62,23 @@ def value_and_tangent(
         found = [
             None if y is None else next(along) if y.requires_grad else torch.zeros_like(y) for y in outputs
         ]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and _needs_gradients(function, values, tangents):
         return results, found
     return _detached(results), _detached(found)
+
+
+def _needs_gradients(
+    function: Callable[..., Any], values: Sequence[Any], tangents: Sequence[Tensor | None]
+) -> bool:
+    """Whether an argument requires gradients, or a parameter that the function reads. Where none does, only
+    the nodes of the derivation do, for which a backward would go through all that is made of the results."""
+    if any(isinstance(x, Tensor) and x.requires_grad for x in (*values, *tangents)):
+        return True
+    results = function(*values)
+    return any(
+        isinstance(y, Tensor) and y.requires_grad
+        for y in ([results] if isinstance(results, Tensor) else results)
+    )
 
 
 def _node(value: Tensor) -> Tensor:

@@ -98,3 +98,15 @@ def test_without_gradients_nothing_is_kept() -> None:
     assert y.value.grad_fn is None
     assert y.tangent.grad_fn is None
     assert_close(y.tangent, torch.cos(random(3, seed=1)) * random(3, seed=2))
+
+
+def test_constants_need_no_gradients() -> None:
+    """A backward does not go to where nothing requires gradients; parameters of the function have theirs."""
+    x, along = random(4, 3, seed=1), random(4, 3, seed=2)
+    y = lift(torch.sin)(Dual(x, along))
+    assert not y.value.requires_grad
+    assert not y.tangent.requires_grad
+    y = lift(lambda a: torch.sin(a @ W.t()))(Dual(x, along))
+    (found,) = torch.autograd.grad(y.tangent.sum(), W)
+    (wanted,) = torch.autograd.grad((torch.cos(x @ W.t()) * (along @ W.t())).sum(), W)
+    assert_close(found, wanted)
