@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
+import itertools
 import json
 import os
 import random
@@ -67,6 +68,10 @@ class Case:
     op, shape, dtype: names it; shape as {"E": 600000, "F": 64}.
     implementations: name to function without arguments, ours first; None where a peer is not installed.
     expected: what each must return, a tensor or a nest of them; None where the caller has checked.
+    comparable: makes of the result of some what `expected` has, outside what is timed.
+    checked: a smaller case of the same, whose results are compared in place of this one's.
+    portions: the part of the work that some do, where all of it does not fit; their times are divided by it.
+    kept_bytes: what each keeps from its forward for its backward, where that is told.
     tolerance: largest max|got - expected| / max|expected| of ours; peers may be `peer_slack` times worse.
     num_bytes, num_flops: the least that any implementation must move (inputs once, outputs once) and compute.
     ceilings: the first that applies gives share_of_ceiling; all are reported.
@@ -82,6 +87,10 @@ class Case:
     num_bytes: float = 0
     num_flops: float = 0
     ceilings: Sequence[Ceiling] = ()
+    comparable: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    checked: Case | None = None
+    portions: dict[str, float] = field(default_factory=dict)
+    kept_bytes: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -94,6 +103,7 @@ class Record:
     gb_per_s, gflop_per_s: the case's least bytes and operations over its median time.
     error: max|got - expected| / max|expected|, where results were checked.
     round_seconds: its time in every round; those of one case are from the same rounds.
+    portion, kept_bytes: as in `Case`.
     """
 
     op: str
@@ -109,6 +119,8 @@ class Record:
     error: float | None = None
     rounds: int = 0
     round_seconds: tuple[float, ...] = ()
+    portion: float = 1.0
+    kept_bytes: float | None = None
     note: str = ""
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -184,6 +196,32 @@ def product_ceiling(rows: int, width: int, dtype: torch.dtype = torch.float32) -
     return Ceiling("mm", lambda: torch.mm(a, b, out=out), num_flops=2.0 * rows * width * width)
 
 
+def peak_bytes(work: Work) -> int:
+    """The most memory that the work has from torch's allocator at one time, beyond what was there before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        work()
+    found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())), default=0)
+
+
+def kept_bytes(forward: Work, given: Sequence[torch.Tensor]) -> int:
+    """What autograd keeps from a forward for the backward, in memory other than that of tensors given."""
+    known = {x.untyped_storage().data_ptr() for x in given}
+    kept: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in known:
+            kept[memory.data_ptr()] = memory.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        results = forward()  # held until all is counted, so that no address comes twice
+    del results
+    return sum(kept.values())
+
+
 def compare(case: Case, args: Any) -> list[Record]:
     """Checks the case, times it, and returns a record for each implementation and ceiling, ours first.
 
@@ -193,11 +231,13 @@ def compare(case: Case, args: Any) -> list[Record]:
     ours = next(iter(case.implementations))
     if ours not in present:
         raise ValueError(f"{case.op}: ours, {ours}, must be there, got None")
-    errors = _check(case, present, ours)
+    errors = check(case.checked or case)
     works = {**present, **{ceiling.name: ceiling.work for ceiling in case.ceilings}}
     if len(works) < len(present) + len(case.ceilings):
         raise ValueError(f"{case.op}: implementations and ceilings need different names, got {list(works)}")
     times = _times(works, args.rounds, args.seconds)
+    for name, portion in case.portions.items():
+        times[name] = [seconds / portion for seconds in times[name]]
     records = [_record(case, name, times, ours, errors.get(name)) for name in works]
     for record in records[len(present) :]:
         record.note = "ceiling"
@@ -214,14 +254,19 @@ def _leaves(result: Any) -> list[torch.Tensor]:
     return [leaf for part in result for leaf in _leaves(part)]
 
 
-def _check(case: Case, works: dict[str, Work], ours: str) -> dict[str, float]:
-    """Error of each implementation, where the case says what to expect."""
+def check(case: Case) -> dict[str, float]:
+    """Error of each implementation that is there, where the case says what to expect.
+
+    Raises ValueError where one is too large.
+    """
     errors: dict[str, float] = {}
     if case.expected is None:
         return errors
-    wanted = _leaves(case.expected)
-    for name, work in works.items():
-        got = _leaves(work())
+    wanted, ours = _leaves(case.expected), next(iter(case.implementations))
+    for name, work in case.implementations.items():
+        if work is None:
+            continue
+        got = _leaves(case.comparable.get(name, lambda result: result)(work()))
         allowed = case.tolerance * (1 if name == ours else case.peer_slack)
         if [leaf.shape for leaf in got] != [leaf.shape for leaf in wanted]:
             raise ValueError(f"{case.op}: {name} must return the expected shapes, got others")
@@ -276,6 +321,7 @@ def _record(case: Case, name: str, times: dict[str, list[float]], ours: str, err
     ratios = sorted(t / o for t, o in zip(mine, times[ours], strict=True))
     record = Record(case.op, case.shape, case.dtype, name, seconds, error=error, rounds=len(mine))
     record.round_seconds = tuple(mine)
+    record.portion, record.kept_bytes = case.portions.get(name, 1.0), case.kept_bytes.get(name)
     record.ratio_to_ours = statistics.median(ratios)
     record.ratio_range = (ratios[len(ratios) // 4], ratios[(3 * len(ratios)) // 4])
     num_bytes, num_flops = case.num_bytes, case.num_flops
@@ -305,6 +351,8 @@ def table(records: Sequence[Record]) -> str:
         ratio, share = f"{r.ratio_to_ours:6.2f}", _optional(r.share_of_ceiling, "7.0%")
         rates = f"{_optional(r.gb_per_s, '6.1f')} {_optional(r.gflop_per_s, '7.1f')}"
         end = f"({r.note})" if r.note else _optional(r.error, ".1e")
+        end += f"  keeps {r.kept_bytes / 1e6:.3g} MB" if r.kept_bytes is not None else ""
+        end += f"  (times of {r.portion:.1%} of the work, divided by it)" if r.portion < 1 else ""
         lines.append(f"  {r.impl:28} {r.seconds * 1e3:9.3f} {ratio} {share} {rates}  {end}".rstrip())
     return "\n".join(lines)
 
