@@ -141,8 +141,8 @@ def case(
 ) -> harness.Case:
     """One operation on so many edges and channels of messages, with splines or Bessel functions.
 
-    Results are compared on a graph of CHECKED edges, if there are more. Others than ours take as many edges as
-    fit in `memory` bytes, by what they take of it there.
+    Results are compared on a graph of CHECKED edges, if there are more. Others than ours take as many edges
+    as fit in `memory` bytes, by what they take of it there.
     """
     planes, peer_kinds = 2 if "pair" in op else 1, peers.installed(name, against)
     degree = min((getattr(kind, "degree", 4) for kind in peer_kinds.values()), default=4)

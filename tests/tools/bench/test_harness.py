@@ -115,3 +115,37 @@ def test_processor_time_of_several_threads(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         harness.parse_args("", argv=["--clock", "cpu", "--threads", "2"])
     assert "--clock cpu adds up the threads' waiting, got --threads 2; use 1" in capsys.readouterr().err
+
+
+def test_results_may_be_compared_at_another_size_and_layout() -> None:
+    """Of a part of the work the times are divided by the part."""
+    small = case(
+        implementations={"ours": lambda: torch.tensor(3.0), "other": lambda: [torch.tensor([6.0])]},
+        comparable={"other": lambda result: result[0][0] / 2},
+        expected=torch.tensor(3.0),
+    )
+    works = {"ours": lambda: time.sleep(2e-3), "other": lambda: time.sleep(2e-3)}
+    large = case(
+        implementations=works,
+        expected=None,
+        ceilings=(),
+        checked=small,
+        portions={"other": 0.25},
+        kept_bytes={"other": 5e6},
+    )
+    found = harness.compare(large, ARGS)
+    assert [r.error for r in found] == [0, 0]
+    assert min(found[1].round_seconds) >= 8e-3
+    assert "keeps 5 MB  (times of 25.0% of the work, divided by it)" in harness.table(found)
+    small.comparable = {"other": lambda result: result[0][0] / 4}
+    with pytest.raises(ValueError, match="other must be right"):
+        harness.compare(large, ARGS)
+
+
+def test_memory_of_a_work() -> None:
+    x = torch.ones(1000, requires_grad=True)
+    assert harness.kept_bytes(lambda: x * 2, [x]) == 0
+    assert harness.kept_bytes(lambda: (x * x).exp().sin(), [x]) == 4000  # exp's result, which sin keeps too
+    assert harness.kept_bytes(lambda: x * x, []) == 4000
+    with torch.no_grad():
+        assert 12000 <= harness.peak_bytes(lambda: (x + 1) * (x + 2)) < 13000

@@ -224,6 +224,8 @@ class _Repeated(torch.nn.Module):
         return torch.cat((q, q, torch.ones_like(q)), -1)
 
 
+torch.serialization.add_safe_globals([slice])  # which e3nn 0.4, mace's, has in the constants that it loads
+
 Peer = Product | Painn
 PEERS: dict[str, dict[str, type[Peer]]] = {
     "full": {"e3nn": Product, "nequip": NequipProduct, "mace": MaceProduct},
