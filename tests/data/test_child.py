@@ -3,7 +3,6 @@
 import pytest
 
 from megagnn.data.foreign import child
-from megagnn.data.formats import UnreadableError
 
 READER = '''
 """A reader that does what the file says."""
@@ -70,7 +69,7 @@ def test_two_files_at_once_have_two_children(read):
     ],
 )
 def test_the_end_of_a_child_is_told(text, limits, said, read):
-    with pytest.raises(UnreadableError, match=said):
+    with pytest.raises(child.ForeignError, match=said):
         list(read(text, **limits))
     assert len(list(read(""))) == 1001  # the next file is read
 
@@ -80,7 +79,7 @@ def test_a_missing_package_is_told(read):
         ValueError, match=r"needs the package lmdb_that_is_not_there, .* pip install"
     ) as caught:
         list(read("missing"))
-    assert not isinstance(caught.value, UnreadableError)
+    assert not isinstance(caught.value, child.ForeignError)
 
 
 def test_a_file_is_not_blamed_for_the_one_before(read):

@@ -15,12 +15,18 @@ from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from typing import Any
 
-from megagnn.data.formats.options import UnreadableError
-
 TIME_LIMIT = 120.0
 """Seconds without a word from the child, after which it is ended."""
 MEMORY_LIMIT = 4 << 30
 """Bytes of memory of its own that a child may have; maps of files do not count."""
+
+
+class ForeignError(ValueError):
+    """A file that cannot be read; `num_items` were read before."""
+
+    def __init__(self, message: str, num_items: int) -> None:
+        super().__init__(message)
+        self.num_items = num_items
 
 
 class Child:
@@ -81,21 +87,23 @@ def read_in_child(
     reader: str,
     path: Path,
     arguments: Mapping[str, Any] | None = None,
-    time_limit: float = TIME_LIMIT,
+    time_limit: float | None = None,
     memory_limit: int = MEMORY_LIMIT,
 ) -> Generator[Any, None, None]:
     """Yield what a function yields for a file, run in a child process.
 
     Args:
         reader: "module:function", called with the path and `arguments`.
-        time_limit: seconds between two messages of the child (each holds some hundred items or a megabyte).
+        time_limit: seconds between two messages of the child (each holds some hundred items or a megabyte);
+            None for TIME_LIMIT.
         memory_limit: bytes of memory of the child, where a new one is started.
 
     Raises:
-        UnreadableError: what the function raised, with the file; a child that died, or that said nothing for
+        ForeignError: what the function raised, with the file; a child that died, or that said nothing for
             too long.
         ValueError: a package that the reader needs is not installed.
     """
+    time_limit = TIME_LIMIT if time_limit is None else time_limit
     request = (reader, str(path), dict(arguments or {}))
     num_items, kind, content = 0, "died", None
     while kind == "died":
@@ -119,11 +127,11 @@ def read_in_child(
             else:
                 child.end()
         if kind == "died" and (num_items or not may_retry):
-            raise UnreadableError(f"cannot read {path}: {content}; is the file whole?", last=num_items)
+            raise ForeignError(f"cannot read {path}: {content}; is the file whole?", num_items)
     if kind == "missing":
         raise ValueError(
             f"{path} needs the package {content}, which is not installed: pip install {content}, or "
             "megagnn[formats] for those of all formats"
         )
     if kind == "error":
-        raise UnreadableError(f"cannot read {path}: {content}; is the file whole?", last=num_items)
+        raise ForeignError(f"cannot read {path}: {content}; is the file whole?", num_items)

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megagnn.data.formats.ase_files import read_ase
+from megagnn.data.formats.deepmd import is_deepmd, look_into_deepmd, read_deepmd
 from megagnn.data.formats.hdf5 import is_hdf5, look_into_hdf5, read_hdf5
 from megagnn.data.formats.lmdb import is_lmdb, look_into_lmdb, read_lmdb
 from megagnn.data.formats.mlearn import is_mlearn, read_mlearn
+from megagnn.data.formats.npz import is_npz, look_into_npz, read_npz
 from megagnn.data.formats.options import ReadOptions, UnreadableError
 from megagnn.data.formats.packed import is_store, read_store
 from megagnn.data.formats.pymatgen_json import is_pymatgen_json, read_pymatgen_json
@@ -52,6 +54,8 @@ FORMATS = {
     "mlearn": Format(read_mlearn, is_mlearn),
     "hdf5": Format(read_hdf5, is_hdf5, look_into_hdf5),
     "lmdb": Format(read_lmdb, is_lmdb, look_into_lmdb),
+    "npz": Format(read_npz, is_npz, look_into_npz),
+    "deepmd": Format(read_deepmd, is_deepmd, look_into_deepmd),
     "ase": Format(read_ase, lambda _: True),
 }
 """Formats by name; a file is of the first that recognises it, and "ase" is what is left."""
@@ -75,7 +79,8 @@ def read_structures(
 
     Args:
         path: any file ASE reads (compressed by gzip, bzip2 or xz too), JSON of pymatgen structures with
-            labels (lists, mlearn, MatPES, MPtrj), HDF5 and LMDB of published sets, a store or its archive.
+            labels (lists, mlearn, MatPES, MPtrj, Alexandria), HDF5, LMDB and arrays of published sets, a
+            store or its archive.
         options: names, keys of labels, units, grouping; see `ReadOptions`. Grouped by file, the file is read
             twice: its group is named by all its structures.
         format: one of FORMATS, or None to detect it.

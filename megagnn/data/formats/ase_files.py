@@ -23,6 +23,7 @@ from megagnn.data.formats import ase_formats
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.extxyz import UNREADABLE_STRESS, iterate_extxyz
 from megagnn.data.formats.lammps_dump import iterate_dump
+from megagnn.data.formats.oc20 import iterate_systems
 from megagnn.data.formats.options import USUAL_NAMES, ReadOptions, UnreadableError, cannot_read, parsed_frames
 from megagnn.data.formats.units import Units, convert_frame
 from megagnn.data.record import Structure
@@ -118,7 +119,7 @@ class Found:
         index: of the frame in its file.
         atoms: with labels in `calc.results`, `info` and `arrays`.
         labels: values that count as labels under their usual names, beside ASE's results.
-        notes, units, converged: see `Frame`.
+        notes, units, converged, group, level: see `Frame`.
     """
 
     index: int
@@ -127,6 +128,8 @@ class Found:
     notes: tuple[str, ...] = ()
     units: Units = field(default_factory=Units)
     converged: bool = True
+    group: str | None = None
+    level: str = "unknown"
 
     @property
     def results(self) -> dict[str, Any]:
@@ -207,8 +210,8 @@ def fixed_atoms(atoms: ase.Atoms) -> Bools | None:
 def _frames(path: Path, name: str, options: ReadOptions) -> Iterator[Found]:
     """Frames of a file by the reader of its format."""
     if name == "extxyz":
-        for index, atoms in iterate_extxyz(path, options):
-            yield Found(index, atoms)
+        for index, atoms, system in iterate_systems(path, iterate_extxyz(path, options), options):
+            yield Found(index, atoms, group=system, level="unknown" if system is None else "RPBE")
     elif name == "lammps-dump-text":
         for index, (atoms, notes) in iterate_dump(path, options):
             yield Found(index, atoms, notes=notes)
@@ -315,6 +318,8 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         pbc=atoms.pbc,
         info=atoms.info,
         units=found.units,
+        group=found.group,
+        level=found.level,
         fixed=fixed_atoms(atoms),
         notes=(*notes, ase_formats.FREE_ENERGY_TAKEN) if free else notes,
         converged=found.converged,

@@ -155,7 +155,10 @@ def _stress(frame: Frame, units: Units, cell: Floats, pbc: Bools) -> tuple[Float
     if frame.virial is None or not pbc.all():
         return usable_stress(given if frame.virial is None or given is not None else np.zeros((3, 3)), pbc)
     virial = full_tensor(frame.virial, "virial") * units.factor("virial")
-    from_virial = -virial / abs(np.linalg.det(cell))
+    volume = abs(np.linalg.det(cell))
+    if not volume > 0:
+        raise ValueError("the cell has no volume, by which the virial is divided; leave the virial out")
+    from_virial = -virial / volume
     if given is None:
         return from_virial, (FROM_VIRIAL,)
     size = max(np.abs(given).max(), np.abs(from_virial).max())

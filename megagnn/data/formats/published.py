@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megagnn.data.arrays import Ints
-from megagnn.data.foreign.child import read_in_child
+from megagnn.data.foreign.child import ForeignError, read_in_child
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.options import ReadOptions, UnreadableError, parsed_frames
 from megagnn.data.formats.units import Units
@@ -100,7 +100,10 @@ def _items(
 ) -> Generator[Any, None, None]:
     known = {key for entry in layouts.values() for method in entry.methods for key in method[1:]}
     keys = sorted(key for key in known | set(options.all_keys.values()) if key not in (None, "none"))
-    return read_in_child(reader, path, {"keys": keys})
+    try:
+        yield from read_in_child(reader, path, {"keys": keys})
+    except ForeignError as error:
+        raise UnreadableError(str(error), last=error.num_items) from error
 
 
 def structures(

@@ -1,13 +1,15 @@
-"""JSON files of structures as pymatgen writes them, with labels: lists, MatPES, MPtrj.
+"""JSON files of structures as pymatgen writes them, with labels: lists, MatPES, MPtrj, Alexandria.
 
-Three forms are read: a list of entries ``{structure, energy, forces, stress}`` in the units of ASE; MatPES,
-the same with a ``matpes_id``; and MPtrj, an object of materials, each an object of frames with
-``uncorrected_total_energy``, ``force`` and ``stress``. Energies are total energies of the calculation: those
-of MPtrj without the corrections of the Materials Project, which are no function of positions.
+Four forms are read: a list of entries ``{structure, energy, forces, stress}`` in the units of ASE; MatPES,
+the same with a ``matpes_id``; MPtrj, an object of materials, each an object of frames with
+``uncorrected_total_energy``, ``force`` and ``stress``; and Alexandria, ``{"entries": [...]}`` of pymatgen's
+ComputedStructureEntry, with ``data.energy_total`` and forces beside the sites. Energies are total energies of
+the calculation: those of MPtrj without the corrections of the Materials Project, which are no function of
+positions.
 
 Stresses of MPtrj are in kBar, compression positive, as VASP prints them. MatPES states kilobar for its six
-numbers, but neither their sign nor their order, so they are read only where units are declared, in the order
-xx, yy, zz, yz, xz, xy.
+numbers, but neither their sign nor their order, and Alexandria states nothing, so theirs are read only where
+units are declared, six numbers in the order xx, yy, zz, yz, xz, xy.
 """
 
 import json
@@ -30,7 +32,8 @@ JSON_ENDINGS = (".json", ".json.gz", ".json.bz2", ".json.xz")
 MPTRJ_NAMES = {"energy": ("uncorrected_total_energy",), "forces": ("force",)}
 MPTRJ_UNITS = Units({"stress": "-kBar"})
 STRESS_UNDECLARED = "stress left out: the file does not say its sign and order; --units stress=-kBar reads it"
-NOT_LABELS = ("structure", "matpes_id")
+ENTRY = "ComputedStructureEntry"
+NOT_LABELS = ("structure", "matpes_id", ENTRY)
 
 CHUNK = 1 << 20
 """Characters that are read of a file at a time: published sets are larger than memory once parsed."""
@@ -169,13 +172,13 @@ def _entries(path: Path) -> Iterator[Entry]:
         raise UnreadableError(f"cannot read {path}: {error}; is the file whole?", last=number) from error
 
 
-def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Frame, dict[str, Any]]:
+def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Frame, Mapping[str, Any]]:
     """The frame of an entry, in the units of the file, and the table of its labels.
 
     Raises:
         ValueError: see `structure_fields`, `ReadOptions.check_label_keys`.
     """
-    entry, of_mptrj = found.content, len(found.keys) == 2
+    entry, of_mptrj = flat_entry(found.content), len(found.keys) == 2
     numbers, positions, cell, pbc = structure_fields(entry["structure"], options.species, found.where)
     usual = USUAL_NAMES | (MPTRJ_NAMES if of_mptrj else {})
     named = {
@@ -186,15 +189,17 @@ def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Fram
     options.check_label_keys(usual_names, found.where)
     labels: dict[str, Any] = {}
     for name, key in options.label_keys.items():
-        labels[name] = None if key == "none" else entry.get(key or named[name])
+        labels[name] = None if key == "none" else entry.get(key or named[name] or name)
     notes: tuple[str, ...] = ()
     if options.virial_key is None:
         labels["virial"], notes = options.usual_virial(labels["virial"])
-    undeclared = "matpes_id" in entry and "stress" not in options.units.of
+    undeclared = ("matpes_id" in entry or ENTRY in entry) and "stress" not in options.units.of
     if undeclared and options.stress_key is None and labels["stress"] is not None:
         labels["stress"], notes = None, (*notes, STRESS_UNDECLARED)
     provenance = entry.get("provenance")
     material = found.keys[0] if of_mptrj else None
+    if ENTRY in entry and entry.get("mat_id") is not None:
+        material = entry["mat_id"]
     if isinstance(provenance, dict) and provenance.get("original_mp_id") is not None:
         material = provenance["original_mp_id"]
     charge = entry["structure"].get("charge")
@@ -216,34 +221,57 @@ def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Fram
     return frame, entry
 
 
+def flat_entry(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An entry with its labels beside its structure; a ComputedStructureEntry has them in three places."""
+    if entry.get("@class") != ENTRY:
+        return entry
+    data = entry["data"] if isinstance(entry.get("data"), dict) else {}
+    forces = [(site.get("properties") or {}).get("forces") for site in entry["structure"]["sites"]]
+    return {
+        **data,
+        "structure": entry["structure"],
+        "energy": data.get("energy_total", entry.get("energy")),
+        "forces": None if None in forces else forces,
+        ENTRY: entry.get("entry_id"),
+    }
+
+
 def iterate_entries(path: Path) -> Iterator[tuple[str | None, Any]]:
     """(key, value) of each entry of the list (key None) or object at the top of a file, compressed or not.
 
-    Memory is that of the largest entry.
+    A list under the key "entries" of an object is taken apart in its place. Memory is that of the largest
+    entry.
 
     Raises:
         ValueError: not a JSON list or object, or one that ends early.
         OSError, EOFError: a damaged compressed file.
     """
     with open_with_compression(str(path), "rt") as file:
-        text = _Buffer(file)
-        opening = text.next_character()
-        if opening not in ("[", "{"):
-            raise ValueError("expected a JSON list or object")
-        closing = "]" if opening == "[" else "}"
-        text.skip()
-        while text.next_character() != closing:
-            key = None
-            if opening == "{":
-                key = text.value()
-                if not isinstance(key, str) or text.next_character() != ":":
-                    raise ValueError("expected a key in double quotes and a colon")
-                text.skip()
+        yield from _entries_of(_Buffer(file))
+
+
+def _entries_of(text: "_Buffer") -> Iterator[tuple[str | None, Any]]:
+    opening = text.next_character()
+    if opening not in ("[", "{"):
+        raise ValueError("expected a JSON list or object")
+    closing = "]" if opening == "[" else "}"
+    text.skip()
+    while text.next_character() != closing:
+        key = None
+        if opening == "{":
+            key = text.value()
+            if not isinstance(key, str) or text.next_character() != ":":
+                raise ValueError("expected a key in double quotes and a colon")
+            text.skip()
+        if key == "entries" and text.next_character() == "[":
+            yield from _entries_of(text)
+            text.skip()
+        else:
             yield key, text.value()
-            if text.next_character() == ",":
-                text.skip()
-            elif text.next_character() != closing:
-                raise ValueError("expected a comma between entries")
+        if text.next_character() == ",":
+            text.skip()
+        elif text.next_character() != closing:
+            raise ValueError("expected a comma between entries")
 
 
 class _Buffer:

@@ -188,7 +188,8 @@ def test_missing_file_and_unknown_format(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_structures(tmp_path / "nowhere.xyz")
     with pytest.raises(
-        ValueError, match="unknown format 'hdf7'; known are ase, hdf5, lmdb, mlearn, pymatgen, store"
+        ValueError,
+        match="unknown format 'hdf7'; known are ase, deepmd, hdf5, lmdb, mlearn, npz, pymatgen, store",
     ):
         read_structures(tmp_path / "nowhere.xyz", format="hdf7")
 

@@ -172,3 +172,34 @@ def test_what_is_no_list_of_entries(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"expected|ends early|nested too deeply"):
         list(iterate_entries(path))
+
+
+@pytest.mark.parametrize("name", ["alexandria.json", "alexandria.json.gz"])
+def test_alexandria(name, tmp_path):
+    def entry(number, **data):
+        sites = [
+            {**site, "properties": {"forces": f}}
+            for site, f in zip(structure()["sites"], FORCES, strict=True)
+        ]
+        data = {"mat_id": f"agm{number}", "energy_total": -7.0 - number, "stress": KBAR, **data}
+        return {
+            "@class": "ComputedStructureEntry",
+            "energy": -70.0,
+            "entry_id": f"agm{number}",
+            "structure": structure(sites=sites),
+            "data": data,
+        }
+
+    path = write(tmp_path / name, {"entries": [entry(1), entry(2, energy_total=None)], "version": 1})
+    text = json.dumps({"entries": [entry(1), entry(2)], "@module": "none"}) if name.endswith("json") else None
+    first, *_ = read_structures(path, ReadOptions(on_unreadable=lambda _: None))
+    assert (first.energy, first.group) == (-8.0, "agm1")
+    assert first.forces.tolist() == FORCES
+    assert first.stress is None
+    assert "--units stress=-kBar" in first.notes[0]
+    declared = next(read_structures(path, ReadOptions(units=parse_units("stress=-kBar"))))
+    assert np.allclose(declared.stress, np.diag([-0.01, 0.02, 0.0]), atol=1e-9)
+    if text is not None:
+        (tmp_path / "cut.json").write_text(text[:-40])
+        with pytest.raises(ValueError, match="the file ends early"):
+            list(read_structures(tmp_path / "cut.json"))
