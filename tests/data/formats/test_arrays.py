@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megagnn.data.formats import ReadOptions, Units, detect_format, read_structures
-from tests.data.formats.test_hdf5 import FILES, spring
+from tests.data.formats.springs import FILES, spring
 
 
 @pytest.mark.parametrize(

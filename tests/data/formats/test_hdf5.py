@@ -10,20 +10,9 @@ import numpy as np
 import pytest
 
 from megagnn.data.formats import ReadOptions, detect_format, read_structures
+from tests.data.formats.springs import FILES, spring
 
 h5py = pytest.importorskip("h5py", reason="h5py is not installed")
-FILES = Path(__file__).parents[1] / "files"
-STIFFNESS = 5.0
-"""eV/Å^2, of the springs that the labels are of."""
-
-
-def spring(positions):
-    bonds = positions[1:] - positions[0]
-    lengths = np.linalg.norm(bonds, axis=1, keepdims=True)
-    pulls = STIFFNESS * (lengths - 1) * bonds / lengths
-    return 0.5 * STIFFNESS * ((lengths - 1) ** 2).sum() - 100 * len(positions), np.vstack(
-        [pulls.sum(0), -pulls]
-    )
 
 
 def copied(name, tmp_path):
