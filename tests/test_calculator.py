@@ -1,5 +1,7 @@
 """The ASE calculator: relaxation, dynamics that conserve energy, and what it refuses."""
 
+import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +188,16 @@ def test_errors(checkpoint: Path) -> None:
         Atoms(calculator=calculator).get_potential_energy()
     with pytest.raises(PropertyNotImplementedError, match="periodic in three directions"):
         Atoms("Cu", calculator=calculator).get_stress()
+
+
+def test_the_example_relaxes_and_conserves(
+    molecular_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(SAMPLE.parents[1] / "relax_and_run.py"))
+    example["main"]([str(molecular_checkpoint), "--picoseconds", "0.1"])
+    told = capsys.readouterr().out
+    assert re.search(r"relaxed: \d+ steps, converged True, energy -", told)
+    found = re.search(r"200 steps of 0.5 fs at (\d+) K.* drifts by ([-+.\d]+) meV/atom", told)
+    assert found
+    assert 100 < float(found[1]) < 500
+    assert abs(float(found[2])) < 1.0

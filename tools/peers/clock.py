@@ -1,12 +1,15 @@
-"""Processor time of training, and how many epochs fit into a budget; for environments without megagnn."""
+"""Time and memory of training, and how many epochs fit into a budget; for environments without megagnn."""
 
 from __future__ import annotations
 
 import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, ClassVar
+
+from tools.bench.memory.step import reset_peak, status_bytes
 
 
 class Clock:
@@ -29,11 +32,52 @@ class Clock:
         return wrapper
 
 
+class StepClock:
+    """Seconds by the wall of each training step, loading of its batch excluded, and the memory of steps."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self.growth_bytes = 0.0
+        """The most that was resident after the first step began, above what was resident then; on Linux."""
+
+    def start(self) -> None:
+        """A step begins."""
+        if not self.seconds and sys.platform == "linux":
+            reset_peak()
+            self._before = status_bytes("VmRSS")
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        """It has ended."""
+        self.seconds.append(time.perf_counter() - self._since)
+        if sys.platform == "linux":
+            self.growth_bytes = status_bytes("VmHWM") - self._before
+
+    def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, each of whose calls is a step."""
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self.start()
+            result = function(*args, **kwargs)
+            self.stop()
+            return result
+
+        return wrapper
+
+
 class EpochClock:
-    """The same for Lightning, whose hooks it has: seconds of each training epoch without its validation."""
+    """Both for Lightning, whose hooks it has: seconds of each training epoch without its validation."""
 
     seconds: ClassVar[list[float]] = []
     """Of the one training of this process."""
+    steps: ClassVar[StepClock] = StepClock()
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.steps.start()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps.stop()
 
     def on_train_epoch_start(self, *_: Any) -> None:
         self.seconds.append(0.0)

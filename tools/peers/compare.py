@@ -77,27 +77,47 @@ class Training:
         )
 
     def _start(self, python: Path, frames: Path, part: str, epochs: int) -> Result:
-        out = self.folder / part
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
-        command = [
-            str(python),
-            "-m",
-            f"tools.peers.{self.program}",
-            "--frames",
-            str(frames),
-            "--out",
-            str(out),
-        ]
-        command += ["--epochs", str(epochs), "--seed", str(self.seed)]
-        command += [option.replace("{store}", str(self.store)) for option in self.options]
-        threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        environment = {**os.environ, **threads, "PYTHONPATH": str(ROOT)}
-        with (out / "log.txt").open("w") as log:
-            status = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=log).returncode
-        if status:
-            raise ChildProcessError(f"{self.program} ended with status {status}; {out / 'log.txt'} tells why")
-        return Result.load(out)
+        options = [option.replace("{store}", str(self.store)) for option in self.options]
+        return train(
+            self.program, python, frames, self.folder / part, ["--seed", str(self.seed), *options], epochs
+        )
+
+
+def train(
+    program: str,
+    python: Path,
+    frames: Path,
+    out: Path,
+    options: Sequence[str],
+    epochs: int,
+    threads: int = 1,
+) -> Result:
+    """A training in a process and a folder of its own, by `contract`.
+
+    Raises ChildProcessError: the program failed.
+    """
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    command = [str(python), "-m", f"tools.peers.{program}", "--frames", str(frames), "--out", str(out)]
+    command += ["--epochs", str(epochs), "--threads", str(threads), *options]
+    with (out / "log.txt").open("w") as log:
+        done = subprocess.run(command, cwd=ROOT, env=environment(threads), stdout=log, stderr=log)
+    if done.returncode:
+        raise ChildProcessError(f"{program} ended with status {done.returncode}; {out / 'log.txt'} tells why")
+    return Result.load(out)
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a program's process."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    return {**os.environ, **dict.fromkeys(names, str(threads)), "PYTHONPATH": str(ROOT)}
+
+
+def python_of(program: str, environments: Path) -> Path:
+    """This one for megagnn, and else the one of the program's own environment."""
+    if program == "megagnn":
+        return Path(sys.executable)
+    return environments.resolve() / program / "bin/python"
 
 
 def planned(arguments: argparse.Namespace) -> Iterator[Training]:
@@ -150,9 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     frames = arguments.out / arguments.store.name / "frames"
     write_splits(Store.open(arguments.store), frames)
     for training in planned(arguments):
-        python = Path(sys.executable)
-        if training.program != "megagnn":
-            python = arguments.environments.resolve() / training.program / "bin/python"
+        python = python_of(training.program, arguments.environments)
         key = (training.program, training.setting, training.store.name, training.minutes, training.seed)
         done = next((line for line in read_lines(arguments.results) if line.key == key), None)
         if done is None:

@@ -1,10 +1,11 @@
 """What every program of the comparison is asked and leaves behind; for environments without megagnn.
 
-    python -m tools.peers.PROGRAM --frames FOLDER --out FOLDER --epochs N --seed S [OPTION...]
+    python -m tools.peers.PROGRAM --frames FOLDER --out FOLDER --epochs N --seed S [--threads T] [OPTION...]
 
 trains on FOLDER/train.xyz, chooses by valid.xyz, and leaves `result.json` and, of the final model,
 `valid.npz` and `test.npz`: energies (S,) in eV and forces (N, 3) in eV/Å of all atoms, in the order of the
-frames. What it does not know are options of the program itself.
+frames. What it does not know are options of the program itself. `tools.peers.PROGRAM.calculator(FOLDER)` is
+the calculator of that model, as the program's documentation recommends it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 import ase.io
 import numpy as np
 from ase.calculators.calculator import Calculator
+
+from tools.peers.clock import StepClock
 
 ENERGY, FORCES = "REF_energy", "REF_forces"
 """Names of the labels in the frames, which no reader takes for a calculator's results."""
@@ -33,6 +36,16 @@ class Result:
     """Processor seconds of each epoch's steps with their batches; validation is not in them."""
     parameters: int
     versions: dict[str, str]
+    step_seconds: list[float] = field(default_factory=list)
+    """By the wall, of each step without the loading of its batch."""
+    growth_bytes: float = 0.0
+    """See `StepClock`."""
+
+    @classmethod
+    def of(
+        cls, seconds: Iterable[float], steps: StepClock, parameters: int, versions: dict[str, str]
+    ) -> Result:
+        return cls([*seconds], parameters, versions, steps.seconds, steps.growth_bytes)
 
     def save(self, folder: Path) -> None:
         (folder / "result.json").write_text(json.dumps(asdict(self)) + "\n")
@@ -49,6 +62,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, help="an empty folder")
     made.add_argument("--epochs", type=int, required=True)
     made.add_argument("--seed", type=int, required=True)
+    made.add_argument("--threads", type=int, default=1)
     return made
 
 

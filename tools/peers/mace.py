@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from mace.calculators import MACECalculator
 from mace.cli import run_train
 from mace.tools import build_default_arg_parser
 
-from tools.peers.clock import Clock
+from tools.peers.clock import Clock, StepClock
 from tools.peers.contract import Result, parser, predict, versions
+
+
+def calculator(folder: Path) -> MACECalculator:
+    """That of a finished training, in float32; of stage two where there is one."""
+    files = [folder / f"mace{stage}.model" for stage in ("_stagetwo", "")]
+    model = next(file for file in files if file.exists())
+    return MACECalculator(model_paths=[str(model)], device="cpu", default_dtype="float32")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--final-rate", type=float, help="last learning rate by the first")
     known, options = arguments.parse_known_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(known.threads)
     if known.final_rate is not None:
         gamma = known.final_rate ** (1 / max(known.epochs - 1, 1))
         options += ["--scheduler=ExponentialLR", f"--lr_scheduler_gamma={gamma}"]
@@ -36,16 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"--seed={known.seed}",
         "--plot=False",
     ]
-    clock, loop = Clock(), importlib.import_module("mace.tools.train")
+    clock, steps, loop = Clock(), StepClock(), importlib.import_module("mace.tools.train")
     loop.train_one_epoch = clock.timed(loop.train_one_epoch)
-    settings = build_default_arg_parser().parse_args(options)
-    run_train.run(settings)
-    files = [known.out / f"mace{stage}.model" for stage in ("_stagetwo", "")]
-    model = next(file for file in files if file.exists())
-    calculator = MACECalculator(model_paths=[str(model)], device="cpu", default_dtype=settings.default_dtype)
-    predict(calculator, known.frames, known.out)
-    parameters = sum(p.numel() for p in calculator.models[0].parameters())
-    Result(clock.seconds, parameters, versions("mace-torch", "e3nn", "torch")).save(known.out)
+    loop.take_step = steps.timed(loop.take_step)
+    run_train.run(build_default_arg_parser().parse_args(options))
+    trained = calculator(known.out)
+    predict(trained, known.frames, known.out)
+    parameters = sum(p.numel() for p in trained.models[0].parameters())
+    Result.of(clock.seconds, steps, parameters, versions("mace-torch", "e3nn", "torch")).save(known.out)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from megagnn.calculator import MegaGNNCalculator
 from megagnn.launch.context import parallel_context
 from megagnn.train.fine_tune import run_config
 from megagnn.train.trainer import Trainer
+from tools.peers.clock import StepClock
 from tools.peers.contract import Result, parser, predict, versions
 
 
@@ -23,6 +25,8 @@ class TimedTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seconds: defaultdict[int, float] = defaultdict(float)
+        self.steps = StepClock()
+        self._step = self.steps.timed(self._step)  # type: ignore[method-assign]
 
     def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
         self._since = time.process_time()
@@ -35,6 +39,11 @@ class TimedTrainer(Trainer):
         return stop
 
 
+def calculator(folder: Path) -> MegaGNNCalculator:
+    """That of a finished training, in float32 as the other programs' are."""
+    return MegaGNNCalculator(folder / "run/checkpoints/best.safetensors", dtype="float32")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and predict with the checkpoint of the lowest validation loss."""
     arguments = parser(__doc__)
@@ -43,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options += [
         *("--train.num_epochs", str(known.epochs)),
         *("--train.seed", str(known.seed)),
-        *("--train.threads", "1"),
+        *("--train.threads", str(known.threads)),
         *("--out_dir", str(known.out / "run")),
     ]
     config = run_config(known.config, options)
@@ -51,10 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer = TimedTrainer(config, context)
         if stopped_by := trainer.run():
             raise ConnectionAbortedError(f"stopped by {stopped_by}")
-    calculator = MegaGNNCalculator(trainer.best_path.with_suffix(".safetensors"))
-    predict(calculator, known.frames, known.out)
-    parameters = trainer.potential.model.num_parameters()
-    Result([*trainer.seconds.values()], parameters, versions("megagnn", "torch")).save(known.out)
+    predict(MegaGNNCalculator(trainer.best_path), known.frames, known.out)
+    parameters, used = trainer.potential.model.num_parameters(), trainer.seconds.values()
+    Result.of(used, trainer.steps, parameters, versions("megagnn", "torch")).save(known.out)
     return 0
 
 

@@ -7,6 +7,7 @@ plateau.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,12 +21,22 @@ from tools.peers.contract import Result, parser, predict, versions
 from tools.peers.nequip_clock import EpochClock
 
 
+def calculator(folder: Path) -> NequIPCalculator:
+    """That of a finished training, compiled once by `nequip-compile` for ASE; a matter of minutes."""
+    compiled = folder / "best.nequip.pt2"
+    if not compiled.exists():
+        command = [str(Path(sys.executable).with_name("nequip-compile")), str(folder / "best.ckpt")]
+        options = ["--mode", "aotinductor", "--device", "cpu", "--target", "ase"]
+        subprocess.run([*command, str(compiled), *options], check=True)
+    return NequIPCalculator.from_compiled_model(str(compiled), chemical_species_to_atom_type_map=True)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and predict with the averaged weights of the checkpoint of the lowest validation error."""
     arguments = parser(__doc__)
     arguments.add_argument("--final-rate", type=float, help="last learning rate by the first")
     known, options = arguments.parse_known_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(known.threads)
     frames = ase.io.read(known.frames / "train.xyz", index=":")
     elements = sorted({symbol for frame in frames for symbol in frame.symbols})
     if known.final_rate is not None:
@@ -44,12 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         *options,
     ]
     train.main()
-    calculator = NequIPCalculator._from_saved_model(
+    trained = NequIPCalculator._from_saved_model(
         str(known.out / "best.ckpt"), chemical_species_to_atom_type_map=True
     )
-    predict(calculator, known.frames, known.out)
-    parameters = sum(p.numel() for p in calculator.model.parameters())
-    Result(EpochClock.seconds, parameters, versions("nequip", "e3nn", "torch")).save(known.out)
+    predict(trained, known.frames, known.out)
+    parameters = sum(p.numel() for p in trained.model.parameters())
+    used = EpochClock.seconds, EpochClock.steps
+    Result.of(*used, parameters, versions("nequip", "e3nn", "torch")).save(known.out)
     return 0
 
 

@@ -47,12 +47,19 @@ def convert(frames: Path, out: Path) -> dict[str, int]:
     return {split: len(indices[name]) for split, name in SPLITS.items()}
 
 
+def calculator(folder: Path) -> SpkCalculator:
+    """That of a finished training."""
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # it saves and reads whole modules
+    neighbours = MatScipyNeighborList(cutoff=5.0)
+    return SpkCalculator(str(folder / "run/best_model"), neighbours, energy_unit="eV", position_unit="Ang")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Train, and predict with the averaged weights of the checkpoint of the lowest validation loss."""
     arguments = parser(__doc__)
     arguments.add_argument("--final-rate", type=float, help="last learning rate by the first")
     known, options = arguments.parse_known_args(argv)
-    torch.set_num_threads(1)
+    torch.set_num_threads(known.threads)
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # it saves and reads whole modules
     counts = convert(known.frames, known.out)
     if known.final_rate is not None:
@@ -73,11 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         *options,
     ]
     cli.train()
-    best = str(known.out / "run/best_model")
-    neighbours = MatScipyNeighborList(cutoff=5.0)
-    predict(SpkCalculator(best, neighbours, energy_unit="eV", position_unit="Ang"), known.frames, known.out)
-    parameters = sum(p.numel() for p in torch.load(best, weights_only=False).parameters())
-    Result(EpochClock.seconds, parameters, versions("schnetpack", "torch")).save(known.out)
+    trained = calculator(known.out)
+    predict(trained, known.frames, known.out)
+    parameters = sum(p.numel() for p in trained.model.parameters())
+    used = EpochClock.seconds, EpochClock.steps
+    Result.of(*used, parameters, versions("schnetpack", "torch")).save(known.out)
     return 0
 
 

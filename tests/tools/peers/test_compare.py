@@ -58,6 +58,8 @@ def test_errors_are_those_that_evaluate_tells(store: Path, tmp_path: Path) -> No
     assert train_megagnn([*files, "--epochs", "3", "--seed", "1", *options]) == 0
     result = Result.load(out)
     assert len(result.seconds) == 3
+    assert len(result.step_seconds) >= 3
+    assert 0 < sum(result.step_seconds)
     assert min(result.seconds) > 0
     assert result.parameters > 100
     assert result.versions.keys() == {"megagnn", "torch"}
