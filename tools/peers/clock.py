@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any, ClassVar
 
-from tools.bench.memory.step import reset_peak, status_bytes
+from torch.profiler import ProfilerActivity, profile
+
+from tools.bench.memory.step import peak_of
 
 
 class Clock:
@@ -33,25 +34,29 @@ class Clock:
 
 
 class StepClock:
-    """Seconds by the wall of each training step, loading of its batch excluded, and the memory of steps."""
+    """Seconds by the wall of each training step, loading of its batch excluded, and the memory of one."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.growth_bytes = 0.0
-        """The most that was resident after the first step began, above what was resident then; on Linux."""
+        self.profiled: int | None = None
+        """Number of the step whose memory is wanted; it takes longer."""
+        self.peak_bytes = 0.0
+        """The most that tensors held in it, above what they held before."""
 
     def start(self) -> None:
         """A step begins."""
-        if not self.seconds and sys.platform == "linux":
-            reset_peak()
-            self._before = status_bytes("VmRSS")
+        self._profiler: profile | None = None
+        if len(self.seconds) == self.profiled:
+            self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+            self._profiler.start()
         self._since = time.perf_counter()
 
     def stop(self) -> None:
         """It has ended."""
         self.seconds.append(time.perf_counter() - self._since)
-        if sys.platform == "linux":
-            self.growth_bytes = status_bytes("VmHWM") - self._before
+        if self._profiler is not None:
+            self._profiler.stop()
+            self.peak_bytes = peak_of(self._profiler)
 
     def timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function, each of whose calls is a step."""

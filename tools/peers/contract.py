@@ -1,6 +1,6 @@
 """What every program of the comparison is asked and leaves behind; for environments without megagnn.
 
-    python -m tools.peers.PROGRAM --frames FOLDER --out FOLDER --epochs N --seed S [--threads T] [OPTION...]
+    python -m tools.peers.PROGRAM --frames FOLDER --out FOLDER --epochs N --seed S [OPTION...]
 
 trains on FOLDER/train.xyz, chooses by valid.xyz, and leaves `result.json` and, of the final model,
 `valid.npz` and `test.npz`: energies (S,) in eV and forces (N, 3) in eV/Å of all atoms, in the order of the
@@ -38,14 +38,14 @@ class Result:
     versions: dict[str, str]
     step_seconds: list[float] = field(default_factory=list)
     """By the wall, of each step without the loading of its batch."""
-    growth_bytes: float = 0.0
+    peak_bytes: float = 0.0
     """See `StepClock`."""
 
     @classmethod
     def of(
         cls, seconds: Iterable[float], steps: StepClock, parameters: int, versions: dict[str, str]
     ) -> Result:
-        return cls([*seconds], parameters, versions, steps.seconds, steps.growth_bytes)
+        return cls([*seconds], parameters, versions, steps.seconds, steps.peak_bytes)
 
     def save(self, folder: Path) -> None:
         (folder / "result.json").write_text(json.dumps(asdict(self)) + "\n")
@@ -63,6 +63,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--epochs", type=int, required=True)
     made.add_argument("--seed", type=int, required=True)
     made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--profile-step", type=int, help="number of a step whose memory is wanted")
     return made
 
 

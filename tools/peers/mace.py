@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ]
     clock, steps, loop = Clock(), StepClock(), importlib.import_module("mace.tools.train")
     loop.train_one_epoch = clock.timed(loop.train_one_epoch)
+    steps.profiled = known.profile_step
     loop.take_step = steps.timed(loop.take_step)
     run_train.run(build_default_arg_parser().parse_args(options))
     trained = calculator(known.out)

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = run_config(known.config, options)
     with parallel_context("cpu", config.train.threads, config.parallel) as context:
         trainer = TimedTrainer(config, context)
+        trainer.steps.profiled = known.profile_step
         if stopped_by := trainer.run():
             raise ConnectionAbortedError(f"stopped by {stopped_by}")
     predict(MegaGNNCalculator(trainer.best_path), known.frames, known.out)

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--final-rate", type=float, help="last learning rate by the first")
     known, options = arguments.parse_known_args(argv)
     torch.set_num_threads(known.threads)
+    EpochClock.steps.profiled = known.profile_step
     frames = ase.io.read(known.frames / "train.xyz", index=":")
     elements = sorted({symbol for frame in frames for symbol in frame.symbols})
     if known.final_rate is not None:

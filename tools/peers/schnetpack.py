@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--final-rate", type=float, help="last learning rate by the first")
     known, options = arguments.parse_known_args(argv)
     torch.set_num_threads(known.threads)
+    EpochClock.steps.profiled = known.profile_step
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # it saves and reads whole modules
     counts = convert(known.frames, known.out)
     if known.final_rate is not None:

@@ -33,7 +33,7 @@ from tools.peers.frames import write_splits
 SETTINGS = Path(__file__).with_name("steps.toml")
 FRAMES = 16
 WARM_UP = 3
-"""Steps that are left out of the median: the first ones compile and allocate."""
+"""Steps that are left out of the median: the first ones compile and allocate, the last one is profiled."""
 HEAD = ("program", "setting", "parameters", "threads", "step, ms", "of the first", "memory, MB")
 
 
@@ -47,9 +47,8 @@ class Row:
     threads: int
     seconds: float
     """Median of the steps after the first WARM_UP, by the wall."""
-    growth_bytes: float
-    """The most resident memory of all steps above that before the first one: what steps need beside model,
-    batch and libraries, with the optimizer's state."""
+    peak_bytes: float
+    """The most that tensors held in a step above what they held before: activations and temporaries."""
 
 
 def rattled_silicon(seed: int, repeat: int = 2) -> Structure:
@@ -92,17 +91,18 @@ def rows(arguments: argparse.Namespace) -> Iterator[Row]:
             if arguments.only and program not in arguments.only:
                 continue
             for setting, own in table["settings"].items():
-                given = [option.replace("{store}", str(store)) for option in (*own, *table["options"])]
+                given = ["--seed", "0", "--profile-step", str(WARM_UP - 1)]
+                given += [option.replace("{store}", str(store)) for option in (*own, *table["options"])]
                 folder = arguments.out / program / slug(setting)
                 python = python_of(program, arguments.environments)
-                found = train(program, python, frames, folder, ["--seed", "0", *given], epochs, threads)
+                found = train(program, python, frames, folder, given, epochs, threads)
                 if len(found.step_seconds) != epochs:
                     raise ValueError(
                         f"{program}, {setting}: {epochs} epochs must be as many steps, got "
                         f"{len(found.step_seconds)}; make the batch hold all {FRAMES} frames"
                     )
                 seconds = statistics.median(found.step_seconds[WARM_UP:])
-                yield Row(program, setting, found.parameters, threads, seconds, found.growth_bytes)
+                yield Row(program, setting, found.parameters, threads, seconds, found.peak_bytes)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -111,7 +111,7 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         first = next(other for other in rows if other.threads == row.threads)
         sizes = (f"{row.parameters:,}", str(row.threads), f"{1e3 * row.seconds:.0f}")
-        ends = (f"{row.seconds / first.seconds:.1f}", f"{row.growth_bytes / 1e6:.0f}")
+        ends = (f"{row.seconds / first.seconds:.1f}", f"{row.peak_bytes / 1e6:.0f}")
         lines.append((row.program, row.setting, *sizes, *ends))
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 

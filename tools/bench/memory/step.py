@@ -79,6 +79,11 @@ def peak_of_events(run: Any) -> float:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
+    return peak_of(profiler)
+
+
+def peak_of(profiler: Any) -> float:
+    """The highest sum of the allocator's events that a torch profiler has seen."""
     events = profiler.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = peak = 0
