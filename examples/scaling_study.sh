@@ -75,7 +75,7 @@ for part in "$@"; do
       # shellcheck disable=SC2046
       predict muon-egnn 325921,95000 $(smaller egnn)
       # shellcheck disable=SC2046
-      predict muon-cartesian 322593,95000 $(smaller cartesian)
+      predict muon-cartesian 320893,95000 $(smaller cartesian)
       ;;
     muon-largest) sweep muon/largest-egnn && sweep muon/largest-cartesian ;;
     muon-report)
