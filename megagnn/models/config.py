@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.overrides import STRICT, Free, Refused, Told
@@ -43,6 +43,9 @@ class ModelConfig:
     """Number of layers at which it is."""
     level_embedding: Refused[bool] = True
     """Embed the level of theory of a structure into its atoms (with one level it is left out)."""
+    pair_splines: Refused[NonNegativeInt] = 0
+    """Cubic splines of a potential for each pair of elements and each level of theory, at least 4, which is
+    fitted to the training split before training; the network learns what it leaves. 0 for none."""
     recompute_layers: Told[bool] = False
     """Keep the inputs of each layer only, and run it again in the backward."""
 
@@ -51,6 +54,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.stress needs model.forces = 'conservative', got '{self.forces}'; set one of the two "
                 "to match"
+            )
+        if 0 < self.pair_splines < 4:
+            raise ValueError(
+                f"model.pair_splines must be 0 or at least 4, got {self.pair_splines}; take 16, or 0 for no "
+                "pair potentials"
             )
 
     variants: ClassVar[dict[str, type["ModelConfig"]]] = {}

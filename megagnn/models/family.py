@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megagnn.data import keys
 from megagnn.models.config import ModelConfig
+from megagnn.models.pairs import PairPotentials
 from megagnn.models.precision import Precision
 from megagnn.models.registry import model_class
 from megagnn.models.statistics import Statistics
@@ -116,6 +117,8 @@ class Model(nn.Module, ABC):
         self.register_buffer("element_index", element_index, persistent=False)
         references = torch.tensor(statistics.baseline(), dtype=torch.float64)
         self.register_buffer("references", references, persistent=False)
+        has_pairs = part.head and bool(statistics.pair_weights)
+        self.pairs = PairPotentials(statistics, config.cutoff, element_index) if has_pairs else None
         self.build()
 
     # What a family says.
@@ -189,16 +192,19 @@ class Model(nn.Module, ABC):
         return num_parameters(self)
 
     def outputs(self, batch: dict[str, Any], state: State) -> dict[str, Any]:
-        """The model's predictions, from the state behind the last layer."""
+        """The model's predictions, from the state behind the last layer and the pair potentials beneath."""
         assert self.energy_head is not None
         atoms = Segments(batch[keys.BATCH], batch[keys.GRAPH_PTR])
         energy_N = self.energy_head(state["h"]).double() * self.statistics.output_scale
+        if self.pairs is not None:
+            energy_N = energy_N + self.pairs.energies(batch)
         outputs = {keys.ENERGY: dual.segment_sum(energy_N, atoms) + self.reference_energy(batch)}
         if self.wants_atomic_energies:
             outputs[keys.ATOMIC_ENERGIES] = energy_N + self.atom_references(batch)
         forces_NC = self.direct_forces(batch, state)
         if forces_NC is not None:
-            outputs[keys.FORCES] = forces_NC * self.statistics.output_scale
+            forces_NC = forces_NC * self.statistics.output_scale
+            outputs[keys.FORCES] = forces_NC if self.pairs is None else forces_NC + self.pairs.forces(batch)
         geometry = self.precision.geometry
         return outputs | {name: head(state["h"]).to(geometry) for name, head in self.heads.items()}
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from megagnn.data import keys
 from megagnn.data.baseline import Baseline
 from megagnn.data.dataset import StructureDataset
+from megagnn.models.pair_fit import PairFit, fit_pairs
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Statistics:
     unspanned: tuple[tuple[tuple[float, ...], ...], ...] = ()
     """For each source, directions of composition of which the training energies tell nothing: orthonormal
     rows over `elements`; empty if there are none."""
+    pair_weights: tuple[tuple[tuple[float, ...], ...], ...] = ()
+    """Pair potentials: of each level of theory and pair of elements (pair_fit.py) the weights of splines, eV;
+    of one level where it holds for all, and empty without them."""
+    pair_constants: tuple[tuple[float, ...], ...] = ()
+    """What they have subtracted for an atom of each element, eV."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -133,17 +139,36 @@ ZERO_FORCES = (
 )
 
 
+def with_pairs_of(known: Statistics, found: Statistics) -> Statistics:
+    """Statistics with the pair potentials of others, if they have any, and the output scale beside these."""
+    if not known.pair_weights:
+        return found
+    return replace(
+        found,
+        output_scale=known.output_scale,
+        pair_weights=known.pair_weights,
+        pair_constants=known.pair_constants,
+    )
+
+
 def compute_statistics(
-    dataset: StructureDataset, baseline: Baseline | None = None, told: list[str] | None = None
+    dataset: StructureDataset,
+    baseline: Baseline | None = None,
+    told: list[str] | None = None,
+    pair_splines: int = 0,
+    by_level: bool = True,
 ) -> Statistics:
     """Elements, per-element references, mean number of neighbours and output scale of a training split.
 
     The output scale is the root mean square of the force components (Batatia et al., MACE, NeurIPS 2022), or,
-    without forces, of the energies per atom that the references leave over.
+    without forces, of the energies per atom that the references leave over; with pair potentials, of what
+    these leave of them.
 
     Args:
         baseline: references and shifts, where they are known already: `dataset.baseline()`.
         told: what looks wrong in the labels is appended, in words.
+        pair_splines: splines of pair potentials, which are fitted as well; 0 for none.
+        by_level: pair potentials for each level of theory.
     """
     known = dataset.baseline() if baseline is None else baseline
     source_elements, energies = dataset.source_elements(), known.references + known.shifts[:, None]
@@ -163,6 +188,10 @@ def compute_statistics(
             total[source] += record[keys.ENERGY] / len(numbers)
             squares += ((record[keys.ENERGY] - energies[source, numbers].sum()) / len(numbers)) ** 2
     scale = float(np.sqrt(force_squares / num_components if num_components else squares / count.sum()))
+    pairs: PairFit | None = None
+    if pair_splines:
+        pairs = fit_pairs(dataset, elements, energies, pair_splines, by_level)
+        scale = pairs.forces_left if num_components else pairs.energies_left
     return Statistics(
         elements=tuple(elements.tolist()),
         sources=dataset.sources,
@@ -175,4 +204,6 @@ def compute_statistics(
         output_scale=scale if scale > 0 else 1.0,
         shifts=tuple(known.shifts.tolist()),
         unspanned=tuple(tuple(map(tuple, rows[:, elements].tolist())) for rows in known.unspanned),
+        pair_weights=tuple(tuple(map(tuple, rows)) for rows in pairs.weights.tolist()) if pairs else (),
+        pair_constants=tuple(map(tuple, pairs.constants.tolist())) if pairs else (),
     )

@@ -110,7 +110,8 @@ def first_batch(config: RunConfig) -> tuple[Batch, Statistics]:
     """The first batch of training, and the statistics of the training split."""
     context = ParallelContext()
     dataset = open_split(config.data, config.model, "train", context)
-    statistics = compute_statistics(dataset)
+    splines, by_level = config.model.pair_splines, config.model.level_embedding
+    statistics = compute_statistics(dataset, pair_splines=splines, by_level=by_level)
     return next(BatchLoader(dataset, config, context, shuffle=True).batches()), statistics
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ase.data import atomic_numbers, chemical_symbols
 from torch import Tensor
@@ -24,6 +25,7 @@ from megagnn.config import InitConfig, RunConfig, config_from_dict, read_values
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import References
 from megagnn.models.config import ModelConfig
+from megagnn.models.pair_fit import pair_index
 from megagnn.models.registry import presets_of
 from megagnn.models.statistics import Statistics
 from megagnn.optim.config import OptimConfig
@@ -152,10 +154,31 @@ class Beginning:
             ),
             mean_neighbours=old.mean_neighbours,
             output_scale=old.output_scale,
+            **self._pairs(elements, fitted.levels),
         )
         kept = self._kept(fitted.sources)
         known = {name: {**row, **(given or {}).get(name, {})} for name, row in kept.items()}
         return with_known(found, old, known, settings.new_sources) if known else found
+
+    def _pairs(self, elements: Sequence[int], levels: Sequence[str]) -> dict[str, Any]:
+        """Pair potentials of the checkpoint for more elements, which have none, and for these levels of theory:
+        one that it lacks begins as another or as the mean of all."""
+        old, alike = self.checkpoint.statistics, self.settings.new_levels
+        if not old.pair_weights:
+            return {}
+        first, second = np.tril_indices(len(old.elements))
+        kind = np.searchsorted(elements, old.elements)
+        weights, constants = np.array(old.pair_weights), np.array(old.pair_constants)
+        num_pairs = len(elements) * (len(elements) + 1) // 2
+        wide = np.zeros((len(weights), num_pairs, weights.shape[-1]))
+        wide[:, pair_index(kind[first], kind[second])] = weights
+        wide_constants = np.zeros((len(weights), len(elements)))
+        wide_constants[:, kind] = constants
+        tables = [torch.from_numpy(wide), torch.from_numpy(wide_constants)]
+        if len(weights) > 1 or (self.checkpoint.config.model.level_embedding and len(levels) > 1):
+            tables = [_rows(table, old.levels, levels, alike) for table in tables]
+        pair_weights = tuple(tuple(map(tuple, rows)) for rows in tables[0].tolist())
+        return {"pair_weights": pair_weights, "pair_constants": tuple(map(tuple, tables[1].tolist()))}
 
     def _check_names(self, dataset: StructureDataset) -> None:
         old, settings, where = self.checkpoint.statistics, self.settings, self.checkpoint.path

@@ -24,7 +24,7 @@ from megagnn.data.reference_file import for_sources, read_reference_energies
 from megagnn.models.family import parameter_names
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
-from megagnn.models.statistics import Statistics, compute_statistics
+from megagnn.models.statistics import Statistics, compute_statistics, with_pairs_of
 from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
 from megagnn.objective.loss import Loss, check_labels, step_counts, weights_are_final
 from megagnn.optim.bucket_reducer import GradientReducer
@@ -204,7 +204,11 @@ class Trainer:
         if self.context.is_main:
             baseline = train_set.baseline(given)
             self.told = [*train_set.warnings(), *baseline.told]
-            fitted = compute_statistics(train_set, baseline, self.told)
+            model = self.config.model
+            splines = model.pair_splines if beginning is None and checkpoint is None else 0
+            fitted = compute_statistics(train_set, baseline, self.told, splines, model.level_embedding)
+            if checkpoint is not None:
+                fitted = with_pairs_of(checkpoint.statistics, fitted)
             if beginning is not None:
                 fitted = beginning.statistics(fitted, given)
         statistics: Statistics = broadcast_object(fitted, self.context)

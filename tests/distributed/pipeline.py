@@ -25,7 +25,7 @@ from tests.distributed import parity
 from tests.distributed.pairwise import pairwise
 from tests.distributed.parity import UNEVEN, Configuration, Result, batch_of, errors, whole_gradients
 from tests.distributed.whole import gather_whole
-from tests.models.physics import STATISTICS, randomised
+from tests.models.physics import randomised, statistics_of
 
 NUM_MICRO_BATCHES = 4
 
@@ -40,9 +40,18 @@ CONFIGURATIONS = {
 FAMILIES = {
     "painn": Configuration({"family": "painn", "stress": True, "num_layers": 4}, "huber"),
     "painn-direct": Configuration({"family": "painn", "forces": "direct", "num_layers": 4}, "mae", "norm"),
-    "cartesian": Configuration({"family": "cartesian", "stress": True, "num_layers": 4}, "huber"),
+    "cartesian": Configuration(
+        {"family": "cartesian", "pair_splines": 6, "stress": True, "num_layers": 4}, "huber"
+    ),
     "cartesian-direct": Configuration(
-        {"family": "cartesian", "paths": "lean", "num_splines": 8, "forces": "direct", "num_layers": 4},
+        {
+            "family": "cartesian",
+            "paths": "lean",
+            "num_splines": 8,
+            "pair_splines": 6,
+            "forces": "direct",
+            "num_layers": 4,
+        },
         "mae",
         "norm",
     ),
@@ -124,7 +133,7 @@ def build(cell: Cell, context: ParallelContext) -> Pipeline:
     config = (CONFIGURATIONS | FAMILIES)[cell.configuration].model_config("fused", cell.recomputation)
     schedule = schedule_for(cell.schedule, config.forces, context.pp_size, NUM_MICRO_BATCHES)
     plan: Any = cell.plan
-    pipeline = Pipeline(config, STATISTICS, schedule, context, precision=torch.float64, plan=plan)
+    pipeline = Pipeline(config, statistics_of(config), schedule, context, precision=torch.float64, plan=plan)
     whole = dict(randomised(config, context=context, plan=plan).model.named_parameters())
     with torch.no_grad():
         for name, parameter in pipeline.potential.model.named_parameters():

@@ -4,6 +4,8 @@ All in float64, at 1e-10 of the largest value unless said otherwise. The weights
 are random and of order one, for freshly initialised branches are near zero and would pass anything.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,11 +44,24 @@ def model_config(**values: object) -> EGNNConfig:
     return config_from_dict({"model": {**small, **values}, "loss": {"force_weight": 0}}).model
 
 
+def statistics_of(config: EGNNConfig) -> Statistics:
+    """Those above, with pair potentials of random weights where the configuration has some."""
+    if not config.pair_splines:
+        return STATISTICS
+    rng = np.random.default_rng(5)
+    weights = rng.normal(0, 0.3, (2, 15, config.pair_splines)).tolist()
+    return replace(
+        STATISTICS,
+        pair_weights=tuple(tuple(map(tuple, rows)) for rows in weights),
+        pair_constants=tuple(map(tuple, rng.normal(0, 0.3, (2, 5)).tolist())),
+    )
+
+
 def randomised(
     config: EGNNConfig, seed: int = 0, context: ParallelContext | None = None, plan: PlanChoice = "auto"
 ) -> Potential:
     """A float64 potential with every parameter moved by noise, so that no branch is near zero."""
-    potential = build_potential(config, STATISTICS, seed, torch.float64, context, plan)
+    potential = build_potential(config, statistics_of(config), seed, torch.float64, context, plan)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in potential.parameters():
