@@ -161,7 +161,7 @@ class Beginning:
         return with_known(found, old, known, settings.new_sources) if known else found
 
     def _pairs(self, elements: Sequence[int], levels: Sequence[str]) -> dict[str, Any]:
-        """Pair potentials of the checkpoint for more elements, which have none, and for these levels of theory:
+        """Pair potentials of the checkpoint for more elements, which have none, and these levels of theory:
         one that it lacks begins as another or as the mean of all."""
         old, alike = self.checkpoint.statistics, self.settings.new_levels
         if not old.pair_weights:
