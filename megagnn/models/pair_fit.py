@@ -48,8 +48,8 @@ class PairFit:
 
     Attributes:
         weights: (levels, pairs, K), eV; zero for pairs that are never neighbours.
-        constants: (levels, elements), eV: of the pairs' energies what goes with the composition, which is the
-            references' part and is subtracted from them.
+        constants: (num_sources, elements), eV: of the pairs' energies in a source what goes with the
+            composition, which its references hold and which is subtracted from them.
         forces_left, energies_left: root mean squares of what they leave, eV/Å and eV per atom.
     """
 
@@ -72,17 +72,24 @@ def fit_pairs(
     """
     levels = len(dataset.levels) if by_level else 1
     weights = np.zeros((levels, len(elements) * (len(elements) + 1) // 2, num_splines))
-    constants = np.zeros((levels, len(elements)))
     left: list[tuple[Floats, Floats]] = []
+    energies: list[tuple[Ints, Floats, Floats]] = []
     for level, graphs in enumerate(_samples(dataset, levels)):
         if not graphs:
             continue
         system = System.of(graphs, elements, references, pair_splines(num_splines, dataset.cutoff))
         found, *errors = system.solve(len(weights[level]))
-        weights[level], constants[level] = found.reshape(-1, num_splines), system.constants(found)
+        weights[level] = found.reshape(-1, num_splines)
         left.append((errors[0], errors[1]))
-    forces, energies = (np.concatenate([np.zeros(0), *parts]) for parts in zip(*left, strict=True))
-    return PairFit(weights, constants, _root_mean_square(forces), _root_mean_square(energies))
+        energies.append((system.sources, system.compositions.toarray(), system.of_energies @ found))
+    of_source, shares, per_atom = (np.concatenate(parts) for parts in zip(*energies, strict=True))
+    constants = np.zeros((len(dataset.sources), len(elements)))
+    for source in np.unique(of_source):
+        mine = of_source == source
+        constants[source] = np.linalg.lstsq(shares[mine], per_atom[mine], rcond=1e-9)[0]
+    return PairFit(
+        weights, constants, *(_root_mean_square(np.concatenate(x)) for x in zip(*left, strict=True))
+    )
 
 
 def _samples(dataset: StructureDataset, levels: int) -> list[list[dict[str, Any]]]:
@@ -198,13 +205,6 @@ class System:
             )
             per_force = np.maximum(np.abs(errors[0]) / scale, SQUARE_BELOW) ** -0.5
         return solution[:columns], *errors
-
-    def constants(self, weights: Floats) -> Floats:
-        """What of the energies goes with the composition, eV for an atom of each element."""
-        found: Floats = np.linalg.lstsq(self.compositions.toarray(), self.of_energies @ weights, rcond=1e-9)[
-            0
-        ]
-        return found
 
     def _scale(self) -> float:
         return _root_mean_square(self.forces) or _root_mean_square(self.energies) or 1.0

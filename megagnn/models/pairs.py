@@ -16,7 +16,8 @@ from megagnn.parallel.context import ParallelContext
 
 
 class PairPotentials(nn.Module):
-    """Half of the pair potentials between an atom and its neighbours, less the constant of its element.
+    """Half of the pair potentials between an atom and its neighbours, less the constant of its element in
+    the source.
 
     They are constants of the model, as the references are: no parameter. Every rank makes them in full, of
     positions that are not shared, for a gradient that is not summed over tensor-parallel ranks.
@@ -45,9 +46,8 @@ class PairPotentials(nn.Module):
         edges, (kind_N, level_N) = graph_of(batch, ParallelContext()), self._kinds(batch)
         r_EC: Any = edges.r_EC
         phi_E: Any = self._of_distances(edge_distances(r_EC), self._rows(edges, kind_N, level_N))
-        return (
-            dual.segment_sum(phi_E.double() * 0.5, edges.destination) + self.constants[level_N, kind_N].neg()
-        )
+        constants_N = self.constants[batch[keys.SOURCE][batch[keys.BATCH]], kind_N]
+        return dual.segment_sum(phi_E.double() * 0.5, edges.destination) + constants_N.neg()
 
     def forces(self, batch: dict[str, Tensor]) -> Tensor:
         """F_i = sum_j phi'(d_ij) r_ij/d_ij, eV/Å, (N, 3), in the type of the positions."""

@@ -46,7 +46,7 @@ class Statistics:
     """Pair potentials: of each level of theory and pair of elements (pair_fit.py) the weights of splines, eV;
     of one level where it holds for all, and empty without them."""
     pair_constants: tuple[tuple[float, ...], ...] = ()
-    """What they have subtracted for an atom of each element, eV."""
+    """What they have subtracted for an atom of each element in each source, eV."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

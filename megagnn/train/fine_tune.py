@@ -154,31 +154,36 @@ class Beginning:
             ),
             mean_neighbours=old.mean_neighbours,
             output_scale=old.output_scale,
-            **self._pairs(elements, fitted.levels),
+            **self._pairs(elements, fitted.levels, fitted.sources),
         )
         kept = self._kept(fitted.sources)
         known = {name: {**row, **(given or {}).get(name, {})} for name, row in kept.items()}
         return with_known(found, old, known, settings.new_sources) if known else found
 
-    def _pairs(self, elements: Sequence[int], levels: Sequence[str]) -> dict[str, Any]:
-        """Pair potentials of the checkpoint for more elements, which have none, and these levels of theory:
-        one that it lacks begins as another or as the mean of all."""
-        old, alike = self.checkpoint.statistics, self.settings.new_levels
+    def _pairs(
+        self, elements: Sequence[int], levels: Sequence[str], sources: Sequence[str]
+    ) -> dict[str, Any]:
+        """Pair potentials of the checkpoint for more elements, which have none, and for these levels of theory
+        and sources: one that it lacks begins as another or as the mean of all."""
+        old, settings = self.checkpoint.statistics, self.settings
         if not old.pair_weights:
             return {}
         first, second = np.tril_indices(len(old.elements))
         kind = np.searchsorted(elements, old.elements)
-        weights, constants = np.array(old.pair_weights), np.array(old.pair_constants)
+        weights, constants = (
+            torch.tensor(old.pair_weights).double(),
+            torch.tensor(old.pair_constants).double(),
+        )
         num_pairs = len(elements) * (len(elements) + 1) // 2
-        wide = np.zeros((len(weights), num_pairs, weights.shape[-1]))
+        wide = weights.new_zeros(len(weights), num_pairs, weights.shape[-1])
         wide[:, pair_index(kind[first], kind[second])] = weights
-        wide_constants = np.zeros((len(weights), len(elements)))
+        wide_constants = constants.new_zeros(len(constants), len(elements))
         wide_constants[:, kind] = constants
-        tables = [torch.from_numpy(wide), torch.from_numpy(wide_constants)]
-        if len(weights) > 1 or (self.checkpoint.config.model.level_embedding and len(levels) > 1):
-            tables = [_rows(table, old.levels, levels, alike) for table in tables]
-        pair_weights = tuple(tuple(map(tuple, rows)) for rows in tables[0].tolist())
-        return {"pair_weights": pair_weights, "pair_constants": tuple(map(tuple, tables[1].tolist()))}
+        if len(weights) == len(old.levels) and self.checkpoint.config.model.level_embedding:
+            wide = _rows(wide, old.levels, levels, settings.new_levels)
+        wide_constants = _rows(wide_constants, old.sources, sources, settings.new_sources)
+        pair_weights = tuple(tuple(map(tuple, rows)) for rows in wide.tolist())
+        return {"pair_weights": pair_weights, "pair_constants": tuple(map(tuple, wide_constants.tolist()))}
 
     def _check_names(self, dataset: StructureDataset) -> None:
         old, settings, where = self.checkpoint.statistics, self.settings, self.checkpoint.path
