@@ -163,23 +163,21 @@ class Beginning:
     def _pairs(
         self, elements: Sequence[int], levels: Sequence[str], sources: Sequence[str]
     ) -> dict[str, Any]:
-        """Pair potentials of the checkpoint for more elements, which have none, and for these levels of theory
-        and sources: one that it lacks begins as another or as the mean of all."""
+        """Pair potentials of the checkpoint for more elements, which have none, and for these levels of
+        theory and sources: one that it lacks begins as another or as the mean of all."""
         old, settings = self.checkpoint.statistics, self.settings
         if not old.pair_weights:
             return {}
         first, second = np.tril_indices(len(old.elements))
         kind = np.searchsorted(elements, old.elements)
-        weights, constants = (
-            torch.tensor(old.pair_weights).double(),
-            torch.tensor(old.pair_constants).double(),
-        )
+        weights = torch.tensor(old.pair_weights, dtype=torch.float64)
+        constants = torch.tensor(old.pair_constants, dtype=torch.float64)
         num_pairs = len(elements) * (len(elements) + 1) // 2
         wide = weights.new_zeros(len(weights), num_pairs, weights.shape[-1])
         wide[:, pair_index(kind[first], kind[second])] = weights
         wide_constants = constants.new_zeros(len(constants), len(elements))
         wide_constants[:, kind] = constants
-        if len(weights) == len(old.levels) and self.checkpoint.config.model.level_embedding:
+        if self.checkpoint.config.model.level_embedding:
             wide = _rows(wide, old.levels, levels, settings.new_levels)
         wide_constants = _rows(wide_constants, old.sources, sources, settings.new_sources)
         pair_weights = tuple(tuple(map(tuple, rows)) for rows in wide.tolist())
