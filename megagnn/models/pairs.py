@@ -11,7 +11,6 @@ from megagnn.models.parts import edge_distances, graph_of
 from megagnn.models.radial import envelope
 from megagnn.models.statistics import Statistics
 from megagnn.ops import Segments, dual, segment_sum
-from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
 
 
@@ -45,7 +44,7 @@ class PairPotentials(nn.Module):
         """Of each atom, eV, (N,) float64, a Dual with Dual positions."""
         edges, (kind_N, level_N) = graph_of(batch, ParallelContext()), self._kinds(batch)
         r_EC: Any = edges.r_EC
-        phi_E: Any = self._of_distances(edge_distances(r_EC), self._rows(edges, kind_N, level_N))
+        phi_E: Any = self._of_edges(edge_distances(r_EC), self._rows(edges, kind_N, level_N))
         constants_N = self.constants[batch[keys.SOURCE][batch[keys.BATCH]], kind_N]
         return dual.segment_sum(phi_E.double() * 0.5, edges.destination) + constants_N.neg()
 
@@ -54,13 +53,27 @@ class PairPotentials(nn.Module):
         edges = graph_of(batch, ParallelContext())
         r_EC: Any = edges.r_EC
         d_E, rows_E = edge_distances(r_EC), self._rows(edges, *self._kinds(batch))
-        with torch.inference_mode(False), torch.enable_grad():
-            moved_E = d_E.detach().clone().requires_grad_()
-            (slope_E,) = torch.autograd.grad(self._of_distances(moved_E, rows_E.clone()).sum(), moved_E)
+        _, slope_E = self._value_and_slope(d_E, rows_E)
         return segment_sum((slope_E / d_E).unsqueeze(-1) * r_EC, edges.destination)
 
-    def _of_distances(self, d_E: T, rows_E: Tensor) -> T:
-        """phi of each edge, eV, (E,); rows: of each edge's potential among all of all levels."""
+    def _of_edges(self, d_E: Any, rows_E: Tensor) -> Any:
+        """phi of each edge, eV, (E,); rows: of each edge's potential among all of all levels.
+
+        Of Dual numbers a constant, which a loss differentiates in no direction: no parameter is in it.
+        """
+        if not isinstance(d_E, dual.Dual):
+            return self._of_distances(d_E, rows_E)
+        phi_E, slope_E = self._value_and_slope(d_E.value, rows_E)
+        return dual.Dual(phi_E, slope_E * d_E.tangent)
+
+    def _value_and_slope(self, d_E: Tensor, rows_E: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            moved_E = d_E.detach().clone().requires_grad_()
+            phi_E = self._of_distances(moved_E, rows_E.clone())
+            (slope_E,) = torch.autograd.grad(phi_E.sum(), moved_E)
+        return phi_E.detach(), slope_E
+
+    def _of_distances(self, d_E: Tensor, rows_E: Tensor) -> Tensor:
         values_E4, first_E = self.splines(d_E)
         columns_E4 = first_E.unsqueeze(-1) + torch.arange(4, device=rows_E.device)
         weights_E4 = self.weights.flatten(0, 1)[rows_E.unsqueeze(-1), columns_E4].to(values_E4.dtype)
