@@ -66,7 +66,8 @@ def choose(methods: Sequence[Method], options: ReadOptions, where: str) -> Metho
         )
     usual = {label: getattr(methods[0], label) for label in keys if getattr(methods[0], label)}
     options.check_label_keys(usual, where)
-    return Method("unknown", **{label: given.get(label) for label in keys})
+    named = {label: key or getattr(methods[0], label) for label, key in keys.items()}
+    return Method("unknown", **{label: None if key == "none" else key for label, key in named.items()})
 
 
 def read_described(

@@ -75,6 +75,13 @@ def test_stress_keys_and_groups_of_rows():
         )
 
 
+def test_another_usual_name_of_the_energy_leaves_the_forces(tmp_path):
+    row = {**ROW, "energy": -1.0, "free_energy": -1.5, "forces": [[0.5, 0, 0]]}
+    path = with_record(tmp_path, "slabs.aselmdb", b"1", packed(row))
+    first = next(read_structures(path, ReadOptions(energy_key="free_energy")))
+    assert (first.energy, first.forces.tolist()) == (-1.5, [[0.5, 0, 0]])
+
+
 def with_record(tmp_path, name, key, content):
     path = Path(shutil.copy(FILES / name, tmp_path / name))
     environment = lmdb.open(str(path), subdir=False, map_size=1 << 24, lock=False)

@@ -8,6 +8,7 @@ import pytest
 
 from megagnn.data.formats import ReadOptions, detect_format, parse_units, pymatgen_json, read_structures
 from megagnn.data.formats.pymatgen_json import iterate_entries
+from tests.data.formats.springs import FILES
 
 CELL = [[4.0, 0, 0], [0, 4.0, 0], [1.0, 0, 4.0]]
 FORCES = [[0.1, 0, 0], [-0.1, 0, 0]]
@@ -172,6 +173,25 @@ def test_what_is_no_list_of_entries(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"expected|ends early|nested too deeply"):
         list(iterate_entries(path))
+
+
+def test_files_of_pymatgen():
+    """Those of tests/data/files, written by tools/sample_files/pymatgen_json.py."""
+    trajectory, alexandria = (
+        list(read_structures(FILES / name)) for name in ("mptrj.json", "alexandria.json.bz2")
+    )
+    assert [s.energy for s in trajectory] == [-7.0, -8.0, -7.0, -8.0]
+    assert [s.group for s in trajectory] == ["mp-1", "mp-1", "mp-2", "mp-2"]
+    assert np.allclose(trajectory[1].stress, np.diag([-0.01, 0.02, 0.0]), atol=1e-9)
+    assert [s.energy for s in alexandria] == [-7.0, -8.0]  # without the correction
+    assert [s.group for s in alexandria] == ["agm000", "agm001"]
+    assert alexandria[0].stress is None
+    for structure in (trajectory[0], alexandria[0]):
+        assert structure.forces.tolist() == FORCES
+        assert np.allclose(structure.cell, CELL)
+        assert np.allclose(structure.positions, [[0, 0, 0], [2.5, 2, 2]])
+    names = {"energy_key": "corrected_total_energy", "forces_key": "force", "stress_key": "stress"}
+    assert next(read_structures(FILES / "mptrj.json", ReadOptions(**names))).energy == -9.0
 
 
 @pytest.mark.parametrize("name", ["alexandria.json", "alexandria.json.gz"])
