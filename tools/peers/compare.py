@@ -164,9 +164,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     arguments.out, arguments.store = arguments.out.resolve(), arguments.store.resolve()
-    signal.signal(
-        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
-    )  # and so ends the program that runs
     frames = arguments.out / arguments.store.name / "frames"
     write_splits(Store.open(arguments.store), frames)
     for training in planned(arguments):
@@ -184,4 +181,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # so that the program that runs ends as well
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     raise SystemExit(main())
