@@ -20,6 +20,9 @@ TIME_LIMIT = 120.0
 MEMORY_LIMIT = 4 << 30
 """Bytes of memory of its own that a child may have; maps of files do not count."""
 
+LIBRARIES = {"HDF5_USE_FILE_LOCKING": "FALSE"}
+"""Settings of the libraries: files are only read, and some file systems know no locks."""
+
 
 class ForeignError(ValueError):
     """A file that cannot be read; `num_items` were read before."""
@@ -43,7 +46,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **LIBRARIES},
         )
         theirs.close()
 

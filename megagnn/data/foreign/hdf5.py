@@ -44,6 +44,7 @@ LAYOUTS = {
             "config_energy_weight": "property_weights/energy",
             "config_forces_weight": "property_weights/forces",
             "config_stress_weight": "property_weights/stress",
+            "config_virials_weight": "property_weights/virials",
         },
     ),
 }
@@ -96,21 +97,16 @@ def _names(group: h5py.Group) -> list[str]:
 def _leaves(
     group: h5py.Group, depth: int, names: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], h5py.Group]]:
-    ordered = sorted(group, key=_natural) if depth == 1 and names else group
-    for name in ordered:
-        entry = group[name]
+    # MACE numbers its structures; HDF5 would list config_10 before config_2
+    counted = (f"config_{k}" for k in range(len(group))) if "config_0" in group else group
+    for name in counted:
+        entry = group.get(name)
         if not isinstance(entry, h5py.Group):
             continue
         if depth == 1:
             yield (*names, name), entry
         else:
             yield from _leaves(entry, depth - 1, (*names, name))
-
-
-def _natural(name: str) -> tuple[int, str]:
-    """config_2 before config_10, which HDF5 lists by letters."""
-    digits = name.rpartition("_")[2]
-    return (int(digits) if digits.isdigit() and len(digits) < 18 else -1, name)
 
 
 def _of_group(
@@ -137,6 +133,10 @@ def _of_group(
     found = [key for key in keys if isinstance(group.get(key), h5py.Dataset)]
     if len(shape) == 2:
         values = {key: _plain(group[key][()]) for key in found}
+        info = common["info"]
+        for label in ("energy", "forces", "stress", "virials"):  # MACE gives one that is not there no weight
+            if f"config_{label}_weight" in info and values.get(f"properties/{label}") is None:
+                del info[f"config_{label}_weight"]
         yield {**common, "positions": positions[()], "values": values}
         return
     for key in found:

@@ -4,7 +4,7 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lmdb
@@ -16,6 +16,8 @@ RESERVED = (b"nextid", b"deleted_ids", b"metadata")
 """Keys of a database of ASE that are no rows."""
 LARGEST = 1 << 28
 """Bytes of a row, unpacked."""
+TOTAL, REFERENCES = "total_energy", "oc20_ref.pkl"
+RELATIVE = "the energy may be relative to slab and gas, as OC20's files for training are"
 SIMPLE = (str, int, float, bool)
 
 
@@ -38,7 +40,7 @@ def structures(path: str, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]
         if transaction.get(b"nextid") is not None:
             yield from _rows(transaction, keys)
         elif transaction.get(b"0") is not None:
-            yield from _graphs(transaction, keys)
+            yield from _graphs(transaction, keys, path)
         else:
             shown = [
                 bytes(key)[:20] for key in itertools.islice(transaction.cursor().iternext(values=False), 4)
@@ -49,8 +51,9 @@ def structures(path: str, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]
             )
 
 
-def _graphs(transaction: lmdb.Transaction, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]:
+def _graphs(transaction: lmdb.Transaction, keys: Sequence[str], path: str) -> Iterator[dict[str, Any] | str]:
     """Pickled graphs under 0, 1, ...; `length` says how many where the writer came to an end."""
+    references = _references(path) if TOTAL in keys else None
     count = transaction.stat()["entries"]
     length = transaction.get(b"length")
     if length is not None:
@@ -61,7 +64,7 @@ def _graphs(transaction: lmdb.Transaction, keys: Sequence[str]) -> Iterator[dict
         try:
             if content is None:
                 raise ValueError(f"there is none, though the file has {count} by its key 'length'")
-            item: dict[str, Any] | str = _of_graph(pickles.load(bytes(content)), keys)
+            item: dict[str, Any] | str = _of_graph(pickles.load(bytes(content)), keys, references)
         except MemoryError:
             raise
         except Exception as error:  # whatever a damaged pickle leads to
@@ -75,7 +78,18 @@ def _graphs(transaction: lmdb.Transaction, keys: Sequence[str]) -> Iterator[dict
         yield item
 
 
-def _of_graph(record: Any, keys: Sequence[str]) -> dict[str, Any]:
+def _references(path: str) -> dict[str, float]:
+    """Energies of slab and gas, eV, by system, of the file that the Open Catalyst project publishes."""
+    beside = os.path.join(os.path.dirname(path), REFERENCES)
+    if not os.path.isfile(beside):
+        raise ValueError(
+            f"{TOTAL} needs {REFERENCES} beside the file; fetch it, or take the energy of the file"
+        )
+    with open(beside, "rb") as file:
+        return dict(pickles.load(file.read()))
+
+
+def _of_graph(record: Any, keys: Sequence[str], references: Mapping[str, float] | None) -> dict[str, Any]:
     if not isinstance(record, dict) or not {"pos", "atomic_numbers"} <= record.keys():
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"a graph has pos and atomic_numbers, got {found or 'nothing'}")
@@ -85,6 +99,9 @@ def _of_graph(record: Any, keys: Sequence[str]) -> dict[str, Any]:
         "forces": record.get("force", record.get("forces")),
     }
     is_oc22 = bool(record.get("oc22", 0))
+    if references is not None:
+        system = f"random{str(record.get('sid')).removeprefix('random')}"
+        labels[TOTAL] = float(labels["energy"]) + (0.0 if is_oc22 else references[system])
     fixed = record.get("fixed")
     return {
         "numbers": record["atomic_numbers"],
@@ -95,6 +112,7 @@ def _of_graph(record: Any, keys: Sequence[str]) -> dict[str, Any]:
         "fixed": None if fixed is None else np.asarray(fixed) > 0.5,
         "info": {key: value for key, value in record.items() if isinstance(value, SIMPLE)},
         "level": "PBE+U" if is_oc22 else "RPBE",
+        "notes": () if is_oc22 or references is not None else (RELATIVE,),
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megagnn.data.formats.ase_files import read_ase
+from megagnn.data.formats.cp2k import is_cp2k, read_cp2k
 from megagnn.data.formats.deepmd import is_deepmd, look_into_deepmd, read_deepmd
 from megagnn.data.formats.hdf5 import is_hdf5, look_into_hdf5, read_hdf5
 from megagnn.data.formats.lmdb import is_lmdb, look_into_lmdb, read_lmdb
@@ -55,6 +56,7 @@ FORMATS = {
     "hdf5": Format(read_hdf5, is_hdf5, look_into_hdf5),
     "lmdb": Format(read_lmdb, is_lmdb, look_into_lmdb),
     "npz": Format(read_npz, is_npz, look_into_npz),
+    "cp2k": Format(read_cp2k, is_cp2k),
     "deepmd": Format(read_deepmd, is_deepmd, look_into_deepmd),
     "ase": Format(read_ase, lambda _: True),
 }

@@ -52,6 +52,7 @@ LAYOUTS = {
             Method(
                 "unknown", "properties/energy", "properties/forces", "properties/stress", "properties/virials"
             ),
+            Method("unknown", "energy", "forces", "stress", "virials"),  # of earlier versions
         ),
     ),
 }

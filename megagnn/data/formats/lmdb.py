@@ -1,7 +1,8 @@
 """LMDB: pickled graphs of OC20 and OC22 (S2EF), and databases of ASE (OMat24, OMol25, sAlex and others).
 
 Graphs are pickles of torch_geometric. They are read without it, and nothing that they name is run. The energy
-of OC20 is that of the file: relative to slab and gas where it was made with `--ref-energy`, as by default.
+of OC20 is that of the file: relative to slab and gas where it was made with `--ref-energy`, as by default. With
+`oc20_ref.pkl` beside it, `--energy-key total_energy --forces-key forces` takes the sum.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,8 @@ MAGIC, MAGIC_AT = b"\xde\xc0\xef\xbe", 16
 def _system(item: Mapping[str, Any]) -> str | None:
     """The slab and adsorbate, whose frames are one relaxation."""
     sid = item["info"].get("sid")
-    return None if sid is None else f"{'OC22' if item['info'].get('oc22') else 'OC20'} {sid}"
+    name = "OC22" if item["info"].get("oc22") else "OC20"
+    return None if sid is None else f"{name} {str(sid).removeprefix('random')}"
 
 
 LAYOUTS = {

@@ -31,7 +31,7 @@ class Published(NamedTuple):
     """A published layout.
 
     Attributes:
-        methods: that it has labels of; the first is read unless keys say otherwise.
+        methods: that it may have labels of; the first that is there is read unless keys say otherwise.
         units: of the file.
         nan_is_missing: NaN stands for a label that was not computed; else it is a fault, as everywhere.
         group: from an item to the name of what must stay on one side of a split, or None for the formula.
@@ -123,7 +123,8 @@ def structures(
         ValueError: items that are no structures (an UnreadableError), no such key, keys that do not belong
             together.
     """
-    method = choose(published.methods, options, str(path))
+    there = [m for m in published.methods if {m.energy, m.forces} & set(keys)]
+    method = choose(there or published.methods, options, str(path))
 
     def parse(numbered: tuple[int, Any]) -> Structure | None:
         index, item = numbered

@@ -80,13 +80,29 @@ def test_mace_says_nothing_by_a_word():
     assert found[0].cell[2, 2] == 8
 
 
-def test_structures_of_a_batch_stay_in_order(tmp_path):
+@pytest.mark.parametrize("folder", ["properties/", ""])
+def test_structures_of_a_batch_stay_in_order(folder, tmp_path):
     with h5py.File(tmp_path / "many.h5", "w") as file:
         for k in range(12):
             group = file.create_group(f"config_batch_0/config_{k}")
             group["atomic_numbers"], group["positions"] = [1], [[0.0, 0.0, 0.0]]
-            group["properties/energy"] = float(k)
+            group[f"{folder}energy"] = float(k)
     assert [s.energy for s in read_structures(tmp_path / "many.h5")] == list(range(12))
+
+
+def test_mace_gives_no_weight_to_what_is_not_there(tmp_path):
+    path = copied("mace.h5", tmp_path)
+    with h5py.File(path, "r+") as file:
+        first, second = (file[f"config_batch_0/config_{k}"] for k in range(2))
+        first["property_weights/virials"][()] = 0.0  # it has a stress
+        second["property_weights/stress"][()] = 0.0  # it gets virials
+        second["property_weights/forces"][()] = 0.5
+        del second["properties/virials"]
+        second["properties/virials"] = -5.12 * np.eye(3)  # of 512 Å^3
+    (one, two, *_) = read_structures(path)
+    assert one.weights == (1.0, 1.0, 1.0)
+    assert two.weights == (2.0, 1.0, 2.0)
+    assert np.allclose(two.stress, 0.01 * np.eye(3))
 
 
 def change_no_numbers(file):

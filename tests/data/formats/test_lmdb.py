@@ -98,6 +98,24 @@ class Evil:
         return self.call
 
 
+def test_total_energies_of_oc20(tmp_path):
+    path = Path(shutil.copy(FILES / "oc20.lmdb", tmp_path))
+    relative = next(read_structures(path))
+    assert "relative to slab and gas" in relative.notes[0]
+    total = ReadOptions(energy_key="total_energy", forces_key="forces")
+    with pytest.raises(ValueError, match=r"total_energy needs oc20_ref.pkl beside the file; fetch it"):
+        list(read_structures(path, total))
+    (tmp_path / "oc20_ref.pkl").write_bytes(pickle.dumps({"random1331084": -100.0}))
+    found = next(read_structures(path, total))
+    assert found.energy == pytest.approx(relative.energy - 100)
+    assert (found.level, found.notes) == ("RPBE", ())
+    assert np.array_equal(found.forces, relative.forces)
+    (tmp_path / "oc20_ref.pkl").write_bytes(pickle.dumps(Evil(os.unlink, str(path))))
+    with pytest.raises(ValueError, match=r"the pickle names posix.unlink"):
+        list(read_structures(path, total))
+    assert path.exists()
+
+
 @pytest.mark.parametrize("function", [os.system, eval, np.load, os.unlink])
 def test_no_pickle_is_run(function, tmp_path):
     marked = tmp_path / "marked"
