@@ -1,8 +1,8 @@
 """LMDB: pickled graphs of OC20 and OC22 (S2EF), and databases of ASE (OMat24, OMol25, sAlex and others).
 
 Graphs are pickles of torch_geometric. They are read without it, and nothing that they name is run. The energy
-of OC20 is that of the file: relative to slab and gas where it was made with `--ref-energy`, as by default. With
-`oc20_ref.pkl` beside it, `--energy-key total_energy --forces-key forces` takes the sum.
+of OC20 is that of the file: relative to slab and gas where it was made with `--ref-energy`, as by default.
+`--energy-key total_energy --forces-key forces` adds to it what `oc20_ref.pkl` beside the file says.
 """
 
 from collections.abc import Iterator, Mapping
