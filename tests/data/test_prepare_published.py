@@ -18,7 +18,7 @@ def prepare(out, *arguments):
 def test_sources_of_several_formats(tmp_path):
     pytest.importorskip("h5py", reason="h5py is not installed")
     files = [f"ani={FILES / 'ani1x.h5'}", f"spice={FILES / 'spice.h5'}", f"dp={FILES / 'deepmd'}"]
-    store = prepare(tmp_path / "store", *files)
+    store = prepare(tmp_path / "store", *files, "--split", "0,0,1")
     assert store.header.sources == ("ani", "spice", "dp")
     assert store.header.levels == ("wB97X/6-31G(d)", "wB97M-D3BJ/def2-TZVPPD", "unknown")
     assert len(store) == 12 + 8 + 5
