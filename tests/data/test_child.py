@@ -24,6 +24,13 @@ def do(path):
         yield bytearray(1 << 33)
     if "missing" in text:
         import lmdb_that_is_not_there
+    if "refuse" in text:
+        from megagnn.data.foreign import RefusedError
+        raise RefusedError("of another layout; convert it")
+    if "array" in text:
+        import numpy as np
+        yield {"where": "row 7", "values": {"energy": np.array([None])}}
+        return
     if "raise" in text:
         raise KeyError("numbers")
     yield from range(1000)
@@ -65,6 +72,7 @@ def test_two_files_at_once_have_two_children(read):
         ("crash", {}, r"cannot read .*file: its library crashed \(SIGABRT\); is the file whole\?"),
         ("sleep", {"time_limit": 1.0}, r"cannot read .*file: no answer within 1 s"),
         ("eat", {"memory_limit": 1 << 31}, r"it needs more memory than the 2,147,483,648 B allowed"),
+        ("refuse", {}, "cannot read .*file: of another layout; convert it$"),
         ("raise", {}, "cannot read .*file: 'numbers'; is the file whole"),
     ],
 )
@@ -72,6 +80,11 @@ def test_the_end_of_a_child_is_told(text, limits, said, read):
     with pytest.raises(child.ForeignError, match=said):
         list(read(text, **limits))
     assert len(list(read(""))) == 1001  # the next file is read
+
+
+def test_arrays_of_objects_are_not_sent(read):
+    _, told = read("array")
+    assert told == "row 7: an array of type object, which is neither numbers nor text"
 
 
 def test_a_missing_package_is_told(read):

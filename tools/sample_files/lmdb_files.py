@@ -1,5 +1,6 @@
-"""Writes the LMDB test files: `python tools/sample_files/lmdb_files.py DIR`, with lmdb, torch_geometric and
-ase-db-backends (which writes .aselmdb) installed.
+"""Writes the LMDB test files: `python tools/sample_files/lmdb_files.py DIR`.
+
+It needs lmdb, torch_geometric and ase-db-backends, which writes .aselmdb.
 """
 
 import pickle

@@ -1,4 +1,4 @@
-"""Reading in a child process: a library that crashes, hangs or fills the memory costs a file.
+"""Read a file in a child process, so that a crash of its library loses that file only.
 
 A child reads one file at a time and serves the next when that is done, so that its start is paid once. Where
 it dies, the file it read is told as unreadable; but an earlier file may have left it damaged, so a file is
@@ -137,4 +137,4 @@ def read_in_child(
             "megagnn[formats] for those of all formats"
         )
     if kind == "error":
-        raise ForeignError(f"cannot read {path}: {content}; is the file whole?", num_items)
+        raise ForeignError(f"cannot read {path}: {content}", num_items)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
+from megagnn.data.foreign import RefusedError
+
 BLOCK = 1 << 20
 """Numbers of positions that are read at a time."""
 
@@ -58,7 +60,7 @@ def structures(path: str, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]
         keys: names of labels; those that a structure lacks are left out of its "values".
 
     Raises:
-        ValueError: a file of none of the layouts.
+        RefusedError: a file of none of the layouts.
     """
     with h5py.File(path, "r") as file:
         name, first = _layout(file)
@@ -80,7 +82,7 @@ def _layout(file: h5py.File) -> tuple[str, h5py.Group]:
         if isinstance(group, h5py.Group) and layout.positions in group:
             return name, group
     shown = ", ".join(list(top)[:8]) if isinstance(top, h5py.Group) else str(top)
-    raise ValueError(
+    raise RefusedError(
         f"this HDF5 file has none of the known layouts ({', '.join(LAYOUTS)}): its first group holds "
         f"{shown or 'nothing'}; convert it to extended XYZ"
     )

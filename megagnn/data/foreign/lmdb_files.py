@@ -4,16 +4,18 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import lmdb
 import numpy as np
 
-from megagnn.data.foreign import pickles
+from megagnn.data.foreign import RefusedError, pickles
 
 RESERVED = (b"nextid", b"deleted_ids", b"metadata")
 """Keys of a database of ASE that are no rows."""
+LENGTH = b"length"
+"""Key of the number of graphs, where their writer came to an end."""
 LARGEST = 1 << 28
 """Bytes of a row, unpacked."""
 TOTAL, REFERENCES = "total_energy", "oc20_ref.pkl"
@@ -29,7 +31,7 @@ def structures(path: str, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]
         keys: names of labels; those that a structure lacks are left out of its "values".
 
     Raises:
-        ValueError: neither of the layouts.
+        RefusedError: neither of the layouts.
         lmdb.Error: a damaged file.
     """
     is_folder = os.path.isdir(path)
@@ -39,28 +41,26 @@ def structures(path: str, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]
     ):
         if transaction.get(b"nextid") is not None:
             yield from _rows(transaction, keys)
-        elif transaction.get(b"0") is not None:
+        elif transaction.get(b"0") is not None or transaction.get(LENGTH) is not None:
             yield from _graphs(transaction, keys, path)
         else:
             shown = [
                 bytes(key)[:20] for key in itertools.islice(transaction.cursor().iternext(values=False), 4)
             ]
-            raise ValueError(
+            raise RefusedError(
                 "this LMDB has neither rows of ASE (a key 'nextid') nor graphs of Open Catalyst (a key '0'); "
                 f"its first keys are {shown}; convert it to extended XYZ"
             )
 
 
 def _graphs(transaction: lmdb.Transaction, keys: Sequence[str], path: str) -> Iterator[dict[str, Any] | str]:
-    """Pickled graphs under 0, 1, ...; `length` says how many where the writer came to an end."""
+    """Pickled graphs under 0, 1, ...; without `length` all that are there."""
     references = _references(path) if TOTAL in keys else None
-    count = transaction.stat()["entries"]
-    length = transaction.get(b"length")
-    if length is not None:
-        count = int(pickles.load(bytes(length)))
+    length = transaction.get(LENGTH)
+    there = transaction.stat()["entries"] - (length is not None)
+    count = there if length is None else int(pickles.load(bytes(length)))
     is_described = False
-    for number in range(count):
-        content = transaction.get(str(number).encode())
+    for number, content in _records(transaction, range(count), there):
         try:
             if content is None:
                 raise ValueError(f"there is none, though the file has {count} by its key 'length'")
@@ -70,19 +70,41 @@ def _graphs(transaction: lmdb.Transaction, keys: Sequence[str], path: str) -> It
         except Exception as error:  # whatever a damaged pickle leads to
             item = f"record {number}: {str(error) or type(error).__name__}"
         if not is_described:
-            there = [] if isinstance(item, str) else sorted(item["values"])
-            yield {"layout": "Open Catalyst", "keys": there, "num_structures": count}
+            labels = [] if isinstance(item, str) else sorted(item["values"])
+            yield {"layout": "Open Catalyst", "keys": labels, "num_structures": min(count, there)}
             is_described = True
         if isinstance(item, dict):
             item["where"] = f"record {number}"
         yield item
 
 
+def _records(
+    transaction: lmdb.Transaction, numbers: range, there: int, gone: Collection[int] = ()
+) -> Iterator[tuple[int, Any]]:
+    """(number, content) of records, None for one that is missing.
+
+    Where the file says that it has more than the `there` records in it, the first missing one after these is
+    the last.
+    """
+    found = missing = 0
+    for number in numbers:
+        content = transaction.get(str(number).encode())
+        if content is None and number in gone:
+            continue
+        yield number, content
+        if content is not None:
+            found += 1
+            continue
+        missing += 1
+        if found >= there or missing > there:
+            return
+
+
 def _references(path: str) -> dict[str, float]:
     """Energies of slab and gas, eV, by system, of the file that the Open Catalyst project publishes."""
     beside = os.path.join(os.path.dirname(path), REFERENCES)
     if not os.path.isfile(beside):
-        raise ValueError(
+        raise RefusedError(
             f"{TOTAL} needs {REFERENCES} beside the file; fetch it, or take the energy of the file"
         )
     with open(beside, "rb") as file:
@@ -91,7 +113,7 @@ def _references(path: str) -> dict[str, float]:
 
 def _of_graph(record: Any, keys: Sequence[str], references: Mapping[str, float] | None) -> dict[str, Any]:
     if not isinstance(record, dict) or not {"pos", "atomic_numbers"} <= record.keys():
-        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
         raise ValueError(f"a graph has pos and atomic_numbers, got {found or 'nothing'}")
     labels = {
         **{key: record[key] for key in keys if key in record},
@@ -100,20 +122,30 @@ def _of_graph(record: Any, keys: Sequence[str], references: Mapping[str, float] 
     }
     is_oc22 = bool(record.get("oc22", 0))
     if references is not None:
-        system = f"random{str(record.get('sid')).removeprefix('random')}"
-        labels[TOTAL] = float(labels["energy"]) + (0.0 if is_oc22 else references[system])
+        labels[TOTAL] = float(labels["energy"]) + (0.0 if is_oc22 else _reference(record, references))
     fixed = record.get("fixed")
+    method = "RPBE" if references is not None else None  # only OC20's records have references of OC20
     return {
-        "numbers": record["atomic_numbers"],
-        "positions": record["pos"],
+        "numbers": np.asarray(record["atomic_numbers"]),
+        "positions": np.asarray(record["pos"]),
         "cell": np.asarray(record["cell"]).reshape(3, 3),
-        "pbc": record.get("pbc", True),
-        "values": {key: value for key, value in labels.items() if value is not None},
+        "pbc": np.asarray(record.get("pbc", True)),
+        "values": {key: np.asarray(value) for key, value in labels.items() if value is not None},
         "fixed": None if fixed is None else np.asarray(fixed) > 0.5,
-        "info": {key: value for key, value in record.items() if isinstance(value, SIMPLE)},
-        "level": "PBE+U" if is_oc22 else "RPBE",
+        "info": {k: v for k, v in record.items() if isinstance(k, str) and isinstance(v, SIMPLE)},
+        "level": "PBE+U" if is_oc22 else method,
         "notes": () if is_oc22 or references is not None else (RELATIVE,),
     }
+
+
+def _reference(record: Mapping[str, Any], references: Mapping[str, float]) -> float:
+    system = f"random{str(record.get('sid')).removeprefix('random')}"
+    if system not in references:
+        raise RefusedError(
+            f"{REFERENCES} beside the file has no {system}, so its {TOTAL} is not known; fetch the one "
+            "published with the file, or take the energy of the file"
+        )
+    return float(references[system])
 
 
 def _rows(transaction: lmdb.Transaction, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]:
@@ -122,11 +154,9 @@ def _rows(transaction: lmdb.Transaction, keys: Sequence[str]) -> Iterator[dict[s
     removed = transaction.get(b"deleted_ids")
     gone = set(_unpacked(removed)) if removed is not None else set()
     reserved = sum(transaction.get(key) is not None for key in RESERVED)
+    there = transaction.stat()["entries"] - reserved
     is_described = False
-    for number in range(1, last):
-        content = transaction.get(str(number).encode())
-        if content is None and number in gone:
-            continue
+    for number, content in _records(transaction, range(1, last), there, gone):
         try:
             if content is None:
                 raise ValueError(f"there is none, though rows are numbered up to {last - 1}")
@@ -134,9 +164,8 @@ def _rows(transaction: lmdb.Transaction, keys: Sequence[str]) -> Iterator[dict[s
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, zlib.error) as error:
             item = f"row {number}: {type(error).__name__} {error}"
         if not is_described:
-            there = [] if isinstance(item, str) else item["there"]
-            count = transaction.stat()["entries"] - reserved
-            yield {"layout": "ASE", "keys": there, "num_structures": count}
+            labels = [] if isinstance(item, str) else item["there"]
+            yield {"layout": "ASE", "keys": labels, "num_structures": there}
             is_described = True
         if isinstance(item, dict):
             item["where"] = f"row {number}"

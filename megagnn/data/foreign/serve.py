@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+import numpy as np
+
+from megagnn.data.foreign import RefusedError
+
 NUM_ITEMS, NUM_BYTES, SECONDS = 200, 1 << 20, 0.5
 """A message is sent when it holds so much, or when the first item in it is so old."""
 
@@ -40,8 +44,10 @@ def _answer(pipe: Connection, reader: str, path: str, arguments: dict[str, Any])
         )
     except BrokenPipeError:
         raise
+    except RefusedError as error:
+        return "error", str(error)
     except Exception as error:  # whatever a library raises of a damaged file
-        return "error", f"{str(error) or type(error).__name__}"
+        return "error", f"{str(error) or type(error).__name__}; is the file whole?"
     return "end", None
 
 
@@ -51,6 +57,9 @@ def messages(items: Iterator[Any]) -> Iterator[list[Any]]:
     size, began = 0, time.monotonic()
     try:
         for item in items:
+            refused = _refused(item)
+            if refused:
+                item = f"{item.get('where', 'structure')}: {refused}"
             held.append(item)
             size += size_of(item)
             if len(held) >= NUM_ITEMS or size >= NUM_BYTES or time.monotonic() - began > SECONDS:
@@ -62,6 +71,14 @@ def messages(items: Iterator[Any]) -> Iterator[list[Any]]:
         raise
     if held:
         yield held
+
+
+def _refused(item: Any) -> str:
+    """Why an item must not be sent: unpickled by the parent, an array of objects could be any."""
+    if isinstance(item, dict):
+        return next(filter(None, map(_refused, item.values())), "")
+    kind = item.dtype.kind if isinstance(item, (np.ndarray, np.generic)) else ""
+    return f"an array of type {item.dtype}, which is neither numbers nor text" if kind not in "biufSU" else ""
 
 
 def size_of(item: Any) -> int:

@@ -2,7 +2,8 @@
 
 Graphs are pickles of torch_geometric. They are read without it, and nothing that they name is run. The energy
 of OC20 is that of the file: relative to slab and gas where it was made with `--ref-energy`, as by default.
-`--energy-key total_energy --forces-key forces` adds to it what `oc20_ref.pkl` beside the file says.
+`--energy-key total_energy --forces-key forces` adds to it what `oc20_ref.pkl` beside the file says. Graphs of
+other sets look like those of OC20: the level of theory is RPBE only where these references are added.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ MAGIC, MAGIC_AT = b"\xde\xc0\xef\xbe", 16
 
 
 def _system(item: Mapping[str, Any]) -> str | None:
-    """The slab and adsorbate, whose frames are one relaxation."""
+    """The slab and adsorbate, whose frames are one relaxation; named as in OC20's archives."""
     sid = item["info"].get("sid")
     name = "OC22" if item["info"].get("oc22") else "OC20"
     return None if sid is None else f"{name} {str(sid).removeprefix('random')}"

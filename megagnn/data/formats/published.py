@@ -83,7 +83,7 @@ def read_described(
         ValueError: see `read_in_child`, `choose` and `structures`.
     """
     with closing(_items(reader, path, layouts, options)) as items:
-        found = next(items)
+        found = _description(path, items)
         yield from structures(path, items, layouts[found["layout"]], options, found["keys"])
 
 
@@ -92,8 +92,15 @@ def described(
 ) -> dict[str, Any]:
     """The description of such a file, with the units of its labels."""
     with closing(_items(reader, path, layouts, options)) as items:
-        found = next(items)
+        found = _description(path, items)
         return {**found, "units": dict(layouts[found["layout"]].units.of)}
+
+
+def _description(path: Path, items: Iterator[Any]) -> dict[str, Any]:
+    found: dict[str, Any] | None = next(items, None)
+    if found is None:
+        raise UnreadableError(f"{path} holds no structures; check that its writer came to its end")
+    return found
 
 
 def _items(
