@@ -9,7 +9,7 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from megagnn.data import keys
-from megagnn.data.formats import FORMATS, ReadOptions, UnreadableError, detect_format, read_structures
+from megagnn.data.formats import FORMATS, ReadOptions, detect_format, read_structures
 from megagnn.data.record import Structure
 
 NUM_READ = 200
@@ -23,15 +23,25 @@ def describe_file(path: Path, options: ReadOptions | None = None) -> str:
     The file is told by its description, where its format has one, and by its first NUM_READ structures.
 
     Raises:
-        ValueError: no such file, or one of which nothing can be read.
+        ValueError: no such file, or one of no known format of which nothing can be read.
     """
-    told: list[UnreadableError] = []
+    told: list[ValueError] = []
     name = detect_format(path)
     look = FORMATS[name].look(path, options or ReadOptions())
     layout = f" ({look['layout']})" if "layout" in look else ""
     lines = [f"{path}: format {name}{layout}"]
-    reading = options or ReadOptions(on_unreadable=told.append)
-    found = list(islice(read_structures(path, reading, name), NUM_READ))
+    found: list[Structure] = []
+    try:
+        found.extend(
+            islice(read_structures(path, options or ReadOptions(on_unreadable=told.append), name), NUM_READ)
+        )
+    except ValueError as error:
+        if not look:
+            raise
+        told.append(error)  # of units, say: what was seen of the file is told all the same
+    if name == "ase" and not found:
+        reason = told[0] if told else "it holds no structures"
+        raise ValueError(f"{path} is neither a checkpoint nor data that can be read: {reason}")
     count = look.get("num_structures", len(found))
     is_whole = len(found) < NUM_READ or count > NUM_READ
     groups = f" in {look['num_groups']:,} groups of the file" if "num_groups" in look else ""

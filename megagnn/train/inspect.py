@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _is_data(path: Path) -> bool:
-    """Whether a path is one that `megagnn prepare` reads, and no checkpoint."""
+    """Whether a path may be one that `megagnn prepare` reads, and is no checkpoint."""
     from megagnn.data.formats import detect_format
 
     if path.is_dir():

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megagnn.cli import main
@@ -44,5 +45,21 @@ def test_of_any_other_file(tmp_path, capsys):
     assert "structures   at least 200; 200 were read" in said
     broken = write(tmp_path / "few.xyz", crystal(0), "3\nLattice=1\n")
     assert "unreadable   1 of them; the first: cannot read" in said_of(broken, capsys)
-    write(tmp_path / "none.xyz", "hello")
-    assert "nothing of it can be prepared" in said_of(tmp_path / "none.xyz", capsys)
+
+
+@pytest.mark.parametrize("text", ["hello", ""])
+def test_of_a_file_that_is_nothing(text, tmp_path, capsys):
+    write(tmp_path / "none.xyz", text)
+    assert main(["inspect", str(tmp_path / "none.xyz")]) == 2
+    assert "none.xyz is neither a checkpoint nor data that can be read: " in capsys.readouterr().err
+
+
+def test_of_an_archive_of_units_that_are_not_known(tmp_path, capsys):
+    with np.load(FILES / "sgdml_water.npz") as file:
+        np.savez(tmp_path / "a.npz", **{**file, "e_unit": "furlong"})
+    said = said_of(tmp_path / "a.npz", capsys)
+    assert "units there  energy furlong, forces furlong/" in said
+    assert "give them with --units of megagnn prepare" in said
+    (tmp_path / "a.npz").write_bytes((FILES / "sgdml_water.npz").read_bytes()[:-40])
+    assert main(["inspect", str(tmp_path / "a.npz")]) == 2
+    assert "frame 0: File is not a zip file; is the file whole?" in capsys.readouterr().err

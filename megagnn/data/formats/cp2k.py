@@ -1,13 +1,14 @@
 """Trajectories of CP2K: `NAME-pos-1.xyz`, and beside it `NAME-frc-1.xyz` and `NAME-1.cell`.
 
 Positions and cells are in Å, the energy of a comment line `i = 0, time = 0.000, E = -17.2` in Ha, forces in
-Ha/bohr. Whether the electronic steps converged is in none of these files.
+Ha/bohr. Whether the electronic steps converged is in none of these files, nor along which axes the cell is
+periodic: structures are taken as periodic along all three.
 """
 
 import re
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, closing
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +48,8 @@ def read_cp2k(path: Path, options: ReadOptions) -> Iterator[Structure]:
     """Yield the frames of a trajectory, with the forces of the same step where there are any.
 
     Raises:
-        ValueError: no file of cells, a frame that is cut short or says no energy (an UnreadableError).
+        ValueError: no file of cells, a frame that is cut short or says no energy, or steps that do not rise
+            (an UnreadableError).
     """
     forces, _ = beside(path)
     keys = ["energy", "forces"] if forces.is_file() else ["energy"]
@@ -93,12 +95,14 @@ def _items(path: Path, options: ReadOptions) -> Iterator[dict[str, Any]]:
                 "info": {"step": step.number},
                 "where": f"step {step.number}",
             }
+        for _ in chain(forces, cells):  # steps that come again after the last position are told, too
+            pass
 
 
 def _steps(path: Path) -> Generator[Step, None, None]:
     """The frames of a file of positions or forces."""
     with path.open() as file:
-        index = 0
+        index, last = 0, None
         while (head := file.readline()).strip():
             comment = file.readline()
             found = COMMENT.match(comment)
@@ -113,17 +117,38 @@ def _steps(path: Path) -> Generator[Step, None, None]:
             except ValueError as error:
                 reason = f"cannot read {path}, frame {index}: {error}; is the file whole?"
                 raise UnreadableError(reason, last=index) from error
+            _check_rise(path, last, step.number, index)
             yield step
-            index += 1
+            index, last = index + 1, step.number
+        if any(line.strip() for line in file):
+            raise UnreadableError(
+                f"cannot read {path}: an empty line after frame {index - 1}, and more after it; remove the "
+                "line, or what follows",
+                last=index,
+            )
 
 
 def _cells(path: Path) -> Generator[tuple[int, Floats], None, None]:
     """(step, (3, 3) Å) of each line: step, time, the nine numbers of the vectors, volume."""
+    last = None
     with path.open() as file:
         for line in file:
             words = line.split()
             if words and not words[0].startswith("#"):
                 try:
-                    yield int(words[0]), np.array(words[2:11], dtype=np.float64).reshape(3, 3)
+                    number, cell = int(words[0]), np.array(words[2:11], dtype=np.float64).reshape(3, 3)
                 except ValueError as error:
                     raise UnreadableError(f"cannot read {path}: {error}; is the file whole?") from error
+                _check_rise(path, last, number)
+                yield number, cell
+                last = number
+
+
+def _check_rise(path: Path, before: int | None, number: int, index: int | None = None) -> None:
+    """Refuse a step that comes again: a restart appends it, and other files may hold the earlier one."""
+    if before is not None and number <= before:
+        raise UnreadableError(
+            f"cannot read {path}: step {number} comes after step {before}, as a restarted run appends it; "
+            "cut the files of positions, forces and cells there, each part with a name of its own",
+            last=index,
+        )

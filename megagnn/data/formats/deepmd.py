@@ -96,6 +96,11 @@ def _name(names: list[str], kind: int) -> str:
 
 def _load(file: Path) -> Any:
     try:
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
         raise UnreadableError(f"{file} is no array: {error}; is the file whole?") from error
+    if not isinstance(array, np.ndarray) or array.ndim == 0:
+        raise UnreadableError(
+            f"{file} holds no row for each frame but a single value; remove it, or repair it"
+        )
+    return array

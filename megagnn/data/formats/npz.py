@@ -25,6 +25,8 @@ from megagnn.data.record import Structure
 
 NUM_ROWS = 256
 """Conformations that are read at a time."""
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError)
+"""What damaged archives raise."""
 LARGEST = 1 << 20
 """Numbers of an array that is read whole."""
 
@@ -98,18 +100,21 @@ def read_npz(path: Path, options: ReadOptions) -> Iterator[Structure]:
             wanted = {key for method in layout.methods for key in method[1:]} | set(options.all_keys.values())
             items = _items(archive, layout, [key for key in keys if key in wanted])
             yield from structures(path, items, published, options, keys)
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError) as error:
+    except DAMAGE as error:
         raise cannot_read(path, 0, error) from error
 
 
 def look_into_npz(path: Path, options: ReadOptions) -> dict[str, Any]:
-    """See `Format.look`."""
-    with zipfile.ZipFile(path) as archive:
-        name, layout = _layout(archive)
-        keys = [entry.removesuffix(".npy") for entry in archive.namelist()]
-        with archive.open(f"{layout.positions}.npy") as file:
-            count = Rows(file, layout.positions).shape[0]
-        units = dict(_units(archive, path, options).of)
+    """See `Format.look`; units are told as the file declares them, known or not."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            name, layout = _layout(archive)
+            keys = [entry.removesuffix(".npy") for entry in archive.namelist()]
+            with archive.open(f"{layout.positions}.npy") as file:
+                count = Rows(file, layout.positions).shape[0]
+            units = _declared(archive)
+    except DAMAGE as error:
+        raise cannot_read(path, 0, error) from error
     return {"layout": name, "keys": keys, "num_structures": count, "units": units}
 
 
@@ -141,15 +146,21 @@ def _text(archive: zipfile.ZipFile, name: str) -> str:
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _units(archive: zipfile.ZipFile, path: Path, options: ReadOptions) -> Units:
-    """The units that the file declares, else kcal/mol and Å; what the user declares need not be known."""
+def _declared(archive: zipfile.ZipFile) -> dict[str, str]:
+    """The units that the file declares, else kcal/mol and Å."""
     energy, length = _text(archive, "e_unit") or "kcal/mol", _text(archive, "r_unit") or "Å"
-    declared = {"energy": energy, "forces": f"{energy}/{length}", "length": length}
+    return {"energy": energy, "forces": f"{energy}/{length}", "length": length}
+
+
+def _units(archive: zipfile.ZipFile, path: Path, options: ReadOptions) -> Units:
+    """Units of a file; what the user declares need not be known."""
+    declared = _declared(archive)
     try:
         return Units({name: unit for name, unit in declared.items() if name not in options.units.of})
     except ValueError as error:
         raise ValueError(
-            f"{path} declares units that are not known here ({error}); give them with --units"
+            f"{path} declares units that are not known here ({error}); give them with --units "
+            "of megagnn prepare"
         ) from error
 
 

@@ -124,6 +124,10 @@ def changed_folder(tmp_path, change):
             lambda d: (d / "set.000/energy.npy").write_bytes(b"\x93NUMPY"),
             r"energy.npy is no array: .* whole\?",
         ),
+        (
+            lambda d: np.save(d / "set.000/fparam.npy", np.float64(3.0)),
+            r"fparam.npy holds no row for each frame but a single value; remove it",
+        ),
         (lambda d: (d / "type.raw").write_text("0 x 1"), "type.raw must hold whole numbers"),
         (lambda d: (d / "type_map.raw").unlink(), r"unknown species 1, 2 .* say .* --type-map 1="),
     ],

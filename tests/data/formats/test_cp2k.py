@@ -59,6 +59,28 @@ def test_forces_of_fewer_steps(tmp_path):
     assert all(s.forces is None for s in read_structures(tmp_path / "w-pos-1.xyz"))
 
 
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("w-pos-1.xyz", {"steps": (1, 2, 3, 2, 3)}),
+        ("w-frc-1.xyz", {"force_steps": (1, 2, 3, 2, 3)}),
+        ("w-1.cell", {"cells": [(step, 8.0) for step in (1, 2, 3, 2, 3)]}),
+    ],
+)
+def test_steps_that_come_again_are_refused(file, change, tmp_path):
+    path = trajectory(
+        tmp_path, **{"steps": (1, 2, 3), "force_steps": (1, 2, 3), "cells": [(1, 8.0)], **change}
+    )
+    with pytest.raises(ValueError, match=rf"{file}: step 2 comes after step 3, .*; cut the files .* there"):
+        list(read_structures(path))
+
+
+def test_empty_lines_at_the_end_are_no_frames(tmp_path):
+    path = trajectory(tmp_path)
+    path.write_text(path.read_text() + "\n\n")
+    assert len(list(read_structures(path))) == 3
+
+
 def test_units_of_the_user_come_first(tmp_path):
     found = next(read_structures(trajectory(tmp_path), ReadOptions(units=parse_units("energy=eV"))))
     assert found.energy == -17.25
@@ -81,6 +103,11 @@ def test_units_of_the_user_come_first(tmp_path):
             "frame 1: its comment has no step",
         ),
         ("w-frc-1.xyz", lambda text: text[:-80], "w-frc-1.xyz, frame 2: it is cut short"),
+        (
+            "w-pos-1.xyz",
+            lambda text: text.replace("       3\n i =        1", "\n       3\n i =        1"),
+            "w-pos-1.xyz: an empty line after frame 0, and more after it; remove",
+        ),
         ("w-pos-1.xyz", lambda text: text.replace(" O ", " OW "), "unknown species OW; say which elements"),
     ],
 )
