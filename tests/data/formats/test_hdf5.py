@@ -42,6 +42,27 @@ def test_labels_are_those_of_the_spring(name, count, level, groups):
     assert max(np.abs(s.forces).max() for s in found) > 0.1
 
 
+HA, BOHR = 27.211386245988, 0.529177210903  # eV and Å, CODATA 2018
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "energy", "force"),
+    [
+        # first structure: coordinate of atom 1, energy and force, copied out of the file
+        ("ani1x.h5", 1.002098, -18.37437663352111 * HA, 6.770026811864227e-05 * HA),
+        ("spice.h5", 1.8936908 * BOHR, -18.37437663352111 * HA, 3.5825436e-05 * HA / BOHR),
+        ("qm7x.hdf5", 1.0082326107, -499.99843462993124, -0.11682817707),
+        ("mace.h5", 0.9821881632, -299.9981384871313, 0.088060449407),
+    ],
+)
+def test_conventions_of_each_layout(name, x, energy, force):
+    """Numbers of the files by hand: Ha and Ha/Å; bohr and a gradient in Ha/bohr; eV and eV/Å."""
+    first = next(read_structures(FILES / name))
+    assert first.positions[1, 0] == pytest.approx(x, rel=1e-6)
+    assert first.energy == pytest.approx(energy, rel=1e-7)  # CODATA 2014 differs by 1e-8
+    assert first.forces[1, 0] == pytest.approx(force, rel=1e-6)
+
+
 def test_a_key_of_one_level_brings_its_forces():
     (first, *_), pbe0 = (
         list(read_structures(FILES / "qm7x.hdf5", o)) for o in (None, ReadOptions(energy_key="ePBE0"))
