@@ -1,5 +1,6 @@
 """The ASE calculator: relaxation, dynamics that conserve energy, and what it refuses."""
 
+import dataclasses
 import re
 import runpy
 from pathlib import Path
@@ -200,4 +201,29 @@ def test_the_example_relaxes_and_conserves(
     found = re.search(r"200 steps of 0.5 fs at (\d+) K.* drifts by ([-+.\d]+) meV/atom", told)
     assert found
     assert 100 < float(found[1]) < 700
+    assert abs(float(found[2])) < 1.0
+
+
+def test_the_example_of_silicon(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By a model of one source, which need not be named."""
+    silicon = runs.gold(source="silicon", element="Au")
+    records = [
+        dataclasses.replace(s, atomic_numbers=np.full_like(s.atomic_numbers, 14), stress=None)
+        for s in silicon
+    ]
+    store = runs.write_gold(tmp_path / "store", records)
+    short = ("--train.num_steps", "2", "--train.validate_every", "2", "--optim.warmup_steps", "1")
+    assert (
+        runs.train(store, tmp_path / "run", *short, "--model.stress", "false", "--loss.stress_weight", "0")
+        == 0
+    )
+    example = runpy.run_path(str(SAMPLE.parents[1] / "relax_and_run.py"))
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.safetensors"
+    capsys.readouterr()
+    example["main"]([str(checkpoint), "--structure", "silicon", "--picoseconds", "0.01"])
+    told = capsys.readouterr().out
+    assert re.search(r"relaxed: \d+ steps, converged \w+, energy [-+]", told)
+    found = re.search(r"10 steps of 1.0 fs at (\d+) K.* drifts by ([-+.\d]+) meV/atom", told)
+    assert found
+    assert float(found[1]) > 100
     assert abs(float(found[2])) < 1.0

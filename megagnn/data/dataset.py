@@ -169,6 +169,32 @@ class StructureDataset(Dataset[Graph]):
         """Atomic numbers of each source in this split, ascending; one array for each of `sources`."""
         return tuple(elements_of(self._parts(), len(self.sources)))
 
+    def level_numbers(self) -> Ints:
+        """(S,) index of each structure's level of theory in `levels`."""
+        maps = zip(self._level_maps, self.stores, strict=True)
+        return self._of_stores([numbers[store.level] for numbers, store in maps])
+
+    def first_with_elements(self, place: Ints, count: int) -> Ints:
+        """Of each element in each source at each level of theory the first structures that hold it.
+
+        Args:
+            place: (S,) of each structure in the order in which they are taken.
+            count: how many of each.
+        """
+        found, start = np.zeros((3, 0), dtype=np.int64), 0  # kind, place and number of structures
+        for k, store, rows in self._row_blocks():
+            holds = np.zeros((len(rows), NUM_ELEMENTS), dtype=np.bool_)
+            numbers = store.of_atoms("atomic_numbers", rows)
+            holds[np.repeat(np.arange(len(rows)), store.num_atoms[rows]), numbers] = True
+            structure, element = np.nonzero(holds)
+            level, source = self._level_maps[k][store.level[rows]], self._source_maps[k][store.source[rows]]
+            kind = (level * len(self.sources) + source).astype(np.int64)[structure] * NUM_ELEMENTS + element
+            more = np.stack([kind, place[start + structure], start + structure])
+            found, start = np.concatenate([found, more], 1), start + len(rows)
+            found = found[:, np.lexsort((found[1], found[0]))]
+            found = found[:, np.arange(found.shape[1]) - np.searchsorted(found[0], found[0]) < count]
+        return np.unique(found[2])
+
     def with_other_elements(self, known: Sequence[Collection[int]]) -> Bools:
         """(S,) whether a structure holds an atomic number that is not among those of its source."""
         table = np.ones((len(self.sources), NUM_ELEMENTS), dtype=np.bool_)

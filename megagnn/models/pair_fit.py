@@ -7,7 +7,7 @@ times for its errors to count as absolute ones do (iteratively reweighted least 
 Statistics", 1981, section 7.8).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from megagnn.models.radial import CubicSplines, envelope
 
 MOST_EDGES = 500_000
 """Of each level of theory in the fit; structures beyond are left out, drawn at random, always the same."""
+FEWEST_STRUCTURES = 10
+"""Of each element in each source and level, however many edges they have: a source without a structure in the
+fit would have no constants."""
 ROUNDS, MOST_ITERATIONS = 3, 100
 # In units of the root mean square of the forces: errors below count as squares; then the weight of an energy
 # per atom beside a force component, and what keeps apart what data do not tell: second differences of the
@@ -92,16 +95,19 @@ def fit_pairs(
     )
 
 
-def _samples(dataset: StructureDataset, levels: int) -> list[list[dict[str, Any]]]:
-    """Graphs of each level of theory, up to `MOST_EDGES`."""
-    found: list[list[dict[str, Any]]] = [[] for _ in range(levels)]
-    edges = [0] * levels
-    for index in np.random.default_rng(0).permutation(len(dataset)):
-        level = dataset.record(index)[keys.LEVEL] if levels > 1 else 0
-        if edges[level] < MOST_EDGES:
-            edges[level] += int(dataset.num_edges[index])
-            found[level].append(dict(dataset[index]))
-    return found
+def _samples(dataset: StructureDataset, levels: int) -> Iterator[list[dict[str, Any]]]:
+    """Graphs of each level of theory, up to `MOST_EDGES` but for `FEWEST_STRUCTURES`."""
+    order = np.random.default_rng(0).permutation(len(dataset))
+    always = np.zeros(len(dataset), dtype=np.bool_)
+    always[dataset.first_with_elements(np.argsort(order), FEWEST_STRUCTURES)] = True
+    level_S = dataset.level_numbers() if levels > 1 else np.zeros(len(dataset), dtype=np.int64)
+    for level in range(levels):
+        mine = order[level_S[order] == level]
+        first = np.argsort(~always[mine], kind="stable")
+        edges = dataset.num_edges[mine[first]]
+        taken = always[mine]
+        taken[first] |= np.cumsum(edges) - edges < MOST_EDGES
+        yield [dict(dataset[index]) for index in mine[taken]]
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,10 @@ class EqualCompute:
 
 
 def at_equal_compute(first: Analysis, second: Analysis) -> EqualCompute | None:
-    """Both frontiers where they overlap; None where they do not."""
-    frontiers = [a.frontier_points for a in (first, second)]
-    logs = [(np.log(f[0]), np.log(f[1])) for f in frontiers if f is not None]
+    """Both frontiers where they overlap; None where they do not, or one has none."""
+    if first.frontier_points is None or second.frontier_points is None:
+        return None
+    logs = [(np.log(x), np.log(y)) for x, y in (first.frontier_points, second.frontier_points)]
     low, high = max(x[0] for x, _ in logs), min(x[-1] for x, _ in logs)
     if low >= high:
         return None
@@ -139,12 +140,13 @@ def draw(first: Analysis, second: Analysis) -> Drawn:
     """Ratio of losses by size, and both recipes' runs by compute."""
     name, title = "recipes", "Recipes at equal sizes and at equal compute"
     found, names = matches(first, second), [a.records[0].recipe for a in (first, second)]
-    if not found:
-        return Drawn(name, title, None, f"'{names[0]}' and '{names[1]}' have no size in common.")
+    none_common = f"'{names[0]}' and '{names[1]}' have no size in common."
+    if not found and at_equal_compute(first, second) is None:
+        return Drawn(name, title, None, none_common)
     figure, (left, right) = make_axes(2)
     same = [m for m in found if first.options.depth in (None, m.depth)]
     data = sorted({m.structures for m in same})
-    for colour, d in zip(colours(len(data)), data, strict=True):
+    for colour, d in zip(colours(len(data)), data, strict=False):
         rows = [m for m in same if m.structures == d]
         left.semilogx(
             [m.parameters[0] for m in rows],
@@ -156,10 +158,11 @@ def draw(first: Analysis, second: Analysis) -> Drawn:
         )
     left.axhline(1.0, color="0.4", linewidth=0.8)
     left.set(xlabel="parameters, N", ylabel=f"{first.loss}: {names[1]} over {names[0]}")
-    left.legend(fontsize=7, frameon=False)
+    if same:
+        left.legend(fontsize=7, frameon=False)
     for analysis, marker, colour in ((first, "o", "#3b6ea5"), (second, "s", "crimson")):
-        assert analysis.frontier_points is not None
-        right.loglog(*analysis.frontier_points, color=colour, linewidth=1)
+        if analysis.frontier_points is not None:
+            right.loglog(*analysis.frontier_points, color=colour, linewidth=1)
         right.loglog(
             analysis.flops(),
             analysis.losses(),
@@ -173,8 +176,11 @@ def draw(first: Analysis, second: Analysis) -> Drawn:
     plain_ticks(right.yaxis)
     right.legend(fontsize=7, frameon=False)
     worse = sum(m.ratio < 1 for m in found)
-    text = (
+    left_text = (
         f"Left: above one '{names[0]}' has the lower loss. Of {len(found)} sizes '{names[1]}' is better at "
-        f"{worse}. Means over seeds; right, all runs and the frontiers of their means."
+        f"{worse}. Means over seeds;"
+    )
+    text = (
+        f"{left_text if found else none_common[:-1] + ';'} right, all runs and the frontiers of their means."
     )
     return Drawn(name, title, figure, text)

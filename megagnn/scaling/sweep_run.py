@@ -14,10 +14,12 @@ import megagnn
 from megagnn.checkpoint.folder import checkpoint_steps
 from megagnn.checkpoint.single_file import load_potential, open_checkpoint
 from megagnn.config import RunConfig, flat_config
+from megagnn.data.dataset import StructureDataset
 from megagnn.data.store import Store, check_sides
 from megagnn.launch.context import parallel_context
 from megagnn.models.config import ModelConfig
 from megagnn.models.family import step_flops
+from megagnn.models.statistics import Statistics
 from megagnn.objective.loss import Loss
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier, broadcast_object
@@ -45,7 +47,7 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
 
     Raises:
         ValueError: bad data or settings, a group that `evaluate` has on another side than the data of the
-            run, or another process has this run.
+            run, a source, level or element there that the run lacks, or another process has this run.
         FloatingPointError: it diverged.
         ConnectionAbortedError: a signal stopped it; it is saved.
     """
@@ -65,7 +67,10 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
         trainer: Trainer | None = None
         for part in parts_of(config):
             trainer = None  # one at a time in memory
-            trainer, taken = _trained(part, context)
+            trainer = _trainer(part, context)
+            for split in sweep.splits:  # what the run cannot be judged on is told before it trains
+                _evaluated(sweep, run, split, context, trainer.statistics)
+            taken = _trained(trainer, context)
             flops, seconds = flops + _flops(trainer), seconds + (math.nan if taken is None else taken)
         assert trainer is not None
         total = None if math.isnan(seconds) else seconds
@@ -75,29 +80,42 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
         barrier(context)
 
 
-def _trained(config: RunConfig, context: ParallelContext) -> tuple[Trainer, float | None]:
-    """A finished trainer, and the seconds of the whole training: this process's rate times all steps."""
-    folder = Path(config.out_dir)
-    started = bool(checkpoint_steps(folder / "checkpoints"))
+def _trainer(config: RunConfig, context: ParallelContext) -> Trainer:
+    """Of a new run, or of one that goes on."""
+    started = bool(checkpoint_steps(Path(config.out_dir) / "checkpoints"))
     resume = broadcast_object(started if context.is_main else None, context)
-    trainer = Trainer(config, context, resume=bool(resume))
+    return Trainer(config, context, resume=bool(resume))
+
+
+def _evaluated(
+    sweep: Sweep, run: PlannedRun, split: str, context: ParallelContext, statistics: Statistics
+) -> StructureDataset:
+    """The structures of a split that a run is judged on."""
+    data = dataclasses.replace(run.config.data, paths=sweep.evaluate or run.config.data.paths)
+    return open_split(data, run.config.model, split, context, statistics)
+
+
+def _trained(trainer: Trainer, context: ParallelContext) -> float | None:
+    """Train to the end. Returns the seconds of the whole training, this process's rate times all steps; None
+    where there was nothing left to train and no note of them."""
     first, start = trainer.progress.step, time.perf_counter()
     stopped_by = trainer.run()
+    step = trainer.progress.step
     if stopped_by:
         raise ConnectionAbortedError(
-            f"stopped by {stopped_by} after step {trainer.progress.step} of {config.train.num_steps}; saved, "
-            "and the same command continues"
+            f"stopped by {stopped_by} after step {step} of {trainer.config.train.num_steps}; saved, and the "
+            "same command continues"
         )
-    steps, notes = trainer.progress.step - first, folder / "training.json"
-    if steps > 0:
-        seconds = (time.perf_counter() - start) * trainer.progress.step / steps
+    notes = trainer.out_dir / "training.json"
+    if step > first:
+        seconds = (time.perf_counter() - start) * step / (step - first)
         if context.is_main:
             notes.write_text(json.dumps({"seconds": seconds}) + "\n")
-        return trainer, seconds
+        return seconds
     try:  # killed between the last step and the line of results
-        return trainer, float(json.loads(notes.read_text())["seconds"])
+        return float(json.loads(notes.read_text())["seconds"])
     except (OSError, ValueError, KeyError):
-        return trainer, None
+        return None
 
 
 def _measured(
@@ -113,9 +131,8 @@ def _measured(
     checkpoint = open_checkpoint(trainer.best_path)
     potential = load_potential(checkpoint, context=context).to(context.device)
     losses: dict[str, Error] = {}
-    data = dataclasses.replace(config.data, paths=sweep.evaluate or config.data.paths)
     for split in sweep.splits:
-        dataset = open_split(data, model, split, context, checkpoint.statistics)
+        dataset = _evaluated(sweep, run, split, context, checkpoint.statistics)
         loader = BatchLoader(dataset, config, context, shuffle=False)
         result = evaluate(potential, loader, context, Loss(config.loss))
         prefix = "" if split == sweep.splits[0] else f"{split}/"

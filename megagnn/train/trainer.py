@@ -409,11 +409,13 @@ class Trainer:
         return best, False
 
     def _loss_to_beat(self) -> float:
-        """The lowest validation loss so far. Once the loss has its final weights, the lowest since then: what
-        was trained for other weights is no candidate."""
+        """The lowest validation loss so far. Once a step was taken with the loss's final weights, the lowest
+        since then: what was trained for other weights alone is no candidate."""
         step, best = self.progress.step, self.progress.best_step or 0
+        # the last step before a checkpoint began with one step less
         final_now, final_then = (
-            weights_are_final(self.config.loss, at / self.config.train.num_steps) for at in (step, best)
+            weights_are_final(self.config.loss, max(at - 1, 0) / self.config.train.num_steps)
+            for at in (step, best)
         )
         return math.inf if final_now and not final_then else self.progress.best_loss
 

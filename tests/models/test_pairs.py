@@ -18,7 +18,7 @@ from megagnn.data.dataset import StructureDataset
 from megagnn.data.neighbours import neighbour_list
 from megagnn.data.record import Structure
 from megagnn.data.store import write_store
-from megagnn.models.pair_fit import System, pair_index, pair_splines
+from megagnn.models.pair_fit import System, fit_pairs, pair_index, pair_splines
 from megagnn.models.pairs import PairPotentials
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics, compute_statistics
@@ -190,7 +190,41 @@ def test_a_pair_potential_is_found(store: Path) -> None:
 
 def test_the_number_of_edges_is_bounded(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megagnn.models.pair_fit.MOST_EDGES", 1)
+    monkeypatch.setattr("megagnn.models.pair_fit.FEWEST_STRUCTURES", 0)
     assert left(store, pair_splines=20)[0] > 0.05, "of one structure of each level"
+
+
+@pytest.mark.parametrize("by_level", [True, False])
+def test_a_rare_source_is_in_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_level: bool) -> None:
+    """Its pairs' energies are off by what goes with the composition where no structure of it is drawn."""
+    rng, found = np.random.default_rng(0), []
+    rare = np.random.default_rng(0).permutation(40)[-3:].tolist()  # the last to be drawn
+    for k in range(40):
+        atoms = Octahedron("Cu", 3, 1) if k in rare else bulk("Cu", cubic=True)
+        atoms.symbols[: rng.integers(1, 4)] = "Al"
+        atoms.rattle(0.2, rng=rng)
+        found.append(labelled(atoms, "two" if k == rare[0] else "one", 1.0))
+    write_store(tmp_path / "store", found, splits=np.zeros(40, dtype=np.uint8))
+    train = StructureDataset([tmp_path / "store"], "train", 4.0)
+    elements, references = np.array([13, 29]), np.zeros((2, 119))
+    references[:, [13, 29]] = REFERENCES[13], REFERENCES[29]
+    monkeypatch.setattr("megagnn.models.pair_fit.MOST_EDGES", int(train.num_edges[:10].sum()))
+    clusters = train.sources.index("clusters")
+    fit = fit_pairs(train, elements, references, 20, by_level)
+    graphs = [dict(train[k]) for k in rare]
+    system = System.of(graphs, elements, references, pair_splines(20, 4.0))
+    weights = fit.weights[[g[keys.LEVEL] if by_level else 0 for g in graphs]].reshape(3, -1)
+    energies = (system.of_energies.toarray() * weights).sum(1)
+    constant = system.compositions @ fit.constants[clusters]
+    assert np.abs(energies - constant).max() < 0.1 * np.abs(energies).max()
+    monkeypatch.setattr("megagnn.models.pair_fit.FEWEST_STRUCTURES", 0)
+    drawn = fit_pairs(train, elements, references, 20, False)
+    assert not drawn.constants[clusters].any(), "the draw alone has none of it"
+    record = train.record
+    read: list[int] = []
+    monkeypatch.setattr(train, "record", lambda index: (read.append(index), record(index))[1])
+    fit_pairs(train, elements, references, 20, by_level)
+    assert len(read) < 20, "what is left out is not read"
 
 
 def test_labels_that_do_not_count_change_nothing(store: Path) -> None:

@@ -254,6 +254,19 @@ def test_two_families_at_equal_sizes_and_compute() -> None:
     dearer = dataclasses.replace(first, frontier_points=(1e6 * flops, losses))
     assert compare.at_equal_compute(first, dearer) is None
     assert "have no compute in common" in "\n".join(compare.describe(first, dearer))
+    # without a size in common the frontiers are drawn all the same; without either nothing is
+    others = analyse(
+        [dataclasses.replace(r, steps=r.steps + 1) for r in theirs],
+        Options(recipe="the other", replicates=100),
+    )
+    assert compare.matches(first, others) == []
+    drawn = compare.draw(first, others)
+    assert drawn.figure is not None
+    assert len(drawn.figure.axes[1].lines) == 4
+    assert "have no size in common; right, all runs" in drawn.text
+    without = dataclasses.replace(others, frontier_points=None)
+    assert compare.at_equal_compute(first, without) is None
+    assert compare.draw(first, without).figure is None
 
 
 def search(power: float = -0.5) -> list[RunRecord]:

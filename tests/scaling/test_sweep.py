@@ -284,6 +284,12 @@ def test_errors_on_another_store(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert main(["sweep", str(path), "--index", "0"]) == 2
     assert "a group must lie on one side" in capsys.readouterr().err
     assert not best.parents[2].with_name("out-torn").joinpath("w8", "checkpoints").exists()
+    # as is what the run cannot be judged on
+    runs.write_gold(tmp_path / "gold")
+    path.write_text(text.format(**filled, other=tmp_path / "gold").replace("elsewhere", "gold"))
+    assert main(["sweep", str(path), "--index", "0"]) == 2
+    assert "gold" in capsys.readouterr().err
+    assert not best.parents[2].with_name("out-gold").joinpath("w8", "checkpoints").exists()
 
 
 def test_nothing_is_done_twice(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

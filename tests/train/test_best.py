@@ -11,6 +11,7 @@ import pytest
 import megagnn.train.trainer as module
 from megagnn.checkpoint.folder import follow
 from megagnn.data.store import write_store
+from megagnn.train.trainer import Trainer
 from tests import runs
 
 SHORT = ("--train.num_steps", "8", "--train.validate_every", "4", "--optim.warmup_steps", "1")
@@ -122,18 +123,34 @@ def test_patience_begins_anew_with_the_loss(store: Path, tmp_path: Path) -> None
     assert best_of(out)[0] > 4
 
 
-SCRIPT = {2: 3.0, 4: 1.0, 6: 2.5, 8: 2.0, 10: 2.2, 12: 2.1}
+SCRIPT = {2: 3.0, 4: 1.0, 6: 1.5, 8: 2.0, 10: 2.2, 12: 2.1}
 """Validation losses by step, the lowest before the weights are final."""
+
+
+def follow_the_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let validations find these losses."""
+    judged = module.evaluate
+    evaluated = module.Trainer._validate
+
+    def validate(trainer: Trainer, *arguments: Any) -> tuple[bool, bool]:
+        def scripted(*given: Any, **keywords: Any) -> Any:
+            return dataclasses.replace(judged(*given, **keywords), loss=SCRIPT[trainer.progress.step])
+
+        monkeypatch.setattr(module, "evaluate", scripted)
+        return evaluated(trainer, *arguments)
+
+    monkeypatch.setattr(module.Trainer, "_validate", validate)
 
 
 @pytest.mark.parametrize(
     ("factor", "change", "best", "stops_at"),
     [
-        ("10", "[0.25, 0.6]", 8, None),
-        ("10", "[0.25, 0.6]", 8, 9),
+        ("10", "[0.25, 0.5]", 8, None),  # the checkpoint of step 6 has taken no step with the final weights
+        ("10", "[0.25, 0.5]", 8, 9),
         ("10", "[0.9, 0.9]", 12, 4),
-        ("10", "[0.2, 0.3]", 4, None),
-        ("1", "[0.25, 0.6]", 4, None),
+        ("10", "[0.2, 0.25]", 4, None),
+        ("10", "[0.25, 1.0]", 4, None),  # nor has any
+        ("1", "[0.25, 0.5]", 4, None),
     ],
 )
 def test_best_is_sought_anew_with_the_final_weights(
@@ -147,16 +164,11 @@ def test_best_is_sought_anew_with_the_final_weights(
 ) -> None:
     """Not among checkpoints from before, whatever their loss; with constant weights among all. A run that was
     stopped in between and resumed finds the same one."""
-    out, judged = tmp_path / "run", module.evaluate
+    out = tmp_path / "run"
     every = ("--train.validate_every", "2", "--train.num_steps", "12", "--optim.warmup_steps", "1")
     options = (*every, "--loss.final_energy_factor", factor, "--loss.change", change)
     trainer = runs.make_trainer(store, out, *options)
-
-    def scripted(*arguments: Any, **keywords: Any) -> Any:
-        result = judged(*arguments, **keywords)
-        return dataclasses.replace(result, loss=SCRIPT[trainer.progress.step])
-
-    monkeypatch.setattr(module, "evaluate", scripted)
+    follow_the_script(monkeypatch)
     if stops_at is not None:
         original = trainer._step
 
@@ -167,4 +179,33 @@ def test_best_is_sought_anew_with_the_final_weights(
         trainer.run()
         trainer = runs.make_trainer(store, out, *options, resume=True)
     trainer.run()
+    assert best_of(out) == (best, SCRIPT[best])
+
+
+@pytest.mark.parametrize(
+    ("change", "patience", "best", "ends_at"),
+    [
+        ("", "2", 4, 8),  # by default weights begin to change at 7.2 and are final from 10.8 on
+        ("[0.25, 0.5]", "2", 8, 12),  # step 8 is judged anew, and begins the waiting anew
+        ("[0.2, 0.25]", "2", 4, 8),
+    ],
+)
+def test_patience_where_weights_change(
+    store: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    patience: str,
+    best: int,
+    ends_at: int,
+) -> None:
+    """It may end a run before the change; the first validation after it is the best so far, whatever its
+    loss."""
+    out = tmp_path / "run"
+    every = ("--train.validate_every", "2", "--train.num_steps", "12", "--optim.warmup_steps", "1")
+    options = (*every, "--train.patience", patience, *(("--loss.change", change) if change else ()))
+    trainer = runs.make_trainer(store, out, *options)
+    follow_the_script(monkeypatch)
+    trainer.run()
+    assert trainer.progress.step == ends_at
     assert best_of(out) == (best, SCRIPT[best])
