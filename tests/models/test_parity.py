@@ -109,8 +109,8 @@ def test_the_cover_holds_every_pair() -> None:
     everything = all_cells()
     chosen = pairwise(everything)
     assert set().union(*map(pairs_of, chosen)) == set().union(*map(pairs_of, everything))
-    assert len(chosen) < 28
-    assert len(everything) == 336
+    assert len(chosen) < 20
+    assert len(everything) == 224
 
 
 def test_every_parameter_has_a_gradient() -> None:
