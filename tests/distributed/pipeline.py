@@ -40,20 +40,18 @@ CONFIGURATIONS = {
 FAMILIES = {
     "painn": Configuration({"family": "painn", "stress": True, "num_layers": 4}, "huber"),
     "painn-direct": Configuration({"family": "painn", "forces": "direct", "num_layers": 4}, "mae", "norm"),
-    "cartesian": Configuration(
-        {"family": "cartesian", "pair_splines": 6, "stress": True, "num_layers": 4}, "huber"
-    ),
+    "cartesian": Configuration({"family": "cartesian", "stress": True, "num_layers": 4}, "huber"),
     "cartesian-direct": Configuration(
-        {
-            "family": "cartesian",
-            "paths": "lean",
-            "num_splines": 8,
-            "pair_splines": 6,
-            "forces": "direct",
-            "num_layers": 4,
-        },
+        {"family": "cartesian", "paths": "lean", "num_splines": 8, "forces": "direct", "num_layers": 4},
         "mae",
         "norm",
+    ),
+    "cartesian-pairs": Configuration(
+        {"family": "cartesian", "pair_splines": 6, "level_embedding": False, "stress": True, "num_layers": 4},
+        "huber",
+    ),
+    "egnn-pairs-direct": Configuration(
+        {"pair_splines": 6, "forces": "direct", "num_layers": 4}, "mae", "norm"
     ),
 }
 """Run by tests/models/test_parity.py."""

@@ -49,7 +49,8 @@ def statistics_of(config: EGNNConfig) -> Statistics:
     if not config.pair_splines:
         return STATISTICS
     rng = np.random.default_rng(5)
-    weights = rng.normal(0, 0.3, (2, 15, config.pair_splines)).tolist()
+    levels = 2 if config.level_embedding else 1
+    weights = rng.normal(0, 0.3, (levels, 15, config.pair_splines)).tolist()
     return replace(
         STATISTICS,
         pair_weights=tuple(tuple(map(tuple, rows)) for rows in weights),

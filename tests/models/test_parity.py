@@ -8,7 +8,7 @@ layers recomputed and not. A cover of all pairs of the axes' values runs by defa
     pytest tests/models/test_parity.py --full
 """
 
-from itertools import product
+from itertools import chain, product
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,27 +29,29 @@ from tests.tolerances import PARITY
 
 pytestmark = pytest.mark.timeout(7200)
 
+PAIRS = ("cartesian-pairs", "egnn-pairs-direct")
 AXES: tuple[tuple[Any, ...], ...] = (
     (1, 2),  # pp
     (1, 2),  # tp
     (1, 2),  # dp
-    tuple(FAMILIES),
+    tuple(name for name in FAMILIES if name not in PAIRS),
     ("flat", "zero1", "zero2", "zero3"),
     ("none", "layer"),
 )
+PAIR_AXES = (*AXES[:3], PAIRS, ("flat", "zero3"), ("none",))
+"""Of pair potentials, which have no parameters."""
 
 
-def all_cells() -> list[tuple[Any, ...]]:
+def all_cells(axes: tuple[tuple[Any, ...], ...] = AXES) -> list[tuple[Any, ...]]:
     """The whole matrix, of up to four ranks."""
-    return [cell for cell in product(*AXES) if cell[0] * cell[1] * cell[2] <= 4]
+    return [cell for cell in product(*axes) if cell[0] * cell[1] * cell[2] <= 4]
 
 
 def cells(full: bool) -> list[Cell]:
     """With each kind of step's schedules by turns."""
-    found = []
-    for k, (pp, tp, dp, configuration, optimizer, recomputation) in enumerate(
-        all_cells() if full else pairwise(all_cells())
-    ):
+    found, matrices = [], (all_cells(), all_cells(PAIR_AXES))
+    chosen = chain.from_iterable(matrices if full else map(pairwise, matrices))
+    for k, (pp, tp, dp, configuration, optimizer, recomputation) in enumerate(chosen):
         schedules = SCHEDULES["direct" not in configuration]
         found.append(
             Cell(pp, (tp, dp), schedules[k % len(schedules)], configuration, optimizer, recomputation)
