@@ -32,6 +32,7 @@ from megagnn.models.radial import spread
 from megagnn.ops import Segments
 from megagnn.ops.dual import Dual
 from tools.bench import harness
+from tools.bench.memory.step import peak_of_events
 from tools.bench.peers import cartesian as peers
 
 NEIGHBOURS, ATOMS, RADIAL = 40, 64, 8
@@ -163,7 +164,7 @@ def case(
         return checked
     times = num_edges / few
     portions = {
-        n: min(1.0, memory / times / harness.peak_bytes(work))
+        n: min(1.0, memory / times / peak_of_events(work))
         for n, work in checked.implementations.items()
         if work and n != "megagnn"
     }

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib
-import itertools
 import json
 import os
 import random
@@ -194,15 +193,6 @@ def product_ceiling(rows: int, width: int, dtype: torch.dtype = torch.float32) -
     a, b = torch.randn(rows, width).to(dtype), torch.randn(width, width).to(dtype)
     out = torch.empty(rows, width, dtype=dtype)
     return Ceiling("mm", lambda: torch.mm(a, b, out=out), num_flops=2.0 * rows * width * width)
-
-
-def peak_bytes(work: Work) -> int:
-    """The most memory that the work has from torch's allocator at one time, beyond what was there before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        work()
-    found = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
-    return max(itertools.accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns())), default=0)
 
 
 def kept_bytes(forward: Work, given: Sequence[torch.Tensor]) -> int:
