@@ -7,6 +7,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root" || exit 1
 # One thread: the tests are small, and ranks outnumber cores. Tests of threading set their own number.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Hundreds of processes load what the first one compiled: two seconds each.
+unset PYTHONDONTWRITEBYTECODE
 
 passed=() failed=()
 check() { # name command...

@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--environments", type=Path, default=Path("runs/peers/environments"), help="one of each program"
     )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append the results as lines of JSON")
     arguments = parser.parse_args(argv)
     models = [model.partition("=")[::2] for model in arguments.models]
     if wrong := [program for program, folder in models if not folder]:
@@ -70,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 before = best.get((threads, program), found)
                 best[threads, program] = {size: min(found[size], before[size]) for size in found}
     print(table(best))
+    if arguments.json:
+        with arguments.json.open("a") as file:
+            for (threads, program), found in best.items():
+                line = {"program": program, "threads": threads, "seconds": found}
+                file.write(json.dumps(line) + "\n")
     return 0
 
 
