@@ -8,7 +8,7 @@
 2. A receive blocks. A send is started and never waited for by what follows; its buffer lives until the
    message has left. `validate` also says which schedules hold when sends block (docs/pipeline.md).
 3. Messages of one channel (source rank, target rank, kind) are sent and received in the same order, so that
-   they need no tags; four kinds are four tags, or four communicators where there are no tags. A message
+   they need no tags: a kind is a tag, or a communicator for each direction where there are none. A message
    between two stages of one rank is handed over without a copy.
 4. Every stage reads the micro-batch's graph itself, so shapes are known and only floating-point rows travel:
 
@@ -40,6 +40,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, cast
+
+from megagnn.parallel.point_to_point import Channel
 
 Kind = Literal["f", "b", "R", "F", "B", "I", "W"]
 KINDS: dict[Kind, str] = {
@@ -184,7 +186,6 @@ class Send(NamedTuple):
 
 Op = Receive | Run | Send
 Program = list[list[Op]]
-Channel = tuple[int, int, str]
 
 
 def lower(schedule: Schedule) -> Program:

@@ -20,13 +20,12 @@ from megagnn.pipeline_parallel.actions import (
     Run,
     Schedule,
     Send,
+    channel,
     lower,
     receives,
     sends,
 )
 from megagnn.pipeline_parallel.simulate import Event
-
-KINDS = ("f", "b", "F", "B")
 
 
 class Work(Protocol):
@@ -49,8 +48,12 @@ class Executor:
     of a send is freed when a later message from its target proves that it has arrived: which one does is
     known from the programs of both. What nothing proves lives to the end of the batch.
 
+    Args:
+        channels: of another executor, which have those of this schedule; by itself it opens its own.
+
     Raises:
-        ValueError: a schedule of another number of ranks than the context has along pp.
+        ValueError: a schedule of another number of ranks than the context has along pp, or of channels that
+            were not opened.
     """
 
     def __init__(
@@ -62,8 +65,14 @@ class Executor:
                 f"{context.pp_size}; make one for {context.pp_size}"
             )
         self.schedule, self.context = schedule, context
-        self.channels = channels or Channels(context, KINDS)
         program = lower(schedule)
+        used = {channel(op.message, schedule) for ops in program for op in ops if isinstance(op, Send)}
+        self.channels = channels or Channels(context, used)
+        if missing := used - self.channels.opened:
+            raise ValueError(
+                f"schedule {schedule.name} needs channels that were not opened: {sorted(missing)}; give the "
+                "executor those of a schedule that has them, or none"
+            )
         self.ops = program[context.pp_rank]
         self._proofs = proofs(program, schedule, context.pp_rank)
         self.events: list[Event] = []

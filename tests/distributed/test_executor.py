@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 from megagnn.parallel.context import ParallelContext
-from megagnn.parallel.point_to_point import Expected, Incoming
+from megagnn.parallel.point_to_point import Channels, Expected, Incoming
 from megagnn.parallel.world import barrier
 from megagnn.pipeline_parallel.actions import (
     KINDS,
@@ -26,6 +28,7 @@ from megagnn.pipeline_parallel.actions import (
 from megagnn.pipeline_parallel.executor import Executor, proofs
 from megagnn.pipeline_parallel.schedules.conservative import conservative, two_pass
 from megagnn.pipeline_parallel.schedules.ordinary import gpipe, interleaved, one_f_one_b, zb_h1
+from tests.distributed.nccl_like import HANG, nccl_like
 from tests.distributed.spawn import spawn
 from tools.bench.pipeline import timeline_of
 
@@ -164,6 +167,42 @@ def swapped(context: ParallelContext) -> str:
 
 def test_a_wrong_order_is_found() -> None:
     assert spawn(2, swapped, pp=2)[1]
+
+
+def of_the_kind(channels: Channels, kind: str, _: bool) -> dict[str, Any]:
+    """`Channels._settings` for groups of kinds alone."""
+    return {"group": next(group() for key, group in channels._groups.items() if key[0] == kind), "tag": 0}
+
+
+def as_on_nccl(context: ParallelContext, mistake: str = "") -> None:
+    """Schedules where sends and receives wait as NCCL's do."""
+    with nccl_like(patience=3.0 if mistake else 60.0), ExitStack() as stack:
+        if mistake == "opens no channel":
+            stack.enter_context(mock.patch.object(Channels, "_open"))
+        if mistake == "one group for both directions":
+            stack.enter_context(mock.patch.object(Channels, "_settings", of_the_kind))
+        for schedule in schedules(context.pp_size):
+            work = NamingWork(schedule)
+            Executor(schedule, context).run(work)
+            assert work.done == list(schedule.rows[context.pp_rank])
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_nothing_waits_for_ever_on_nccl(num_ranks: int) -> None:
+    spawn(num_ranks, as_on_nccl, pp=num_ranks)
+
+
+@pytest.mark.parametrize("mistake", ["opens no channel", "one group for both directions"])
+def test_what_would_hang_on_nccl_is_found(mistake: str) -> None:
+    with pytest.raises(RuntimeError, match=HANG):
+        spawn(2, as_on_nccl, mistake, pp=2)
+
+
+def test_channels_of_another_schedule() -> None:
+    """Those that a schedule needs must be open."""
+    schedule, few = one_f_one_b(2, 2), Channels(ParallelContext(), [(0, 1, "F")])
+    with pytest.raises(ValueError, match=r"needs channels that were not opened: \[\(1, 0, 'B'\)\]; give"):
+        Executor(schedule, ParallelContext(pp_size=2), few)
 
 
 def test_another_number_of_ranks() -> None:
