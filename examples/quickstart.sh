@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a clone to a trained, tested model: sets up the environment, unpacks the embedded data, trains on two ranks,
-# evaluates on held-out molecules and slabs. Run it again to train again. Arguments are configuration overrides:
+# or on as many as there are GPUs, evaluates on held-out molecules and slabs. Run it again to train again. Arguments are configuration overrides:
 #   bash examples/quickstart.sh --model.width 96 --train.num_steps 4000
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,13 +9,13 @@ cd "$root"
 
 data=runs/data/three-sources
 run=runs/quickstart
-ranks=2
 for argument in "$@"; do
   case $argument in
     --out_dir* | --data.paths*) echo "quickstart: $argument is fixed here; call megagnn train itself" >&2 && exit 2 ;;
   esac
 done
 start=$SECONDS
+ranks=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
 
 if ! [ -f "$data/header.json" ]; then
   echo "quickstart: unpacking the embedded data set to $data"

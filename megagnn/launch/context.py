@@ -77,22 +77,45 @@ def default_threads(num_local_ranks: int) -> int:
     return max(1, cores // num_local_ranks)
 
 
-def pick_device(name: str, local_rank: int, num_local_ranks: int = 1) -> torch.device:
-    """`auto`, `cpu` or `cuda` to a device.
+def pick_device(name: str, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:
+    """`auto`, `cpu` or `cuda` to a device: the GPU of a rank's number, or the first where it sees fewer GPUs
+    than its machine has ranks, as launchers that bind GPUs to ranks show each its own.
 
     Raises:
-        ValueError: CUDA is asked for and absent, or there are more ranks on this machine than GPUs.
+        ValueError: CUDA is asked for and absent.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("the device is 'cuda' but PyTorch sees no GPU here; use 'cpu' or 'auto'")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    if num_local_ranks > torch.cuda.device_count():
-        raise ValueError(
-            f"{num_local_ranks} ranks on this machine but {torch.cuda.device_count()} GPU(s): each rank "
-            "needs its own; start fewer ranks, or set train.device = 'cpu'"
-        )
-    return torch.device("cuda", local_rank)
+    return torch.device("cuda", local_rank if num_local_ranks <= torch.cuda.device_count() else 0)
+
+
+def claim_gpu(store: dist.Store, device: torch.device, rank: int) -> None:
+    """Enter a rank's GPU into the store of all ranks.
+
+    Raises:
+        ValueError: another rank has it.
+    """
+    found = f"{socket.gethostname()}/{torch.cuda.get_device_properties(device).uuid}"
+    number = store.add(f"gpu/{found}", 1)
+    if number == 1:
+        store.set(f"gpu/{found}/rank", str(rank))
+        return
+    other = store.get(f"gpu/{found}/rank").decode()
+    raise ValueError(
+        f"ranks {other} and {rank} would share one GPU ({device} of {socket.gethostname()}): each rank needs "
+        "its own. Start fewer ranks, or set train.device = 'cpu'; a launcher that sets RANK and binds no "
+        "GPUs must set LOCAL_RANK and LOCAL_WORLD_SIZE, too"
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """What a run tells of its device: the GPU's model, or the CPU and whether there is a GPU beside it."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    beside = " (train.device = 'cpu'; there is a GPU)" if torch.cuda.is_available() else ""
+    return f"the CPU{beside}"
 
 
 def named_device(name: str) -> torch.device:
@@ -105,8 +128,8 @@ def named_device(name: str) -> torch.device:
     if kind not in ("auto", "cpu", "cuda") or (number and (kind != "cuda" or not number.isdigit())):
         raise ValueError(f"the device must be 'auto', 'cpu', 'cuda' or 'cuda:NUMBER', got '{name}'")
     if not number:
-        return pick_device(name, 0)
-    pick_device(kind, 0)
+        return pick_device(name)
+    pick_device(kind)
     if int(number) >= torch.cuda.device_count():
         raise ValueError(
             f"the device is '{name}' but there are {torch.cuda.device_count()} GPU(s) here, numbered from 0"
@@ -133,7 +156,8 @@ def parallel_context(
         times: when a rank is given up.
 
     Raises:
-        ValueError: the sizes do not make the number of ranks, or ranks were started differently.
+        ValueError: the sizes do not make the number of ranks, ranks were started differently, or two would
+            share a GPU.
         ConnectionError: ranks are missing. PeerLostError, a kind of it: another rank died, failed or hangs.
     """
     parallel, times = parallel or ParallelConfig(), times or WatchTimes()
@@ -145,7 +169,7 @@ def parallel_context(
     )
     if world_size == 1:
         grid_sizes(1, parallel.data, parallel.pipeline, parallel.tensor)
-        yield ParallelContext(device=pick_device(device, 0))
+        yield ParallelContext(device=pick_device(device))
         return
     store, own, roll = _join(meeting, fingerprint or {})
     # the same on all ranks, now that they agree: an error of one before that would leave the others waiting
@@ -154,10 +178,9 @@ def parallel_context(
     watcher = Watcher(own, roll, f"{meeting.host}:{meeting.port}", times)
     watcher.start()
     try:
-        alone = meeting.own_gpu and torch.cuda.device_count() < meeting.num_local
-        local = (0, 1) if alone else (meeting.local_rank, meeting.num_local)
-        chosen = pick_device(device, *local)
+        chosen = pick_device(device, meeting.local_rank, meeting.num_local)
         if chosen.type == "cuda":
+            claim_gpu(store, chosen, rank)
             torch.cuda.set_device(chosen)
         if rank != 0:
             warnings.filterwarnings("ignore", category=UserWarning, module="torch")

@@ -39,8 +39,6 @@ class Rendezvous:
     """Prefix of the store's keys."""
     outlives: bool = False
     """Whether the store outlives the ranks: torchrun's does, which starts them again after a failure."""
-    own_gpu: bool = False
-    """Whether the launcher gives each rank GPUs of its own, and so may show it no others."""
     listener: int | None = None
     """File descriptor of the socket that holds the port, where it was chosen by us."""
 
@@ -147,7 +145,6 @@ def _slurm(environment: Mapping[str, str], rank: int, world_size: int) -> Rendez
         host=host or expand_hosts(nodes or "")[0],
         port=_number(environment, "MASTER_PORT", port),
         serves=rank == 0,
-        own_gpu=bool(environment.get("SLURM_GPUS_PER_TASK")),
     )
 
 

@@ -21,6 +21,7 @@ from megagnn.config import RunConfig, check_patience, config_to_dict, with_num_s
 from megagnn.data import keys
 from megagnn.data.dataset import StructureDataset
 from megagnn.data.reference_file import for_sources, read_reference_energies
+from megagnn.launch.context import device_name
 from megagnn.models.family import parameter_names
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.precision import precision_of
@@ -468,7 +469,8 @@ class Trainer:
         sizes = " + ".join(map(str, self._stage_sizes()))
         stages = f", stages of {sizes} layers" if sizes else ""
         return (
-            f"{num:,} parameters on {self.context.grid}, {threads} thread(s) each{stages}; "
+            f"{num:,} parameters on {self.context.grid}, {device_name(self.context.device)}, "
+            f"{threads} thread(s) each{stages}; "
             f"{len(self.train.dataset):,} training and {len(self.valid.dataset):,} validation structures of "
             f"{', '.join(self.statistics.sources)}; "
             f"steps {self.progress.step} to {self.config.train.num_steps}"

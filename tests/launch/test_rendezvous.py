@@ -63,7 +63,6 @@ def test_srun() -> None:
     assert 10_000 <= other_step.port != port, "steps of a job may run at once"
     chosen = discover({**SRUN, "MASTER_ADDR": "ib7", "MASTER_PORT": "4242"}, no_mpi)
     assert (chosen.host, chosen.port) == ("ib7", 4242)
-    assert discover({**SRUN, "SLURM_GPUS_PER_TASK": "1"}, no_mpi).own_gpu
 
 
 def test_srun_with_the_variables_of_older_releases() -> None:
