@@ -126,7 +126,25 @@ def wanted_nvcc(torch_cuda: str | None) -> str | None:
         raise CannotBuildError("nvcc was found neither through NVCC or CUDA_HOME nor on PATH")
     if nvcc is None:
         print("megagnn: torch has CUDA but nvcc was not found, so only the CPU kernels are built", flush=True)
+    fault = nvcc and torch_cuda and release_fault(nvcc, torch_cuda)
+    if fault and asked == "1":
+        raise CannotBuildError(fault)
+    if fault:
+        print(f"megagnn: {fault}; only the CPU kernels are built", flush=True)
+        return None
     return nvcc
+
+
+def release_fault(nvcc: str, torch_cuda: str) -> str | None:
+    """What is wrong where nvcc and torch are of different major releases: their objects do not fit."""
+    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", told)
+    if found is None or found[1] == torch_cuda.partition(".")[0]:
+        return None
+    return (
+        f"torch was built for CUDA {torch_cuda}, and {nvcc} is of CUDA {found[1]}.{found[2]}: set NVCC or "
+        f"CUDA_HOME to a CUDA {torch_cuda.partition('.')[0]}, or MEGAGNN_CUDA=0"
+    )
 
 
 class Build:

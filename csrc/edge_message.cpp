@@ -61,6 +61,7 @@ void run_workers(const EdgeCall& call, EdgeProblem<T>& in, const EdgeSaved<T>& s
     in.stream = guard.stream();
     CudaDevice device(call.inputs[kP]);
     if (call.num_workers) run_worker<T>(call, 0, device, in, cuda::edge_table<T>(), saved, prepare, run);
+    check_launch(kName, megagnn_cuda_last_error());
     return;
   }
 #endif

@@ -229,8 +229,9 @@ void run_stage(const StageCall& stage) {
   if (!stage.call.inputs[kP].is_cpu()) {
     const cuda::DeviceGuard guard(kName, stage.call.inputs[kP].get_device());
     in.stream = guard.stream();
-    return call_kernel(cuda::edge_table<T>().kernels[stage.call.pair][in.activation], stage.stage, in, block,
-                       sums);
+    call_kernel(cuda::edge_table<T>().kernels[stage.call.pair][in.activation], stage.stage, in, block, sums);
+    check_launch(kName, megagnn_cuda_last_error());
+    return;
   }
 #endif
   call_kernel(cpu::edge_table<T>().kernels[stage.call.pair][in.activation], stage.stage, in, block, sums);

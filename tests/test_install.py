@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
 import sysconfig
 from importlib.metadata import distribution
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -200,3 +203,25 @@ def test_version_is_said_without_torch() -> None:
     code = "import sys, megagnn.cli as c\ntry: c.main(['--version'])\nfinally: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines() == [f"megagnn {megagnn.__version__}", "False"]
+
+
+@pytest.mark.parametrize("asked", ["auto", "1"])
+def test_nvcc_of_another_major_release(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Objects of nvcc 12 and a torch of CUDA 13 do not fit together; the minor release may differ."""
+    with mock.patch("setuptools.setup"):
+        setup = runpy.run_path(str(ROOT / "setup.py"))
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("NVCC", str(nvcc))
+    monkeypatch.setenv("MEGAGNN_CUDA", asked)
+    assert setup["wanted_nvcc"]("12.4") == str(nvcc)
+    fault = f"torch was built for CUDA 13.0, and {nvcc} is of CUDA 12.8: set NVCC or CUDA_HOME to a CUDA 13"
+    if asked == "1":
+        with pytest.raises(setup["CannotBuildError"], match=re.escape(fault)):
+            setup["wanted_nvcc"]("13.0")
+    else:
+        assert setup["wanted_nvcc"]("13.0") is None
+        assert fault in capsys.readouterr().out

@@ -47,3 +47,4 @@ class DeviceGuard {
 }  // namespace megagnn::cuda
 
 extern "C" const char* megagnn_cuda_error_string(int error);  // csrc/cuda/runtime.cu
+extern "C" int megagnn_cuda_last_error();                     // of the launches since it was last asked
