@@ -1,9 +1,13 @@
 """The section [data] of a configuration."""
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.overrides import STRICT, Factors, Judged, Place, Refused, Told, UserPath
+
+Oversized = Literal["error", "skip", "alone"]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -30,5 +34,11 @@ class DataConfig:
     """Directed edges of one batch on one rank, at most."""
     max_structures: Refused[PositiveInt | None] = None
     """Structures of one batch on one rank, at most; no limit if not given."""
+    oversized: Refused[Oversized] = "error"
+    """Structures larger than that budget: "error" refuses them, "skip" leaves them out of every split,
+    "alone" gives each a batch of its own, above the budget."""
+    mixing_temperature: Refused[PositiveFloat] = 1.0
+    """Share of a source of n structures in the batches: as n^(1/T); 1 takes every structure once an epoch
+    (docs/training.md)."""
     num_workers: Place[NonNegativeInt] = 0
     """Processes per rank that read structures and find neighbours; 0 does it in the training process."""

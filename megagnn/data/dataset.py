@@ -42,6 +42,7 @@ class StructureDataset(Dataset[Graph]):
         sources, levels: names; batches hold indices into these.
         num_atoms, num_edges: (S,) int64 of each structure, for the sampler; edges include self edges.
         num_left_out: structures that were left out because the model does not know their elements.
+        num_oversized: structures that were left out because they are larger than a batch may be.
 
     Raises:
         ValueError: no path, an unknown split, a source or level outside the given numbering, stores that must
@@ -73,7 +74,7 @@ class StructureDataset(Dataset[Graph]):
         chosen = [np.arange(len(s)) if split == "all" else s.indices(split) for s in self.stores]
         self._store_of = np.repeat(np.arange(len(self.stores)), [len(c) for c in chosen])
         self._index_in_store = np.concatenate(chosen)
-        self.num_left_out = 0
+        self.num_left_out = self.num_oversized = 0
         self._weights: NDArray[np.float32] | None = None
         self.num_atoms: Ints = self._of_stores([store.num_atoms for store in self.stores])
         self.num_edges: Ints = self._of_stores([cached_num_edges(s, self.cutoff) for s in self.stores])
@@ -173,6 +174,11 @@ class StructureDataset(Dataset[Graph]):
         """(S,) index of each structure's level of theory in `levels`."""
         maps = zip(self._level_maps, self.stores, strict=True)
         return self._of_stores([numbers[store.level] for numbers, store in maps])
+
+    def source_numbers(self) -> Ints:
+        """(S,) index of each structure's source in `sources`."""
+        maps = zip(self._source_maps, self.stores, strict=True)
+        return self._of_stores([numbers[store.source] for numbers, store in maps])
 
     def first_with_elements(self, place: Ints, count: int) -> Ints:
         """Of each element in each source at each level of theory the first structures that hold it.

@@ -68,7 +68,7 @@ def evaluate(
     batches = loader.batches()
     if progress and context.is_main:
         batches = tqdm(
-            batches, total=len(loader.sampler.batches(0)), desc="evaluate", unit="batch", file=sys.stderr
+            batches, total=loader.sampler.num_batches(0), desc="evaluate", unit="batch", file=sys.stderr
         )
     with torch.no_grad():
         for batch, outputs in potential.predictions(_until(stop, batches)):
@@ -164,6 +164,8 @@ def run(arguments: argparse.Namespace) -> int:
             parity.save(arguments.plot)
         if context.is_main:
             _report(arguments, result, dataset)
+            for line in loader.told_of_oversized():
+                print(f"\n{line}")
     return 0
 
 

@@ -13,7 +13,7 @@ from megagnn.config import RunConfig
 from megagnn.data.batch import collate
 from megagnn.data.config import DataConfig
 from megagnn.data.dataset import StructureDataset, nested_subset
-from megagnn.data.sampler import BudgetSampler
+from megagnn.data.sampler import BudgetSampler, exceeds
 from megagnn.models.config import ModelConfig
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
@@ -68,9 +68,23 @@ def open_split(
         barrier(context)
     if split == "train" and data.num_structures is not None:
         dataset.keep(nested_subset(dataset, data.num_structures, data.subset_seed))
+    if data.oversized == "skip":
+        _leave_out_oversized(dataset, data, where)
     if statistics:
         _check_elements(dataset, statistics, where, leave_out_unknown)
     return dataset
+
+
+def _leave_out_oversized(dataset: StructureDataset, data: DataConfig, where: str) -> None:
+    over = exceeds(dataset.num_atoms, dataset.num_edges, data.max_atoms, data.max_edges)
+    if over.all():
+        raise ValueError(
+            f"{where} holds {len(over)} structures, all of them larger than the budget of a batch, "
+            f"data.max_atoms = {data.max_atoms} and data.max_edges = {data.max_edges}; raise it"
+        )
+    if over.any():
+        dataset.keep(np.flatnonzero(~over))
+        dataset.num_oversized = int(over.sum())
 
 
 def _check_elements(
@@ -116,6 +130,9 @@ class BatchLoader:
             seed=config.train.seed,
             shuffle=shuffle,
             per_step=per_step,
+            sources=dataset.source_numbers() if data.mixing_temperature != 1 and shuffle else None,
+            temperature=data.mixing_temperature if shuffle else 1.0,
+            oversized=data.oversized,
         )
         precision = precision_of(config.train.dtype, config.train.geometry)
         self.collate = partial(collate, dtype=precision.geometry)
@@ -142,6 +159,23 @@ class BatchLoader:
         )
         for batch in loader:
             yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
+
+    def told_of_oversized(self) -> list[str]:
+        """What became of structures larger than the budget of a batch, in words."""
+        split, told = self.dataset.split, []
+        if left_out := self.dataset.num_oversized:
+            of_all = len(self.dataset) + left_out
+            told.append(
+                f"{left_out:,} of {of_all:,} structures of the {split} split are larger than the budget "
+                'of a batch and left out (data.oversized = "skip")'
+            )
+        if alone := self.sampler.num_oversized:
+            told.append(
+                f"{alone:,} of {len(self.dataset):,} structures of the {split} split are larger than the "
+                'budget of a batch and have one each (data.oversized = "alone"): the largest has '
+                f"{self.dataset.num_atoms.max():,} atoms, {self.dataset.num_edges.max():,} edges are most"
+            )
+        return told
 
     def steps_left(self, num_epochs: int, epoch: int, first: int, first_structure: int) -> int:
         """Steps to the end of the first `num_epochs` epochs, from step `first` of an epoch whose plan leaves

@@ -96,6 +96,7 @@ class Trainer:
             train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
         )
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
+        self.told += [*self.train.told_of_oversized(), *self.valid.told_of_oversized()]
         self._make_potential([] if checkpoint is None else checkpoint.progress.stages)
         self._make_optimizer()
         self.loss = Loss(config.loss)

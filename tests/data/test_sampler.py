@@ -185,6 +185,18 @@ def test_refuses_a_structure_over_budget(num_atoms, num_edges):
         ranks(atoms, edges, 2)
 
 
+def test_oversized_structures_come_alone():
+    atoms = np.array([3, 150, 4, 5, 2000, 6])
+    options = {"shuffle": False, "oversized": "alone"}
+    (plan,) = ranks(atoms, atoms, 1, **options)
+    assert [b.tolist() for b in plan] == [[0], [1], [2, 3], [4], [5]]
+    two = ranks(atoms, atoms, 2, **options)
+    assert sorted(k for plan in two for b in plan for k in b) == list(range(6))
+    assert all(len(b) == 1 for plan in two for b in plan if atoms[b].sum() > 100)
+    with pytest.raises(ValueError, match=r'data\.oversized = "alone"'):
+        ranks(atoms, atoms, 1)
+
+
 def test_a_structure_that_just_fits_passes():
     assert [b.tolist() for b in ranks(np.array([100, 1]), np.array([1200, 0]), 1, shuffle=False)[0]] == [
         [0],
