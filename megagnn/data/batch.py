@@ -81,6 +81,8 @@ def collate(graphs: Sequence[Mapping[str, Any]], dtype: torch.dtype = torch.floa
         keys.POSITIONS: _concatenate([g[keys.POSITIONS] for g in graphs], (0, 3), real),
         keys.CELL: _stack(graphs, keys.CELL, (3, 3), real),
         keys.PBC: _stack(graphs, keys.PBC, (3,), np.bool_),
+        keys.CHARGE: np.array([g.get(keys.CHARGE, 0) for g in graphs], dtype=real),
+        keys.MULTIPLICITY: np.array([g.get(keys.MULTIPLICITY, 0) for g in graphs], dtype=np.int64),
         keys.BATCH: np.repeat(np.arange(len(graphs)), counts),
         keys.NUM_ATOMS: counts,
         keys.GRAPH_PTR: graph_ptr,

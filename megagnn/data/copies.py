@@ -2,7 +2,8 @@
 
 Each structure is reduced to a few numbers that hardly change when positions are rounded, are the same for
 whole translations and another choice of periodic images, and differ for any other structure. Copies are found
-by sorting them, so that memory and time grow with the number of structures only.
+by sorting them, so that memory and time grow with the number of structures only. Copies have one charge and
+one spin.
 """
 
 import zlib
@@ -66,7 +67,7 @@ class Copies:
         """One structure, in the order of the store, and where it comes from."""
         s = structure
         species = zlib.crc32(np.asarray(s.atomic_numbers, dtype=np.uint8).tobytes() + bytes(map(int, s.pbc)))
-        self._species.append(zlib.crc32(s.source.encode(), species))
+        self._species.append(zlib.crc32(f"{s.source} {s.electronic_state}".encode(), species))
         self._num_atoms.append(s.num_atoms)
         self._marks.extend(marks(s).tolist())
         self._sources.append(self._names.setdefault(s.source, len(self._names)))

@@ -13,8 +13,13 @@ from megagnn.data.baseline import Baseline, fit_baseline, given_references, sum_
 from megagnn.data.split import SPLITS
 from megagnn.data.store import Store
 
-LABELS = tuple(keys.LABELS)
-COLUMNS = ("source", "split", "structures", "groups", "atoms", "max", *LABELS, "E rms", "F rms", "S rms")
+SIZES = ("E rms", "F rms", "S rms")
+MANY_SHOWN = 8
+
+
+def _labels(store: Store) -> tuple[str, ...]:
+    """The three labels, and those of other kinds that the store has."""
+    return tuple(name for name in keys.LABELS if name in store.arrays)
 
 
 def describe(store: Store, notes: Sequence[str] = ()) -> str:
@@ -31,7 +36,12 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
         f"{store.path}: {header.num_structures:,} structures, {header.num_atoms:,} atoms",
         f"levels of theory: {', '.join(header.levels)}",
         "",
-        *_table(_rows(store, known, alone)),
+        *_table(
+            [
+                ("source", "split", "structures", "groups", "atoms", "max", *_labels(store), *SIZES),
+                *_rows(store, known, alone),
+            ]
+        ),
         "",
     ]
     for index, source in enumerate(header.sources):
@@ -41,6 +51,7 @@ def describe(store: Store, notes: Sequence[str] = ()) -> str:
             f"{chemical_symbols[z]} {n / counts.sum():.1%}" for z, n in zip(elements, counts, strict=True)
         )
         lines.append(f"{source}: {', '.join(shares)}; {_periodicity(store, store.source == index)}")
+        lines += _state_lines(store, source, store.source == index)
     lines += [
         *_reference_lines(store, known, alone),
         "",
@@ -57,7 +68,7 @@ def _rows(store: Store, known: Baseline, alone: Bools) -> list[tuple[str, ...]]:
     for index, source in enumerate(store.header.sources):
         for k, split in enumerate(SPLITS):
             chosen = np.flatnonzero((store.source == index) & (store.split == k))
-            labelled = {label: store.labelled(label, chosen) for label in LABELS}
+            labelled = {label: store.labelled(label, chosen) for label in _labels(store)}
             forces = store.of_atoms("forces", labelled[keys.FORCES]).astype(np.float64)
             stress = store.arrays["stress"][labelled[keys.STRESS]].astype(np.float64)
             energies = residual[chosen][np.isfinite(residual[chosen])]
@@ -121,12 +132,26 @@ def _periodicity(store: Store, chosen: Bools) -> str:
     )
 
 
+def _state_lines(store: Store, source: str, chosen: Bools) -> list[str]:
+    """How many structures have which charge and multiplicity, the most frequent first."""
+    lines = []
+    for name in ("charge", "multiplicity"):
+        if name not in store.arrays:
+            continue
+        values, counts = np.unique(store.arrays[name][chosen], return_counts=True)
+        found = sorted(zip(counts.tolist(), values.tolist(), strict=True), reverse=True)
+        if any(value for _, value in found):
+            shown = ", ".join(f"{value:g} of {count:,}" for count, value in found[:MANY_SHOWN])
+            lines.append(f"{source}: {name} {shown}{', ...' if len(found) > MANY_SHOWN else ''}")
+    return lines
+
+
 def _table(rows: list[tuple[Any, ...]]) -> list[str]:
-    widths = [max(len(str(row[c])) for row in [COLUMNS, *rows]) for c in range(len(COLUMNS))]
+    widths = [max(len(str(row[c])) for row in rows) for c in range(len(rows[0]))]
     return [
         "  ".join(
             str(cell).ljust(width) if c < 2 else str(cell).rjust(width)
             for c, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
-        for row in [COLUMNS, *rows]
+        for row in rows
     ]

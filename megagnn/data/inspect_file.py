@@ -72,6 +72,11 @@ def _of_structures(found: Sequence[Structure]) -> list[str]:
         f"atoms        {min(sizes)} to {max(sizes)} a structure",
         f"periodic     {', '.join(f'{n:,} along {k} axes' for k, n in sorted(_axes(found).items()))}",
     ]
+    for name, state in (("charge", lambda s: s.charge), ("multiplicity", lambda s: s.multiplicity)):
+        states = Counter(map(state, found))
+        if any(states):
+            shown = ", ".join(f"{value:g} of {count:,}" for value, count in states.most_common(NUM_SHOWN))
+            lines.append(f"{name:<13}{shown}")
     for name, label in keys.LABELS.items():
         values = [np.asarray(s.labels[name]) for s in found if name in s.labels]
         if values:

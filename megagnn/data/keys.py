@@ -14,6 +14,8 @@ ATOMIC_NUMBERS: Final = "atomic_numbers"  # (N,) int64 | atomic numbers, 1..118
 POSITIONS: Final = "positions"  # (N, 3) float | Å
 CELL: Final = "cell"  # (B, 3, 3) float | Å, rows are lattice vectors; zeros if nothing is periodic
 PBC: Final = "pbc"  # (B, 3) bool | periodic along each lattice vector
+CHARGE: Final = "charge"  # (B,) float | total charge, e; 0 unless the file says otherwise
+MULTIPLICITY: Final = "multiplicity"  # (B,) int64 | of the spin, 2S + 1; 0 where the file says nothing
 BATCH: Final = "batch"  # (N,) int64 | structure of each atom
 NUM_ATOMS: Final = "num_atoms"  # (B,) int64
 GRAPH_PTR: Final = "graph_ptr"  # (B + 1,) int64 | first atom of each structure
@@ -27,6 +29,7 @@ SOURCE_PERM: Final = "source_perm"  # (E,) int64 |   have source j (stable sort 
 ENERGY: Final = "energy"  # (B,) float64 | total energy, eV
 FORCES: Final = "forces"  # (N, 3) float | eV/Å
 STRESS: Final = "stress"  # (B, 3, 3) float | eV/Å^3
+DIPOLE: Final = "dipole"  # (B, 3) float | e Å, of molecules, about the origin of the positions
 ATOMIC_ENERGIES: Final = "atomic_energies"  # (N,) float64 | eV, of the output only, where asked for
 HAS_ENERGY: Final = "has_energy"  # (B,) bool
 HAS_FORCES: Final = "has_forces"  # (B,) bool
@@ -57,6 +60,7 @@ LABELS: dict[str, Label] = {
     ENERGY: Label(1, "eV", stored="<f8"),
     FORCES: Label(2, "eV/Å", (3,), per_atom=True),
     STRESS: Label(4, "eV/Å^3, tension positive", (3, 3)),
+    DIPOLE: Label(128, "e Å", (3,)),  # bits 8 to 64 are left to labels of one's own
 }
 """Every kind of label by its name. A store has arrays of others than the three where a structure has such a
 label; batches always have all."""

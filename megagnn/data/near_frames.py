@@ -1,6 +1,7 @@
 """Pairs of near frames: whether energies change as forces and stresses say.
 
-Between two structures of the same atoms that differ by displacements dx and a strain e, the energy changes by
+Between two structures of the same atoms, charge and spin that differ by displacements dx and a strain e, the
+energy changes by
 
     dE = -sum(F . dx) + V (stress : e),
 
@@ -112,6 +113,8 @@ def pair_of(a: Structure, b: Structure) -> Pair | None:
     if a.num_atoms != b.num_atoms or not np.array_equal(a.pbc, b.pbc):
         return None
     if not np.array_equal(a.atomic_numbers, b.atomic_numbers) or a.energy is None or b.energy is None:
+        return None
+    if a.electronic_state != b.electronic_state:
         return None
     moved, strain = b.positions - a.positions, np.zeros((3, 3))
     volume = 0.0

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from megagnn.data.arrays import Floats, Ints
 from megagnn.data.copies import Places
-from megagnn.data.formats.groups import empirical_formula
+from megagnn.data.formats.groups import empirical_formula, symbols
 from megagnn.data.formats.units import TOLERANCE, Units, explain_factor, explain_size
 from megagnn.data.near_frames import NearFrames, Pair, Slope, least_absolute, slopes
 from megagnn.data.record import Structure
@@ -101,7 +101,7 @@ class LabelCheck:
         self._frames, self._lengths, self._methods = NearFrames(), Lengths(), TwoMethods()
         self._forces, self._stress = _Squares(), _Squares()
         self._virial = _Squares()
-        self._compositions: dict[tuple[bytes, bytes], int] = {}
+        self._compositions: dict[tuple[bytes, bytes, tuple[float, int]], int] = {}
         self._energies, self._indices = array("d"), array("q")
         self._places = Places()
 
@@ -118,7 +118,7 @@ class LabelCheck:
             self._virial.add(s.stress * abs(np.linalg.det(s.cell)) / s.num_atoms)
         if s.energy is not None:
             elements, counts = np.unique(np.asarray(s.atomic_numbers, np.uint8), return_counts=True)
-            composition = (elements.tobytes(), counts.astype(np.int32).tobytes())
+            composition = (elements.tobytes(), counts.astype(np.int32).tobytes(), s.electronic_state)
             self._indices.append(self._compositions.setdefault(composition, len(self._compositions)))
             self._energies.append(float(s.energy))
             self._places.add(file, frame)
@@ -126,6 +126,7 @@ class LabelCheck:
     def faults(self) -> list[Fault]:
         """What is wrong, the sure faults first."""
         found = [*self._absent(), *self._sizes(), *self._differences(), *self._totals(), *self._outliers()]
+        found += self._states()
         found += [Fault(text, False) for text in [*self._lengths.told(), *self._methods.told()]]
         doubt = f"; declared: {self.declared}, perhaps that is what is wrong" if self.declared else ""
         told = []
@@ -261,10 +262,28 @@ class LabelCheck:
         more = "; ..." if len(rows) > SHOWN else ""
         yield Fault(f"{text}{more}. Leave them out, or mend them", False)
 
+    def _states(self) -> Iterator[Fault]:
+        """Compositions with several charges or multiplicities, which no model here tells apart."""
+        states: dict[tuple[bytes, bytes], list[tuple[float, int]]] = {}
+        for elements, counts, state in self._compositions:
+            states.setdefault((elements, counts), []).append(state)
+        several = {composition: found for composition, found in states.items() if len(found) > 1}
+        if not several:
+            return
+        (elements, counts), found = next(iter(several.items()))
+        numbers = np.repeat(np.frombuffer(elements, np.uint8), np.frombuffer(counts, np.int32))
+        shown = " and ".join(f"charge {charge:g}, multiplicity {spin}" for charge, spin in sorted(found)[:2])
+        yield Fault(
+            f"{len(several):,} of {len(states):,} compositions come with several charges or multiplicities, "
+            f"such as {symbols(numbers)} with {shown}; the model reads neither, so that one input has "
+            "several labels: keep one of them, or keep them apart as sources (NAME=FILE)",
+            False,
+        )
+
     def _counts(self) -> NDArray[np.int32]:
-        """(C, 119) atoms of each element in each composition."""
+        """(C, 119) atoms of each element in each composition, one for each charge and spin."""
         found = np.zeros((len(self._compositions), 119), dtype=np.int32)
-        for row, (elements, counts) in zip(found, self._compositions, strict=True):
+        for row, (elements, counts, _) in zip(found, self._compositions, strict=True):
             row[np.frombuffer(elements, np.uint8)] = np.frombuffer(counts, np.int32)
         return found
 

@@ -181,9 +181,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _other_keys(args: argparse.Namespace) -> dict[str, str]:
-    """Labels of other kinds whose keys were given; `none` is for one that is not read, as without a key."""
+    """Labels of other kinds whose keys were given; `none` is for one that is not read."""
     given = {name: getattr(args, f"{name}_key") for name in keys.OTHER_LABELS}
-    return {name: key for name, key in given.items() if key not in (None, "none")}
+    return {name: key for name, key in given.items() if key is not None}
 
 
 def missing_labels(header: StoreHeader) -> list[str]:

@@ -52,6 +52,8 @@ class Structure:
         config_type: what kind of structure the file says it is, such as "IsolatedAtom"; empty for none.
         file: name of the file it was read from; empty where there is one file only.
         converged: False if the file says that the engine's electronic steps did not converge.
+        charge: total charge, e.
+        multiplicity: of the spin, 2S + 1; 0 where the file says nothing.
         others: labels of other kinds (`keys.OTHER_LABELS`) by their names.
     """
 
@@ -72,6 +74,8 @@ class Structure:
     config_type: str = ""
     file: str = ""
     converged: bool = True
+    charge: float = 0.0
+    multiplicity: int = 0
     others: Mapping[str, Floats] = field(default_factory=dict)
 
     @property
@@ -82,6 +86,12 @@ class Structure:
     @property
     def num_atoms(self) -> int:
         return len(self.atomic_numbers)
+
+    @property
+    def electronic_state(self) -> tuple[float, int]:
+        """Charge and multiplicity, the lowest possible one where none is said; what a model does not see."""
+        odd = round(int(np.sum(self.atomic_numbers, dtype=np.int64)) - self.charge) % 2
+        return self.charge, self.multiplicity or 1 + odd
 
 
 @dataclass(frozen=True)
@@ -141,6 +151,9 @@ def _broken(s: Structure, rules: Rules) -> Iterator[tuple[str, str]]:
         if not np.isfinite(label).all():
             text = f"{name} holds NaN or infinity; leave the frame out, or leave the label out if the engine"
             yield "finite_labels", f"{text} did not compute it"
+    if not (np.isfinite(s.charge) and 0 <= s.multiplicity < 1 << 15):
+        text = f"must be a finite number of e and a whole number, got {s.charge} and {s.multiplicity}"
+        yield "state", f"charge and multiplicity {text}; mend them, or leave the frame out"
     try:
         periodic_cell(np.asarray(s.cell, dtype=np.float64), np.asarray(s.pbc, dtype=bool))
     except ValueError as error:
@@ -222,15 +235,15 @@ def is_isolated(
 
 
 def is_isolated_atom(structure: Structure, distance: float = ISOLATED_DISTANCE) -> bool:
-    """The same of the record of a structure."""
+    """The same of the record of a structure; an ion has no reference energy to give, and is none."""
     s = structure
-    return is_isolated(s.num_atoms, s.positions, s.cell, s.pbc, s.config_type, distance)
+    return not s.charge and is_isolated(s.num_atoms, s.positions, s.cell, s.pbc, s.config_type, distance)
 
 
 def is_nearly_isolated(structure: Structure) -> bool:
     """Whether a single atom is farther from its images than in any crystal."""
     s = structure
-    if s.num_atoms != 1:
+    if s.num_atoms != 1 or s.charge:
         return False
     distance = max(NEARLY_ISOLATED, NEARLY_RADII * float(covalent_radii[int(s.atomic_numbers[0])]))
     return is_isolated(1, s.positions, s.cell, s.pbc, s.config_type, distance)

@@ -1,8 +1,10 @@
 """What a sample of the structures of a source tells: lengths that are none in Å, and labels of two methods.
 
 Nearest neighbours of usual matter are near the sum of their covalent radii. Of two methods the energies of
-equal compositions and like structures lie in two heaps.
+equal compositions, charges and spins and like structures lie in two heaps.
 """
+
+from typing import Any
 
 import numpy as np
 from ase.data import covalent_radii
@@ -87,9 +89,10 @@ class TwoMethods:
         self._count += 1
 
     def told(self) -> list[str]:
-        of: dict[bytes, list[tuple[Structure, str]]] = {}
+        of: dict[Any, list[tuple[Structure, str]]] = {}
         for entry in self._kept:
-            of.setdefault(np.sort(entry[0].atomic_numbers).tobytes(), []).append(entry)
+            s = entry[0]
+            of.setdefault((np.sort(s.atomic_numbers).tobytes(), s.electronic_state), []).append(entry)
         heaps = [found for rows in of.values() if len(rows) >= 2 * MIN_HEAP and (found := _heaps(rows))]
         if sum(len(low) + len(high) for low, high in heaps) < MIN_STRUCTURES:
             return []

@@ -93,8 +93,8 @@ class Store:
 
         Returns:
             atomic_numbers (N,), positions (N, 3), cell (3, 3), pbc (3,), fixed (N,), source, level,
-            structure, the labels that it has, as energy, forces (N, 3), stress (3, 3), and weights (3,) where
-            the store has some.
+            structure, the labels that it has, as energy, forces (N, 3), stress (3, 3), and weights (3,),
+            charge and multiplicity where the store has some.
         """
         arrays = self.arrays
         if not 0 <= index < len(self):
@@ -117,6 +117,10 @@ class Store:
                 record[name] = value if value.ndim else float(value)
         if "weights" in arrays:
             record[keys.WEIGHTS] = arrays["weights"][index]
+        if "charge" in arrays:
+            record[keys.CHARGE] = float(arrays["charge"][index])
+        if "multiplicity" in arrays:
+            record[keys.MULTIPLICITY] = int(arrays["multiplicity"][index])
         return record
 
     def of_atoms(self, name: str, rows: NDArray[np.integer]) -> NDArray[Any]:
@@ -130,12 +134,14 @@ class Store:
         return rows[(self.arrays["labels"][rows] & keys.LABELS[label].bit) > 0]
 
     def isolated_atoms(self, distance: float = ISOLATED_DISTANCE) -> Bools:
-        """(S,) bool, which structures are isolated atoms.
+        """(S,) bool, which structures are isolated atoms; ions are none.
 
         distance: Å, from which they are isolated, unless the store was prepared with another.
         """
         distance = self.header.isolated_distance or distance
         found = self.num_atoms == 1
+        if "charge" in self.arrays:
+            found &= self.arrays["charge"] == 0
         kinds = self.config_types() if found.any() else np.empty(0)
         for index in np.flatnonzero(found):
             s = self.structure(int(index))

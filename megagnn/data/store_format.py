@@ -44,6 +44,8 @@ OPTIONAL_ARRAYS: dict[str, tuple[str, tuple[int, ...], str]] = {
     "weights": ("<f4", (3,), "structures"),  # in the loss: of energy, forces, stress
     "config_type": ("<i4", (), "structures"),
     "file": ("<i4", (), "structures"),
+    "charge": ("<f4", (), "structures"),
+    "multiplicity": ("<i2", (), "structures"),
 }
 for _name in keys.OTHER_LABELS:
     _label = keys.LABELS[_name]

@@ -140,8 +140,7 @@ class _Writer:
         self.directory = directory
         self.files: dict[str, BinaryIO] = {}
         self.names: dict[str, dict[str, int]] = {array: {} for array in NAMED}
-        self.weighted = False
-        self.other_labels: set[str] = set()
+        self.needed: set[str] = set()
         self.group_ids: dict[str, int] = {}
         self.groups: list[str] = []
         self.group_sources: list[str] = []
@@ -159,17 +158,21 @@ class _Writer:
             file.close()
 
     def add(self, s: Structure) -> None:
-        labels = s.labels
+        labels, positions = s.labels, storable_positions(s.positions, s.cell, s.pbc)
+        if s.charge and keys.DIPOLE in labels:  # of a charged molecule it is about the origin, which may move
+            labels[keys.DIPOLE] = labels[keys.DIPOLE] + s.charge * (positions - s.positions).mean(axis=0)
         self.num_atoms += s.num_atoms
         row: dict[str, Any] = {
             "offsets": self.num_atoms,
             "atomic_numbers": s.atomic_numbers,
-            "positions": storable_positions(s.positions, s.cell, s.pbc),
+            "positions": positions,
             "fixed": np.zeros(s.num_atoms) if s.fixed is None else s.fixed,
             "cell": s.cell,
             "pbc": s.pbc,
             "group": self.group_ids.setdefault(s.group, len(self.group_ids)),
             "weights": s.weights,
+            "charge": s.charge,
+            "multiplicity": s.multiplicity,
             **{array: self._index(array, getattr(s, array)) for array in NAMED},
             "labels": sum(keys.LABELS[name].bit for name in labels),
         }
@@ -178,8 +181,8 @@ class _Writer:
             row[name] = labels[name] if name in labels else np.full(shape, np.nan)
         for name, value in row.items():
             self._append(name, value)
-        self.other_labels |= set(s.others)
-        self.weighted |= s.weights != (1.0, 1.0, 1.0)
+        told = {"weights": s.weights != (1.0, 1.0, 1.0), "charge": s.charge, "multiplicity": s.multiplicity}
+        self.needed.update(s.others, (name for name, value in told.items() if value))
         self.groups.append(s.group)
         self.group_sources.append(s.source)
 
@@ -195,10 +198,9 @@ class _Writer:
         chosen = splits(self.groups, self.group_sources) if callable(splits) else splits
         self._append("split", self._check_splits(np.asarray(chosen)))
         needed = {
-            "weights": self.weighted,
+            **{name: name in self.needed for name in OPTIONAL_ARRAYS},
             "config_type": set(self.names["config_type"]) != {""},
             "file": len(self.names["file"]) > 1,
-            **{name: name in self.other_labels for name in keys.OTHER_LABELS},
         }
         header = StoreHeader(
             sources=tuple(self.names["source"]),

@@ -42,6 +42,8 @@ LAYOUTS = {
         "pbc",
         {
             "config_type": "config_type",
+            "charge": "properties/total_charge",
+            "spin": "properties/total_spin",
             "config_weight": "weight",
             "config_energy_weight": "property_weights/energy",
             "config_forces_weight": "property_weights/forces",

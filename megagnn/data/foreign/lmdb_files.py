@@ -132,10 +132,18 @@ def _of_graph(record: Any, keys: Sequence[str], references: Mapping[str, float] 
         "pbc": np.asarray(record.get("pbc", True)),
         "values": {key: np.asarray(value) for key, value in labels.items() if value is not None},
         "fixed": None if fixed is None else np.asarray(fixed) > 0.5,
-        "info": {k: v for k, v in record.items() if isinstance(k, str) and isinstance(v, SIMPLE)},
+        "info": {
+            k: v for k, v in map(_plain, record.items()) if isinstance(k, str) and isinstance(v, SIMPLE)
+        },
         "level": "PBE+U" if is_oc22 else method,
         "notes": () if is_oc22 or references is not None else (RELATIVE,),
     }
+
+
+def _plain(entry: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A tensor of one number, as charge and spin are, as the number."""
+    key, value = entry
+    return key, value.item() if isinstance(value, np.ndarray) and value.shape in ((), (1,)) else value
 
 
 def _reference(record: Mapping[str, Any], references: Mapping[str, float]) -> float:

@@ -323,7 +323,7 @@ def _frame(found: Found, path: Path, ase_name: str, options: ReadOptions) -> Fra
         fixed=fixed_atoms(atoms),
         notes=(*notes, ase_formats.FREE_ENERGY_TAKEN) if free else notes,
         converged=found.converged,
-        others=options.others(partial(_by_key, found)),
+        others=options.others(partial(_by_key, found), options.usual_others),
         **labels,
     )
 

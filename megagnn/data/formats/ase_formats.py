@@ -16,6 +16,7 @@ import numpy as np
 from ase.io.formats import UnknownFileTypeError, filetype, ioformats, open_with_compression
 from ase.units import Hartree
 
+from megagnn.data.formats.electrons import TOLD, state_of_output
 from megagnn.data.formats.options import UnreadableError, cannot_read
 from megagnn.data.formats.units import Units
 
@@ -225,13 +226,19 @@ class Mender:
         self.units = OWN_UNITS.get(name, Units())
         self.rotated = False
         self.failed: list[float] = []
+        self.state: dict[str, int] = {}
+        self.notes: tuple[str, ...] = ()
         if name == "gaussian-out":
             self.rotated, self.failed = _of_gaussian(path)
+        if name in TOLD:
+            with open_with_compression(str(path), "rt") as file:
+                self.state, self.notes = state_of_output(file, name)
 
     def mend(self, atoms: ase.Atoms) -> tuple[str, ...]:
-        """Take labels away that are none; returns notes on them."""
+        """Take labels away that are none, add charge and spin to `info`; returns notes on them."""
         results = {} if atoms.calc is None else atoms.calc.results
-        notes = []
+        atoms.info.update(self.state)
+        notes = list(self.notes)
         if self.name == "qbox" and results.pop("stress", None) is not None:
             notes.append(STRESS_UNDECLARED)
         if self.rotated and results.pop("forces", None) is not None:

@@ -9,17 +9,18 @@ import numpy as np
 from ase.stress import voigt_6_to_full_3x3_stress
 from numpy.typing import NDArray
 
+from megagnn.data import keys
 from megagnn.data.arrays import Bools, Floats
+from megagnn.data.formats.electrons import electronic_state
 from megagnn.data.formats.groups import group_name
 from megagnn.data.formats.options import ReadOptions, UnreadableError
-from megagnn.data.formats.units import Units
+from megagnn.data.formats.units import KNOWN, Units
 from megagnn.data.record import Structure
 
 STRESS_DROPPED = "stress left out: not periodic in three directions"
 FROM_VIRIAL = "stress made from the virial, as -virial/V"
 CONTRADICTION = "the stress and the virial of the file contradict each other; the stress is taken"
-CHARGED = "total charge left out: the model does not know it"
-SPIN = "spin left out: the model does not know it"
+DIPOLE_DROPPED = "dipole left out: that of a periodic structure depends on where its cell begins"
 
 SIGNS_OF_FAILURE = ("converged", "scf_converged", "is_converged", "electronic_converged")
 """Keys of `info` that say whether the electronic steps converged."""
@@ -41,7 +42,8 @@ class Frame:
         fixed: (N,) bool or None.
         notes: what was left out or changed so far.
         converged: False if the file says that the electronic steps did not converge.
-        others: labels of other kinds by their names, in the units of a store (`keys.LABELS`), or None.
+        others: labels of other kinds by their names, or None; but for a dipole in the units of a store
+            (`keys.LABELS`).
     """
 
     path: Path
@@ -86,10 +88,19 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
             None if frame.forces is None else np.asarray(frame.forces, np.float64) * units.factor("forces")
         )
         stress, notes = _stress(frame, units, cell, pbc)
-        others = {k: np.asarray(v, dtype=np.float64) for k, v in frame.others.items() if v is not None}
+        others = {
+            name: np.asarray(value, dtype=np.float64) * (units.factor(name) if name in KNOWN else 1.0)
+            for name, value in frame.others.items()
+            if value is not None
+        }
         weights = _weights(frame.info)
+        charge, multiplicity, of_electrons = electronic_state(frame.info, frame.numbers)
     except (TypeError, ValueError) as error:
         raise UnreadableError(f"{frame.path}, frame {frame.index}: {error}") from error
+    notes = (*frame.notes, *notes, *of_electrons)
+    if keys.DIPOLE in others and pbc.any():
+        del others[keys.DIPOLE]
+        notes = (*notes, DIPOLE_DROPPED)
     numbers = np.asarray(frame.numbers)
     return Structure(
         atomic_numbers=numbers.astype(np.uint8),
@@ -113,8 +124,10 @@ def assemble(frame: Frame, options: ReadOptions) -> Structure:
         source=options.source_name(frame.path),
         level=options.level or frame.level,
         fixed=frame.fixed,
-        notes=(*frame.notes, *notes, *_ignored(frame.info)),
+        notes=notes,
         weights=weights,
+        charge=charge,
+        multiplicity=multiplicity,
         others=others,
         config_type=str(frame.info.get("config_type", "")),
         converged=frame.converged and not any(_says_no(frame.info.get(key)) for key in SIGNS_OF_FAILURE),
@@ -180,23 +193,6 @@ def _weights(info: Mapping[str, Any]) -> tuple[float, float, float]:
     if not all(np.isfinite(w) and w >= 0 for w in result):
         raise ValueError(f"weights (config_weight and its kin) must be 0 or positive, got {result}")
     return result
-
-
-def _ignored(info: Mapping[str, Any]) -> tuple[str, ...]:
-    """Notes on what the file says of the electrons, which the model has no input for."""
-    neutral = {
-        "charge": (0,),
-        "total_charge": (0,),
-        "spin": (0, 1),  # of unpaired electrons, or the multiplicity
-        "multiplicity": (1,),
-        "spin_multiplicity": (1,),
-    }
-    notes = []
-    for key, usual in neutral.items():
-        value = info.get(key)
-        if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value not in usual:
-            notes.append(CHARGED if "charge" in key else SPIN)
-    return tuple(dict.fromkeys(notes))
 
 
 def _says_no(value: Any) -> bool:

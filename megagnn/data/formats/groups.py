@@ -103,8 +103,11 @@ def empirical_formula(numbers: NDArray[np.integer]) -> str:
     """Composition divided by its greatest common divisor, by atomic number: H2O for any amount of water."""
     elements, counts = np.unique(np.asarray(numbers, dtype=np.int64), return_counts=True)
     divisor = reduce(gcd, counts.tolist(), 0) or 1
-    symbols = [chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z{z}" for z in elements.tolist()]
-    parts = [
-        f"{s}{n // divisor}" if n > divisor else s for s, n in zip(symbols, counts.tolist(), strict=True)
-    ]
-    return "".join(parts)
+    return symbols(np.repeat(elements, counts // divisor))
+
+
+def symbols(numbers: NDArray[np.integer]) -> str:
+    """Composition by atomic number: H4O2 for two molecules of water."""
+    elements, counts = np.unique(np.asarray(numbers, dtype=np.int64), return_counts=True)
+    names = [chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"Z{z}" for z in elements.tolist()]
+    return "".join(f"{s}{n}" if n > 1 else s for s, n in zip(names, counts.tolist(), strict=True))

@@ -8,10 +8,11 @@
 | MACE | eV, eV/Å, eV/Å^3 | `save_configurations_as_HDF5` of mace |
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from megagnn.data.formats.electrons import formal_charge
 from megagnn.data.formats.options import ReadOptions
 from megagnn.data.formats.published import Method, Published, described, read_described
 from megagnn.data.formats.units import Units
@@ -25,32 +26,40 @@ def _first_name(data_set: str) -> Any:
     return lambda item: f"{data_set} {item['names'][0]}"
 
 
+def _with_charge(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What SPICE tells; the charge of a molecule is that of its SMILES, which names every atom."""
+    info = dict(item["info"])
+    return {**info, "charge": formal_charge(str(info.get("smiles") or ""))}
+
+
 LAYOUTS = {
     "ANI-1x": Published(
         (
-            Method("wB97X/6-31G(d)", "wb97x_dz.energy", "wb97x_dz.forces"),
-            Method("wB97X/def2-TZVPP", "wb97x_tz.energy", "wb97x_tz.forces"),
+            Method("wB97X/6-31G(d)", "wb97x_dz.energy", "wb97x_dz.forces", dipole="wb97x_dz.dipole"),
+            Method("wB97X/def2-TZVPP", "wb97x_tz.energy", "wb97x_tz.forces", dipole="wb97x_tz.dipole"),
             Method("CCSD(T)*/CBS", "ccsd(t)_cbs.energy"),
         ),
         Units({"energy": "Ha", "forces": "Ha/Å"}),
         nan_is_missing=True,
     ),
     "SPICE": Published(
-        (Method("wB97M-D3BJ/def2-TZVPPD", "dft_total_energy", "dft_total_gradient"),),
-        Units({"energy": "Ha", "forces": "-Ha/bohr", "length": "bohr"}),
+        (Method("wB97M-D3BJ/def2-TZVPPD", "dft_total_energy", "dft_total_gradient", dipole="scf_dipole"),),
+        Units({"energy": "Ha", "forces": "-Ha/bohr", "length": "bohr", "dipole": "e*bohr"}),
         group=_first_name("SPICE"),
+        info=_with_charge,
     ),
     "QM7-X": Published(
         (
-            Method("PBE0+MBD", "ePBE0+MBD", "totFOR"),
-            Method("PBE0", "ePBE0", "pbe0FOR"),
+            Method("PBE0+MBD", "ePBE0+MBD", "totFOR", dipole="vDIP"),
+            Method("PBE0", "ePBE0", "pbe0FOR", dipole="vDIP"),
         ),
         group=_first_name("QM7-X"),
     ),
     "MACE": Published(
         (
             Method(
-                "unknown", "properties/energy", "properties/forces", "properties/stress", "properties/virials"
+                "unknown",
+                *(f"properties/{label}" for label in ("energy", "forces", "stress", "virials", "dipole")),
             ),
             Method("unknown", "energy", "forces", "stress", "virials"),  # of earlier versions
         ),

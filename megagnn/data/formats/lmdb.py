@@ -27,7 +27,7 @@ def _system(item: Mapping[str, Any]) -> str | None:
 
 LAYOUTS = {
     "Open Catalyst": Published((Method("unknown", "energy", "forces"),), group=_system),
-    "ASE": Published((Method("unknown", "energy", "forces", "stress"),)),
+    "ASE": Published((Method("unknown", "energy", "forces", "stress", dipole="dipole"),)),
 }
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from megagnn.data import keys
 from megagnn.data.formats.groups import GROUPINGS
 from megagnn.data.formats.units import Units
 
@@ -59,7 +60,8 @@ class ReadOptions:
         group_by: "auto", "formula", "file", "frame" or "info:KEY"; see `group_name`.
         energy_key, forces_key, stress_key, virial_key: names of the labels in the file; None takes the usual
             ones, "none" reads no such label.
-        other_keys: label of another kind (`keys.OTHER_LABELS`) -> its name in the file; others are not read.
+        other_keys: label of another kind (`keys.OTHER_LABELS`) -> its name in the file, "none" for one that
+            is not read; without a key a label is read where a format knows its name.
         units: of the file, where they are not those of ASE (or those the format itself declares).
         species: names of species in the file -> elements.
         ase_format: ASE's name of the format; None leaves it to the file's name and content.
@@ -104,9 +106,20 @@ class ReadOptions:
         """The same with the labels of other kinds whose keys were given."""
         return {**self.label_keys, **self.other_keys}
 
-    def others(self, find: Callable[[str], Any]) -> dict[str, Any]:
-        """Labels of other kinds, for `Frame.others`: what `find` finds of each key that was given."""
-        return {name: find(key) for name, key in self.other_keys.items()}
+    def others(
+        self, find: Callable[[str], Any], usual: Mapping[str, str | None] | None = None
+    ) -> dict[str, Any]:
+        """Labels of other kinds, for `Frame.others`: what `find` finds of each key that was given.
+
+        usual: label -> key under which it stands where none was given, if it is of the same method.
+        """
+        named = {**(usual or {}), **self.other_keys}
+        return {name: find(key) for name, key in named.items() if key not in (None, "none")}
+
+    @property
+    def usual_others(self) -> dict[str, str | None]:
+        """Labels of other kinds under their usual names; none beside labels with keys of their own."""
+        return {} if self.foreign_keys else {keys.DIPOLE: keys.DIPOLE}
 
     @property
     def foreign_keys(self) -> list[str]:

@@ -138,6 +138,8 @@ def _read_open_store(store: Store, path: Path, options: ReadOptions) -> Iterator
             notes=notes,
             weights=tuple(map(float, s.get(keys.WEIGHTS, (1, 1, 1)))),  # type: ignore[arg-type]
             config_type=str(config_types[index]),
+            charge=s.get(keys.CHARGE, 0.0),
+            multiplicity=s.get(keys.MULTIPLICITY, 0),
             file=str(files[index]),
             others={name: np.asarray(s[name], np.float64) for name in keys.OTHER_LABELS if name in s},
         )

@@ -12,6 +12,7 @@ from megagnn.data.foreign.child import ForeignError, read_in_child
 from megagnn.data.formats.assemble import Frame, assemble
 from megagnn.data.formats.options import ReadOptions, UnreadableError, parsed_frames
 from megagnn.data.formats.units import Units
+from megagnn.data.keys import DIPOLE
 from megagnn.data.record import MAX_ATOMIC_NUMBER, Structure
 
 NOT_COMPUTED = "forces left out: not computed (NaN)"
@@ -25,6 +26,7 @@ class Method(NamedTuple):
     forces: str | None = None
     stress: str | None = None
     virial: str | None = None
+    dipole: str | None = None
 
 
 class Published(NamedTuple):
@@ -35,12 +37,14 @@ class Published(NamedTuple):
         units: of the file.
         nan_is_missing: NaN stands for a label that was not computed; else it is a fault, as everywhere.
         group: from an item to the name of what must stay on one side of a split, or None for the formula.
+        info: from an item to what it tells of a structure beside its labels.
     """
 
     methods: tuple[Method, ...]
     units: Units = Units()
     nan_is_missing: bool = False
     group: Callable[[Mapping[str, Any]], str | None] = lambda _: None
+    info: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda item: item.get("info", {})
 
 
 def choose(methods: Sequence[Method], options: ReadOptions, where: str) -> Method:
@@ -156,12 +160,14 @@ def _frame(
 ) -> Frame | None:
     values = item["values"]
     labels = {label: values.get(key) for label in options.label_keys if (key := getattr(method, label))}
+    others = options.others(values.get, {DIPOLE: method.dipole})
     notes = tuple(item.get("notes", ()))
     if published.nan_is_missing:
         missing = [label for label, value in labels.items() if _is_nan(value)]
         if "energy" in missing:
             return None
         labels = {label: value for label, value in labels.items() if label not in missing}
+        others = {label: value for label, value in others.items() if not _is_nan(value)}
         notes = (*notes, *([NOT_COMPUTED] if "forces" in missing else []))
     numbers = atomic_numbers(item["numbers"])
     forces = labels.get("forces")
@@ -178,13 +184,13 @@ def _frame(
         positions=np.asarray(item["positions"], dtype=np.float64),
         cell=np.zeros((3, 3)) if cell is None else np.asarray(cell, dtype=np.float64).reshape(3, 3),
         pbc=np.zeros(3, dtype=bool) if pbc is None else np.broadcast_to(np.asarray(pbc, dtype=bool), 3),
-        info=item.get("info", {}),
+        info=published.info(item),
         units=published.units,
         group=published.group(item),
         level=item.get("level") or method.level,
         fixed=item.get("fixed"),
         notes=notes,
-        others=options.others(values.get),
+        others=others,
         **labels,
     )
 

@@ -202,7 +202,7 @@ def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Fram
         material = entry["mat_id"]
     if isinstance(provenance, dict) and provenance.get("original_mp_id") is not None:
         material = provenance["original_mp_id"]
-    charge = entry["structure"].get("charge")
+    state = {name: entry["structure"].get(name) for name in ("charge", "spin_multiplicity")}
     frame = Frame(
         path=path,
         index=found.number,
@@ -210,12 +210,12 @@ def frame_of_entry(options: ReadOptions, path: Path, found: Entry) -> tuple[Fram
         positions=positions,
         cell=cell,
         pbc=pbc,
-        info={"charge": charge, **{k: v for k, v in entry.items() if k not in NOT_LABELS}},
+        info={**state, **{k: v for k, v in entry.items() if k not in NOT_LABELS}},
         units=MPTRJ_UNITS if of_mptrj else Units(),
         group=None if material is None else str(material),
         level=str(entry.get("functional") or "unknown"),
         notes=notes,
-        others=options.others(entry.get),
+        others=options.others(entry.get, options.usual_others),
         **labels,
     )
     return frame, entry

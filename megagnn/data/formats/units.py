@@ -23,6 +23,8 @@ ENERGIES = {
     "kj/mol": units.kJ / units.mol,
 }
 LENGTHS = {"å": 1.0, "a": 1.0, "ang": 1.0, "angstrom": 1.0, "bohr": units.Bohr, "nm": 10.0, "pm": 0.01}
+DIPOLES = {"eå": 1.0, "e*å": 1.0, "ebohr": units.Bohr, "e*bohr": units.Bohr, "au": units.Bohr}
+DIPOLES |= {"debye": units.Debye, "d": units.Debye}
 PRESSURES = {
     "gpa": units.GPa,
     "mpa": 1e-3 * units.GPa,
@@ -38,6 +40,7 @@ KNOWN = {
     "stress": "eV/Å^3, GPa, MPa, kBar, bar, Pa, atm, Ha/bohr^3, with a minus where compression is positive",
     "virial": "eV, meV, Ha, Ry, kcal/mol, kJ/mol, with a minus sign where tension is positive",
     "length": "Å, bohr, nm, pm",
+    "dipole": "e*Å, e*bohr, Debye",
 }
 """Quantity -> units that can be declared, in words."""
 SIGNED = ("forces", "stress", "virial")
@@ -141,6 +144,8 @@ def _factor(quantity: str, text: str) -> float:
         found = ENERGIES.get(plain)
     elif quantity == "length":
         found = LENGTHS.get(plain)
+    elif quantity == "dipole":
+        found = DIPOLES.get(plain)
     elif quantity == "forces":
         found = ENERGIES[first] / LENGTHS[last] if first in ENERGIES and last in LENGTHS else None
     elif plain in PRESSURES:

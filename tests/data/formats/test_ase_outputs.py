@@ -39,7 +39,6 @@ TOLD = [
     ("vasp/OUTCAR_example_1", None, 1, -68.22868532, 2.39591441, "the energy is the free energy"),
     ("vasp/vasprun_dfpt.xml", None, 1, -6.74587304, 0.0, "the energy is the free energy"),
     ("qbox_test.xml", None, 5, -418.31914481, None, "stress left out"),
-    ("runner.test_reader_writer:sample_inputfile", None, 2, -1480190.03749168, None, "total charge left out"),
 ]
 
 REFUSED = [
@@ -119,6 +118,17 @@ def test_what_is_changed_is_told(tmp_path, name, ase_format, num_frames, energy,
 def test_what_holds_no_labels_is_refused(tmp_path, name, message):
     with pytest.raises(ValueError, match=message):
         list(read_structures(place(name, tmp_path)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_charge_and_spin_of_outputs(tmp_path):
+    sample = place("runner.test_reader_writer:sample_inputfile", tmp_path)
+    assert [s.charge for s in read_structures(sample)] == [-0.5084291, -0.4569438]
+    text = importlib.import_module("ase.test.fio.test_gaussian_out").BUF_H2O_OPT
+    path = tmp_path / "run.log"
+    path.write_text(text.replace("\n", "\n Charge =  1 Multiplicity = 2\n", 1))
+    read = list(read_structures(path, ReadOptions(ase_format="gaussian-out")))
+    assert [(s.charge, s.multiplicity) for s in read] == [(1.0, 2)] * 2
 
 
 def test_atomic_units_of_qbox_are_converted():

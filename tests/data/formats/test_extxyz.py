@@ -107,15 +107,13 @@ def test_file_cut_within_a_frame(tmp_path):
         list(read_structures(path))
 
 
-def test_weights_kinds_and_what_is_left_out(tmp_path):
+def test_weights_kinds_and_charges(tmp_path):
     keys = {"config_weight": 2.0, "config_forces_weight": 0.5, "config_type": "slab", "charge": -1, "spin": 0}
     (read,) = read_structures(write(tmp_path / "a.xyz", crystal(**keys)))
     assert read.weights == (2.0, 1.0, 2.0)
     assert read.config_type == "slab"
-    assert read.notes == ("total charge left out: the model does not know it",)
-    (spin,) = read_structures(write(tmp_path / "b.xyz", crystal(multiplicity=3, total_charge=0)))
-    assert spin.notes == ("spin left out: the model does not know it",)
-    (singlet,) = read_structures(write(tmp_path / "c.xyz", crystal(multiplicity=1, charge=0)))
-    assert (singlet.notes, singlet.weights, singlet.config_type) == ((), (1.0, 1.0, 1.0), "")
+    assert (read.notes, read.charge, read.multiplicity) == ((), -1.0, 0)
+    (plain,) = read_structures(write(tmp_path / "c.xyz", crystal()))
+    assert (plain.charge, plain.weights, plain.config_type) == (0.0, (1.0, 1.0, 1.0), "")
     with pytest.raises(ValueError, match=r"frame 0: weights .* must be 0 or positive"):
         list(read_structures(write(tmp_path / "d.xyz", crystal(config_weight=-1))))

@@ -105,7 +105,8 @@ def test_a_virial_of_the_usual_name_is_not_paired_with_labels_of_other_names(tmp
 
 def test_other_keys_and_molecules(tmp_path):
     sites = [{"species": [{"element": "D", "occu": 1}], "xyz": [0, 0, k * 0.7]} for k in range(2)]
-    entry = {"structure": {"@class": "Molecule", "charge": 1, "sites": sites}, "E": -0.5, "F": FORCES}
+    molecule = {"@class": "Molecule", "charge": 1, "spin_multiplicity": 2, "sites": sites}
+    entry = {"structure": molecule, "E": -0.5, "F": FORCES}
     path = write(tmp_path / "a.json", [entry])
     with pytest.raises(ValueError, match=r"frame 0: unknown species D .*--species D=H"):
         list(read_structures(path))
@@ -115,7 +116,7 @@ def test_other_keys_and_molecules(tmp_path):
     (read,) = read_structures(path, options)
     assert read.energy == pytest.approx(-13.605693)
     assert not read.pbc.any()
-    assert read.notes == ("total charge left out: the model does not know it",)
+    assert (read.notes, read.charge, read.multiplicity) == ((), 1.0, 2)
     with pytest.raises(ValueError, match="there is no energy key 'G'; keys there are E, F"):
         list(read_structures(path, ReadOptions(species={"D": "H"}, energy_key="G", forces_key="F")))
 
