@@ -9,6 +9,7 @@ once (docs/extending.md).
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from megagnn.data import keys
 from megagnn.models.config import ModelConfig
+from megagnn.models.costs import EdgePlan, How, Kept, Pass, Setting
 from megagnn.models.pairs import PairPotentials
 from megagnn.models.precision import Precision
 from megagnn.models.registry import model_class
@@ -142,6 +144,23 @@ class Model(nn.Module, ABC):
     def work(config: Any, layer: int) -> Work:
         """Multiply-adds of a layer, from its number; of the energy head for `layer = num_layers`."""
 
+    @staticmethod
+    def traffic(config: Any, layer: int, plan: EdgePlan, setting: Setting) -> Pass:
+        """Elements that a tensor-parallel rank sends in a layer, exactly as `context.Traffic` counts them; of
+        the energy head for `layer = num_layers`. Raises ValueError for a family that does not say it."""
+        raise ValueError(_unsaid(config, "traffic", "parallel.tensor above 1"))
+
+    @staticmethod
+    def kept(config: Any, layer: int, how: How, ranks: int, plan: EdgePlan) -> Kept:
+        """What a layer keeps on one of so many tensor-parallel ranks; of embedding, edges and energy head
+        for `layer = num_layers`. Raises ValueError for a family that does not say it."""
+        raise ValueError(_unsaid(config, "kept", "activations"))
+
+    @staticmethod
+    def edge_plan(config: Any, choice: PlanChoice, ranks: int, num_atoms: int, num_edges: int) -> EdgePlan:
+        """The plan for a batch of so many atoms and edges."""
+        return "channel"
+
     def direct_forces(self, batch: dict[str, Any], state: State) -> Any:
         """Direct forces (N, 3) in units of the output scale, from the last state; None without them."""
         return state.get("forces")
@@ -255,6 +274,32 @@ def layer_works(config: ModelConfig) -> list[Work]:
 # Products of a training step in units of one forward: forward, backward with respect to inputs and weights;
 # for conservative forces by one backward, see docs/forces.md.
 STEP_UNITS = {"none": 3, "direct": 3, "conservative": 8}
+
+
+def pass_elements(
+    config: ModelConfig,
+    plan: EdgePlan,
+    setting: Setting,
+    positions: int = 0,
+    layers: Sequence[int] | None = None,
+    head: bool = True,
+) -> Pass:
+    """Elements that a tensor-parallel rank sends, once forward and once backward.
+
+    positions: elements of positions, and of cells under stress, that require grad: 3N (+ 9B), or 0.
+    layers, head: what of the model is on the rank's stage, all of it by default.
+    """
+    numbers = [*(range(config.num_layers) if layers is None else layers), *[config.num_layers] * head]
+    parts = [model_class(config).traffic(config, number, plan, setting) for number in numbers]
+    backward = sum((part.backward for part in parts), 2 * setting.u * positions)
+    return Pass(sum((part.forward for part in parts), Fraction(0)), backward)
+
+
+def _unsaid(config: ModelConfig, method: str, what: str) -> str:
+    return (
+        f"the model family '{config.family}' has no `{method}`, without which {what} cannot be planned; add "
+        "it to its model (docs/extending.md)"
+    )
 
 
 def step_flops(config: ModelConfig, num_atoms: float, num_edges: float) -> float:

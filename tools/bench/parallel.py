@@ -5,7 +5,7 @@
 Starts the ranks on this machine over gloo. Every layout takes one training step on the same batch; losses are
 compared first. Reported per rank (the largest of the ranks): parameters, gradients and AdamW's moments in
 bytes; the peak of what the step allocated on top, from the allocator's own events; bytes sent, counted, which
-must equal the formulas of work/traffic.py. Seconds are left out on purpose: ranks that share
+must equal the family's formulas (`Model.traffic`). Seconds are left out on purpose: ranks that share
 cores, and gloo, say nothing of machines with an interconnect.
 """
 
@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megagnn.data import keys
+from megagnn.models.costs import Setting
 from megagnn.models.egnn.edge.operation import partition_edges
-from megagnn.models.egnn.traffic_model import Setting
+from megagnn.models.family import pass_elements
 from megagnn.models.potential import build_potential
 from megagnn.objective.gradient_methods import GRADIENT_METHODS
 from megagnn.objective.loss import Loss, label_counts
@@ -28,7 +29,6 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.spawn import spawn
 from tools.bench.memory.step import peak_of_events
 from tools.bench.work import edge as edge_workload
-from tools.bench.work.traffic import pass_elements
 
 
 def work(context: ParallelContext, arguments: argparse.Namespace) -> list[dict[str, Any]]:

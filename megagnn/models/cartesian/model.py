@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 
 from megagnn.data import keys
-from megagnn.models.cartesian import messages
+from megagnn.models.cartesian import costs, messages
 from megagnn.models.cartesian.atoms import gates_and_products, mean_square, parts_of
 from megagnn.models.cartesian.config import CartesianConfig
+from megagnn.models.cartesian.costs import reads_of, writes_of
 from megagnn.models.cartesian.edge import has_kernels, neighbour_sums, planes_of
 from megagnn.models.cartesian.messages import COMPONENTS, Edges, direction_matrices, paths_of
 from megagnn.models.cartesian.parts import (
@@ -49,18 +50,6 @@ from megagnn.ops import dual
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.parameter import Constant, make_parameter
 from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels
-
-
-def reads_of(config: CartesianConfig, number: int) -> tuple[str, ...]:
-    """Fields of the state before a layer."""
-    return tuple(config.widths) if number else ("h",)
-
-
-def writes_of(config: CartesianConfig, number: int) -> tuple[str, ...]:
-    """Fields that a layer changes: of the last one what outputs read."""
-    if number < config.num_layers - 1:
-        return tuple(config.widths)
-    return ("h", "v") if config.forces == "direct" else ("h",)
 
 
 class CartesianLayer(nn.Module):
@@ -184,6 +173,9 @@ class Cartesian(Model):
         functions = 4 if config.num_splines else config.num_radial  # that are not zero
         per_edge = edge * (len(paths) * functions + products + channelwise)
         return Work(per_edge, edge * (up + down + changes), edge * channelwise)
+
+    traffic = staticmethod(costs.traffic)
+    kept = staticmethod(costs.kept)
 
     def graph(self, batch: dict[str, Any]) -> Edges:
         """Distances and directions of all edges, of the input positions; every rank has them all."""

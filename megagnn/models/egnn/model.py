@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megagnn.data import keys
+from megagnn.models.egnn import kept
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.operation import partition_edges
 from megagnn.models.egnn.edge.plan_rows import WeightRing
@@ -20,7 +21,7 @@ from megagnn.models.egnn.layer import (
     make_norm,
     normed_linears,
 )
-from megagnn.models.egnn.traffic_model import Widths, choose_plan, has_vector
+from megagnn.models.egnn.traffic_model import Widths, choose_plan, has_vector, layer_elements, least_plan
 from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.parts import edge_distances, laws
 from megagnn.models.radial import DistanceFeature, envelope
@@ -101,6 +102,10 @@ class EGNN(Model):
             return Work(0, w.F * (w.F + 1))
         per_edge = w.H * w.R + w.M * w.H + (w.K * (w.M + 1) if has_vector(config, layer) else 0)
         return Work(per_edge, 2 * w.F * w.H + w.D * (w.F + w.M) + w.D * w.F)
+
+    traffic = staticmethod(layer_elements)
+    kept = staticmethod(kept.kept)
+    edge_plan = staticmethod(least_plan)
 
     def read_ahead(self, prepare: Callable[[int], None]) -> None:
         """See `Model`: the plan `edge` gathers the next layer's weights while one layer runs."""

@@ -1,6 +1,6 @@
 """What a rank sends, derived from the layout, and the plan that sends less.
 
-Elements of a layer's edges in a pass, exactly as `parallel.context.Traffic` counts them; tests compare the
+Elements of a layer in a pass, exactly as `parallel.context.Traffic` counts them; tests compare the
 two. With t ranks, u = (t-1)/t, P planes (1 for values, 2 for pairs of value and tangent), N atoms, n of them
 this rank's rows under `edge`, E edges, widths F (node), H (hidden of phi_e), M (message), K (hidden of
 phi_x), D (hidden of phi_h), R distance features:
@@ -10,6 +10,9 @@ phi_x), D (hidden of phi_h), R distance features:
     edge, forward     P (N-n) H/t + u P N H + u P n M + u W     with phi_x also  3 (t-1) P n
     edge, backward    P (N-n) M/t + u P n H + u P N H + 2 u W   and P (N-n) H/t + u P N H recomputed
 
+    atoms, forward    u P N (F + D + F) + 2u P N                gather h; scatter D and F; sum of squares
+    atoms, backward   the same, and 2u 3P N for the coordinates that the layer moved
+
 W are the weights of the edge products, M H + K M + H R and biases. A recomputed layer sends its
 forward once more, except the last scatter of F; together with `recompute` blocks only its atoms' part.
 """
@@ -18,9 +21,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 from megagnn.data import keys
+from megagnn.models.costs import Pass, Setting
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.operation import Plan
 from megagnn.models.family import PlanChoice
@@ -59,35 +63,6 @@ class Widths:
         return self.M * self.H + self.H * self.R + self.M + (self.K * (self.M + 2) if vector else 0)
 
 
-class Pass(NamedTuple):
-    """What a rank sends in one layer, forward and backward."""
-
-    forward: Fraction
-    backward: Fraction
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A batch on a layout: t, P, N, n, E of the module, and how the backward gets its intermediates."""
-
-    ranks: int
-    planes: int
-    num_atoms: int
-    own_atoms: Fraction | int
-    num_edges: int
-    blocks_again: bool = False
-    """`edge_memory = "recompute"`."""
-    layers_again: bool = False
-    """`recompute_layers`."""
-    weights_wanted: bool = True
-    """Whether the backward is one to the parameters, and not to the positions alone."""
-
-    @property
-    def u(self) -> Fraction:
-        """(t-1)/t."""
-        return Fraction(self.ranks - 1, self.ranks)
-
-
 def edge_elements(plan: Plan, s: Setting, w: Widths, vector: bool) -> Pass:
     """Elements that a layer's edge operation sends."""
     u, t, P, N, n, E = s.u, s.ranks, s.planes, s.num_atoms, s.own_atoms, s.num_edges
@@ -118,6 +93,37 @@ def has_vector(config: EGNNConfig, layer: int) -> bool:
     return config.update_coordinates
 
 
+def atom_elements(s: Setting, w: Widths, first: bool = False) -> Pass:
+    """Elements that a layer's atoms send; `first`: no gradient reaches the features before the layer."""
+    u, P, N = s.u, s.planes, s.num_atoms
+    norm, entry = 2 * u * P * N if w.normed else Fraction(0), u * P * N * w.F
+    forward = norm + entry + u * P * N * (w.D + w.F)
+    backward = u * P * N * (w.D + w.F) + (0 if first else norm + entry)
+    if s.layers_again:
+        backward += norm + entry + u * P * N * w.D
+    return Pass(forward, backward)
+
+
+def head_elements(s: Setting, w: Widths) -> Pass:
+    """Elements that the energy head sends."""
+    u, P, N = s.u, s.planes, s.num_atoms
+    norm = 2 * u * P * N if w.normed else Fraction(0)
+    return Pass(norm + u * P * N * w.F + 2 * u * P * N, norm + u * P * N * w.F)
+
+
+def layer_elements(config: EGNNConfig, layer: int, plan: Plan, setting: Setting) -> Pass:
+    """Elements that a layer sends, or the energy head; see `Model.traffic`."""
+    s = setting
+    w, last = Widths.of(config), layer == config.num_layers - 1
+    if layer == config.num_layers:
+        return head_elements(s, w)
+    vector = has_vector(config, layer)
+    edges = edge_elements(plan, s, w, vector)
+    atoms = atom_elements(s, w, first=layer == 0 and not s.weights_wanted)
+    moved = 2 * s.u * s.planes * 3 * s.num_atoms if vector and not last else 0
+    return Pass(edges.forward + atoms.forward, edges.backward + atoms.backward + moved)
+
+
 def edge_total(plan: Plan, config: EGNNConfig, ranks: int, num_atoms: int, num_edges: int) -> Fraction:
     """Elements that the edge operations of a training step send, with rows of equal size on every rank."""
     w, total = Widths.of(config), Fraction(0)
@@ -139,6 +145,14 @@ def edge_total(plan: Plan, config: EGNNConfig, ranks: int, num_atoms: int, num_e
     return total
 
 
+def least_plan(config: EGNNConfig, choice: PlanChoice, ranks: int, num_atoms: int, num_edges: int) -> Plan:
+    """The plan that is chosen, for `auto` the one whose edges send less."""
+    if choice != "auto":
+        return choice
+    plans: tuple[Plan, Plan] = ("edge", "channel")
+    return min(plans, key=lambda plan: edge_total(plan, config, ranks, num_atoms, num_edges))
+
+
 def choose_plan(
     choice: PlanChoice, config: EGNNConfig, batch: dict[str, Any], context: ParallelContext
 ) -> Plan | None:
@@ -148,5 +162,4 @@ def choose_plan(
     if choice != "auto":
         return choice
     sizes = (context.tp_size, len(batch[keys.ATOMIC_NUMBERS]), batch[keys.EDGE_INDEX].shape[1])
-    plans: tuple[Plan, Plan] = ("edge", "channel")
-    return min(plans, key=lambda plan: edge_total(plan, config, *sizes))
+    return least_plan(config, choice, *sizes)

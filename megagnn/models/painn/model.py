@@ -22,7 +22,9 @@ from torch import nn
 
 from megagnn.data import keys
 from megagnn.models.family import Field, Model, State, Work
+from megagnn.models.painn import costs
 from megagnn.models.painn.config import PaiNNConfig
+from megagnn.models.painn.costs import head_width
 from megagnn.models.parts import branch_rate, graph_of, laws, refuse_edge_plan
 from megagnn.models.radial import DistanceFeature, cosine_cutoff, envelope
 from megagnn.ops import Segments, dual
@@ -174,11 +176,6 @@ class EnergyHead(nn.Module):
         return energy_N1.squeeze(-1)
 
 
-def head_width(config: PaiNNConfig) -> int:
-    """Hidden width of the energy head."""
-    return config.head_width or config.width // 2
-
-
 class PaiNN(Model):
     """See `Model`, and the module for the formulas.
 
@@ -212,6 +209,9 @@ class PaiNN(Model):
             return Work(0, (config.width + 1) * head_width(config))
         messages, updates = len(message_branches(layer)), len(update_branches(config, layer))
         return Work(messages * config.num_radial * config.width, (1 + messages + 6 + 2 + updates) * square)
+
+    traffic = staticmethod(costs.traffic)
+    kept = staticmethod(costs.kept)
 
     def graph(self, batch: dict[str, Any]) -> Edges:
         """Distances and directions of all edges, of the input positions; every rank has them all."""

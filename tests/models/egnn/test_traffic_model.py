@@ -9,15 +9,16 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.data.batch import collate
+from megagnn.models.costs import Pass, Setting
 from megagnn.models.egnn.config import EGNNConfig
 from megagnn.models.egnn.edge.operation import partition_edges
-from megagnn.models.egnn.traffic_model import Pass, Setting, choose_plan, edge_total
+from megagnn.models.egnn.traffic_model import choose_plan, edge_total
+from megagnn.models.family import pass_elements
 from megagnn.models.potential import Potential, apply_strain, frozen
 from megagnn.parallel.context import ParallelContext, Traffic
 from tests.distributed.spawn import spawn
 from tests.distributed.test_data_parallel import graphs
 from tests.models.physics import model_config, randomised
-from tools.bench.work.traffic import pass_elements
 
 # All widths different, so that no two terms can be mistaken for one another.
 WIDTHS = {"message_hidden": 24, "message_width": 12, "coordinate_hidden": 20, "node_hidden": 28}

@@ -73,6 +73,17 @@ def _saved_work(work: dict[str, Any]) -> tuple[Any, Any, Any]:
     return step, made.batch, made.small
 
 
+def held_of(run: Any) -> float:
+    """Bytes that are still there when `run` has returned and what it returned lives."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    events = profiler.profiler.kineto_results.events()
+    del result
+    return float(sum(e.nbytes() for e in events if e.name() == "[memory]"))
+
+
 def peak_of_events(run: Any) -> float:
     """The highest sum of the allocator's events during `run`."""
     from torch.profiler import ProfilerActivity, profile

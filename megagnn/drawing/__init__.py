@@ -1,1 +1,0 @@
-"""Figures with captions, and pages of them in one file."""
