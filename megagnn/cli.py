@@ -32,11 +32,19 @@ COMMANDS = {
         "megagnn.scaling.coordinates",
         "how much activations move in training, against width: CONFIG.toml --out DIR",
     ),
+    "plan": (
+        "megagnn.plan.command",
+        "memory, time and cost of a run on a cluster: CONFIG.toml --cluster 8xh100",
+    ),
     "sweep": ("megagnn.scaling.sweep_command", "train a table of runs, one line of results each: SWEEP.toml"),
 }
 # Commands that take keys of the configuration, and their own options; every other option is such a key.
 TAKES_OVERRIDES = {
     "train": ("--resume", "--overwrite", "--help", "--version"),
+    "plan": (
+        *("--cluster", "--ranks", "--search", "--show", "--atoms", "--edges", "--structures", "--elements"),
+        *("--levels", "--json", "--help"),
+    ),
     "coordinate-check": ("--out", "--widths", "--depths", "--steps", "--seeds", "--tensorboard", "--help"),
 }
 

@@ -1,0 +1,89 @@
+"""Arithmetic and time of plans: counts are exact, and times are those of the formulas in docs/planning.md."""
+
+import dataclasses
+
+import pytest
+
+from megagnn.models.family import step_flops
+from megagnn.plan.cluster import load_cluster
+from megagnn.plan.layout import Layout
+from megagnn.plan.times import rates, step_units, times
+from tests.plan.layouts import layout_of
+
+CLUSTER = load_cluster("8xh100")
+
+
+def executed(layout: Layout) -> float:
+    """Of all ranks, from each that a pipeline has."""
+    from megagnn.plan.times import forward_flops
+
+    ranks = range(layout.pp)
+    once = sum(sum(forward_flops(layout, layout.numbers_on(rank))) for rank in ranks)
+    return once * step_units(layout) * layout.micro_batches * layout.dp * layout.tp
+
+
+@pytest.mark.parametrize("family", ["egnn", "cartesian"])
+@pytest.mark.parametrize("forces", ["direct", "conservative"])
+@pytest.mark.parametrize("grid", [(1, 1, 1), (2, 1, 2), (2, 2, 2)])
+def test_all_ranks_together_compute_what_the_model_takes(
+    family: str, forces: str, grid: tuple[int, int, int]
+) -> None:
+    dp, pp, tp = grid
+    parallel = {"pipeline": pp, "tensor": tp}
+    model = {"family": family, "forces": forces}
+    layout = layout_of(model, dp * pp * tp, parallel=parallel, optim={"accumulate_steps": 4})
+    flops = step_flops(layout.model, 4 * dp * 100, 4 * dp * 2000)
+    assert times(layout, CLUSTER).flops == flops
+    assert executed(layout) == pytest.approx(flops, rel=1e-12)
+
+
+@pytest.mark.parametrize(("forces", "ratio"), [("direct", 4 / 3), ("conservative", 11 / 8)])
+def test_what_is_computed_again_is_executed_and_not_counted(forces: str, ratio: float) -> None:
+    plain, again = (layout_of({"forces": forces, "recompute_layers": r}) for r in (False, True))
+    assert executed(again) / executed(plain) == pytest.approx(ratio)
+    assert times(again, CLUSTER).flops == times(plain, CLUSTER).flops
+
+
+def test_the_bubble_is_that_of_the_schedule() -> None:
+    """1F1B idles p - 1 times forward and backward, also with more micro-batches than are simulated."""
+    cluster = dataclasses.replace(
+        CLUSTER,
+        node=dataclasses.replace(
+            CLUSTER.node, link=dataclasses.replace(CLUSTER.node.link, latency_us=0, gbps=1e9)
+        ),
+    )
+    for batches in (8, 64):
+        layout = layout_of(
+            {"forces": "direct", "num_layers": 64, "update_coordinates": False},
+            2,
+            parallel={"pipeline": 2},
+            optim={"accumulate_steps": batches},
+        )
+        t = times(layout, cluster)
+        assert t.bubble == pytest.approx(t.compute / batches, rel=0.05)
+
+
+def test_more_ranks_are_never_slower_a_batch_and_messages_cost() -> None:
+    one, eight, many = (times(layout_of(ranks=n), CLUSTER) for n in (1, 8, 1024))
+    assert one.data == 0 < eight.data < many.data
+    assert one.compute == eight.compute == many.compute
+    assert one.step == one.compute + one.update
+
+
+def test_rates_are_of_the_step() -> None:
+    layout = layout_of(ranks=8)
+    t = times(layout, CLUSTER)
+    r = rates(layout, CLUSTER, t)
+    assert r.atoms_per_second == pytest.approx(800 / t.step)
+    assert r.watt_hours == pytest.approx(CLUSTER.watts(8) * t.step / 3600)
+    assert r.price == pytest.approx(8 * 6.88 * t.step / 3600)
+    assert r.of_peak == pytest.approx(t.flops / t.step / (8 * 67e12))
+    assert rates(layout, dataclasses.replace(CLUSTER, device_hour=None), t).price is None
+
+
+def test_offloaded_state_moves_over_its_link() -> None:
+    near, far = (layout_of({"width": 1024}, optim={"offload": offload}) for offload in ("none", "host"))
+    state = 12 * near.num_parameters  # two moments and the average
+    slower = times(far, CLUSTER).update - times(near, CLUSTER).update
+    link, memory = 1e9 * CLUSTER.node.host_gbps, CLUSTER.memory_rate
+    assert slower == pytest.approx(2 * state * (1 / link - 1 / memory), rel=0.01)
