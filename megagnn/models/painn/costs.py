@@ -40,7 +40,8 @@ def kept(config: PaiNNConfig, layer: int, how: How, ranks: int, plan: EdgePlan) 
         )
     planes, F = 2 if how == "pair" else 1, config.width
     if layer == config.num_layers:
-        return Kept(planes * 3 * F / ranks, planes * (config.num_radial + 4))
+        head = 10 if planes == 2 and config.recompute_layers else 3 * planes
+        return Kept(head * F / ranks, planes * (config.num_radial + 4))
     later, first, work = (number * F / ranks for number in _EDGES[how])
     gathered = 8 * planes * F
     atoms, edges = gathered + (_ATOMS[how] * F - gathered) / ranks, later if layer else first
