@@ -1,6 +1,7 @@
 """A small labelled data set and a short run on it, for tests of training and of what comes after it."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -115,3 +116,10 @@ def make_trainer(store: Path, out_dir: Path, *overrides: str, resume: bool = Fal
     config.write_text(CONFIG)
     arguments = ["--data.paths", str(store), "--out_dir", str(out_dir), *overrides]
     return Trainer(load_config(config, arguments), ParallelContext(), resume)
+
+
+def readers() -> list[int]:
+    """Processes of this one that read data."""
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+    lines = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children}
+    return [pid for pid, line in lines.items() if b"spawn_main" in line]

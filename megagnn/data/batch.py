@@ -28,6 +28,7 @@ def build_graph(
     pbc: Bools,
     cutoff: float,
     self_edges: bool = False,
+    known: tuple[Ints, Ints] | None = None,
 ) -> Graph:
     """One structure with its neighbour list and no labels; add labels, source and level as needed.
 
@@ -35,11 +36,12 @@ def build_graph(
         atomic_numbers: (N,); positions: (N, 3) Å; cell: (3, 3) Å; pbc: (3,) bool.
         cutoff: Å.
         self_edges: add the edge (i, i) to every atom.
+        known: what `neighbour_list` would find, where that is kept.
 
     Raises:
         ValueError: see `neighbour_list`.
     """
-    edge_index, shifts = neighbour_list(positions, cell, pbc, cutoff, self_edges)
+    edge_index, shifts = known or neighbour_list(positions, cell, pbc, cutoff, self_edges)
     return {
         keys.ATOMIC_NUMBERS: atomic_numbers,
         keys.POSITIONS: positions,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from megagnn.overrides import STRICT, Factors, Judged, Place, Refused, Told, UserPath
@@ -40,5 +40,8 @@ class DataConfig:
     mixing_temperature: Refused[PositiveFloat] = 1.0
     """Share of a source of n structures in the batches: as n^(1/T); 1 takes every structure once an epoch
     (docs/training.md)."""
-    num_workers: Place[NonNegativeInt] = 0
-    """Processes per rank that read structures and find neighbours; 0 does it in the training process."""
+    num_workers: Place[NonNegativeInt | Literal["auto"]] = "auto"
+    """Processes per rank that read structures and find neighbours; 0 does it in the training process, "auto"
+    takes cores that are not used, as many as pay."""
+    cache_edges: Place[NonNegativeFloat] = 0.0
+    """Gigabytes beside each store for neighbour lists that were found, to be read again; 0 keeps none."""

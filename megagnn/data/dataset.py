@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from megagnn.data import keys
 from megagnn.data.arrays import Bools, Ints
 from megagnn.data.baseline import Baseline, Part, elements_of, fit_baseline, given_references
 from megagnn.data.batch import Graph, build_graph, collate
+from megagnn.data.edge_cache import EdgeCache
 from megagnn.data.record import ISOLATED_DISTANCE
 from megagnn.data.reference_file import References
 from megagnn.data.references import NUM_ELEMENTS
@@ -22,6 +24,60 @@ from megagnn.data.store import Store, cached_num_edges, check_together
 
 # Bounds the memory of statistics over all atoms of a split.
 ROWS_AT_ONCE = 65536
+
+
+class Place(NamedTuple):
+    """Where a structure lies, and what a data set knows of it beside its store."""
+
+    store: int
+    row: int
+    structure: int
+    """Its number in the data set."""
+    weight: float | None = None
+
+
+@dataclass(frozen=True)
+class StructureReader:
+    """Structures by their places: what a process that reads them needs of a data set, without its tables of
+    all structures, which would be copied to each."""
+
+    stores: Sequence[Store]
+    source_maps: Sequence[Ints]
+    level_maps: Sequence[Ints]
+    cutoff: float
+    self_edges: bool
+    caches: Sequence[EdgeCache | None]
+
+    def record(self, place: Place) -> dict[str, Any]:
+        """See `StructureDataset.record`."""
+        k = place.store
+        record = self.stores[k].structure(place.row)
+        record[keys.SOURCE] = int(self.source_maps[k][record[keys.SOURCE]])
+        record[keys.LEVEL] = int(self.level_maps[k][record[keys.LEVEL]])
+        record[keys.STRUCTURE] = place.structure
+        if place.weight is not None:
+            weight = np.float32(place.weight)
+            record[keys.WEIGHTS] = weight * record.get(keys.WEIGHTS, np.ones(3, np.float32))
+        return record
+
+    def graph(self, place: Place) -> Graph:
+        """See `StructureDataset.__getitem__`."""
+        record = self.record(place)
+        geometry = (keys.ATOMIC_NUMBERS, keys.POSITIONS, keys.CELL, keys.PBC)
+        numbers, positions, cell, pbc = (record[key] for key in geometry)
+        cache = self.caches[place.store]
+        known = None if cache is None else cache.get(place.row)
+        graph = build_graph(numbers, positions, cell, pbc, self.cutoff, self.self_edges, known)
+        if cache is not None and known is None:
+            cache.put(place.row, graph[keys.EDGE_INDEX], graph[keys.CELL_SHIFTS])
+        return {**record, **graph}
+
+    def __getitems__(self, places: Sequence[Place]) -> list[Graph]:
+        """Graphs of a batch: the name by which a DataLoader asks for them."""
+        return [self.graph(place) for place in places]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.stores))
 
 
 class StructureDataset(Dataset[Graph]):
@@ -76,6 +132,7 @@ class StructureDataset(Dataset[Graph]):
         self._index_in_store = np.concatenate(chosen)
         self.num_left_out = self.num_oversized = 0
         self._weights: NDArray[np.float32] | None = None
+        self._caches: list[EdgeCache | None] = [None] * len(self.stores)
         self.num_atoms: Ints = self._of_stores([store.num_atoms for store in self.stores])
         self.num_edges: Ints = self._of_stores([cached_num_edges(s, self.cutoff) for s in self.stores])
         if self_edges:
@@ -86,23 +143,38 @@ class StructureDataset(Dataset[Graph]):
 
     def __getitem__(self, index: int) -> Graph:
         """The graph of one structure with its labels (see `build_graph`); its `structure` is `index`."""
-        record = self.record(int(index))
-        geometry = (keys.ATOMIC_NUMBERS, keys.POSITIONS, keys.CELL, keys.PBC)
-        numbers, positions, cell, pbc = (record[key] for key in geometry)
-        return {**record, **build_graph(numbers, positions, cell, pbc, self.cutoff, self.self_edges)}
+        return self.reader().graph(self.place(int(index)))
 
     def record(self, index: int) -> dict[str, Any]:
         """One structure with its labels (see `Store.structure`), numbered as this data set; no neighbours."""
+        return self.reader().record(self.place(index))
+
+    def place(self, index: int) -> Place:
+        """Where a structure lies."""
         if not 0 <= index < len(self):
             raise IndexError(f"structure {index} of a data set of {len(self)}")
-        k = int(self._store_of[index])
-        record = self.stores[k].structure(int(self._index_in_store[index]))
-        record[keys.SOURCE] = int(self._source_maps[k][record[keys.SOURCE]])
-        record[keys.LEVEL] = int(self._level_maps[k][record[keys.LEVEL]])
-        record[keys.STRUCTURE] = index
-        if self._weights is not None:
-            record[keys.WEIGHTS] = self._weights[index] * record.get(keys.WEIGHTS, np.ones(3, np.float32))
-        return record
+        weight = None if self._weights is None else float(self._weights[index, 0])
+        return Place(int(self._store_of[index]), int(self._index_in_store[index]), index, weight)
+
+    def reader(self) -> StructureReader:
+        """Reads structures as they are numbered now."""
+        maps = (self._source_maps, self._level_maps)
+        return StructureReader(self.stores, *maps, self.cutoff, self.self_edges, self._caches)
+
+    def cache_edges(self, gigabytes: float, make: bool) -> None:
+        """Keep neighbour lists beside the stores (`EdgeCache`).
+
+        make: make the files, where they are not there: on one rank, before the others.
+        """
+        for k, store in enumerate(self.stores):
+            counts = cached_num_edges(store, self.cutoff) + (store.num_atoms if self.self_edges else 0)
+            self._caches[k] = EdgeCache.open(
+                store, self.cutoff, self.self_edges, counts, int(gigabytes * 1e9), make
+            )
+
+    def without_cache(self) -> list[Path]:
+        """Stores beside which no neighbour lists can be kept."""
+        return [store.path for store, cache in zip(self.stores, self._caches, strict=True) if cache is None]
 
     def config_types(self) -> NDArray[np.str_]:
         """(S,) kind of each structure, as its file says (config_type); empty where it says none."""

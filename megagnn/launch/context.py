@@ -18,7 +18,14 @@ from megagnn.launch.heartbeat import Roll, WatchTimes, this_peer
 from megagnn.launch.rendezvous import Rendezvous, discover
 from megagnn.launch.watch import Watcher
 from megagnn.parallel.config import ParallelConfig
-from megagnn.parallel.context import ParallelContext, grid_context, grid_coordinates, grid_sizes, rank_name
+from megagnn.parallel.context import (
+    ParallelContext,
+    grid_context,
+    grid_coordinates,
+    grid_sizes,
+    rank_name,
+    usable_cores,
+)
 
 
 def join_mpi(world_size: int) -> Rendezvous:
@@ -73,8 +80,7 @@ _MEETINGS = itertools.count()
 
 def default_threads(num_local_ranks: int) -> int:
     """CPU threads of a rank: the usable cores divided by the ranks of this machine, at least one."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // num_local_ranks)
+    return max(1, usable_cores() // num_local_ranks)
 
 
 def pick_device(name: str, local_rank: int = 0, num_local_ranks: int = 1) -> torch.device:
@@ -191,7 +197,8 @@ def parallel_context(
             world_size=world_size,
             timeout=timedelta(minutes=30),
         )
-        yield grid_context(*sizes, chosen)
+        cores = default_threads(meeting.num_local)
+        yield dataclasses.replace(grid_context(*sizes, chosen), cores=cores)
         dist.barrier()
     except BaseException as error:
         lost = watcher.explain(error)

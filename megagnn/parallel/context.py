@@ -12,6 +12,7 @@ process ("terminate called without an active exception"). So a model may hold a 
 and torch.distributed.nn, whose default arguments are the world at its import, is imported before it is there.
 """
 
+import os
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -54,6 +55,11 @@ class Traffic:
         inside.bytes = self.bytes - sizes
 
 
+def usable_cores() -> int:
+    """Cores of the machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class ParallelContext:
     """Coordinates of one rank, and the process groups along each axis."""
@@ -65,6 +71,8 @@ class ParallelContext:
     tp_size: int = 1
     tp_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    cores: int = field(default_factory=usable_cores, compare=False)
+    """Of this rank: those of its machine, divided by the ranks there."""
     groups: Mapping[str, weakref.ref[Any]] = field(default_factory=dict, compare=False)
     """Process group along each axis and of the "world", [Note: groups that end]."""
     traffic: Traffic = field(default_factory=Traffic, compare=False)

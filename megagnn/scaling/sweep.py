@@ -91,6 +91,7 @@ _KEYS = (
 
 # Defaults that have changed since their keys were made, as they were: digests are of what differs from these.
 FIRST_DEFAULTS: dict[str, Any] = {
+    "data.num_workers": 0,
     "loss.energy": "huber",
     "loss.forces": "huber",
     "loss.energy_weight": 1.0,

@@ -82,6 +82,8 @@ def run_one(sweep: Sweep, run: PlannedRun) -> None:
 
 def _trainer(config: RunConfig, context: ParallelContext) -> Trainer:
     """Of a new run, or of one that goes on."""
+    if config.data.num_workers == "auto":  # cores that a run does not use are those of the sweep's other runs
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
     started = bool(checkpoint_steps(Path(config.out_dir) / "checkpoints"))
     resume = broadcast_object(started if context.is_main else None, context)
     return Trainer(config, context, resume=bool(resume))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import sum_over_dp
 from megagnn.train.loader import BatchLoader, open_split
 from megagnn.train.metrics import ErrorSums, Grouping, ParityPoints, format_table, grouping
+from megagnn.train.workers import deaths_explained
 
 
 @dataclass(frozen=True)
@@ -157,14 +159,15 @@ def run(arguments: argparse.Namespace) -> int:
         potential = load_potential(checkpoint, average=average, context=context).to(context.device)
         loader = BatchLoader(dataset, config, context, shuffle=False)
         parity = ParityPoints(potential, context) if arguments.plot is not None else None
-        result = evaluate(
-            potential, loader, context, progress=True, parity=parity, groupings=_groupings(dataset)
-        )
+        with closing(loader), deaths_explained():
+            result = evaluate(
+                potential, loader, context, progress=True, parity=parity, groupings=_groupings(dataset)
+            )
         if parity is not None:
             parity.save(arguments.plot)
         if context.is_main:
             _report(arguments, result, dataset)
-            for line in loader.told_of_oversized():
+            for line in loader.told():
                 print(f"\n{line}")
     return 0
 

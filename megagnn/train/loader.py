@@ -1,7 +1,9 @@
 """This rank's batches of one split, ready on its device."""
 
 import itertools
-from collections.abc import Iterator
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -10,15 +12,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from megagnn.config import RunConfig
-from megagnn.data.batch import collate
+from megagnn.data.batch import Graph, collate
 from megagnn.data.config import DataConfig
-from megagnn.data.dataset import StructureDataset, nested_subset
-from megagnn.data.sampler import BudgetSampler, exceeds
+from megagnn.data.dataset import Place, StructureDataset, nested_subset
+from megagnn.data.parcel import Parcel
+from megagnn.data.sampler import Batch, BudgetSampler, exceeds
 from megagnn.models.config import ModelConfig
 from megagnn.models.precision import precision_of
 from megagnn.models.statistics import Statistics
 from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier
+from megagnn.train import workers
 from megagnn.train.signals import outlive_the_signal
 
 
@@ -64,8 +68,12 @@ def open_split(
         if leave_out_unknown is not None:
             hint = "name another with --split, or all"
         raise ValueError(f"{where} is empty; {hint}")
+    if data.cache_edges and context.is_main:
+        dataset.cache_edges(data.cache_edges, make=True)
     if context.is_main:
         barrier(context)
+    elif data.cache_edges:
+        dataset.cache_edges(data.cache_edges, make=False)
     if split == "train" and data.num_structures is not None:
         dataset.keep(nested_subset(dataset, data.num_structures, data.subset_seed))
     if data.oversized == "skip":
@@ -107,7 +115,10 @@ def _check_elements(
 
 class BatchLoader:
     """Batches of a data set within the budget of atoms and edges, balanced over ranks and over the `per_step`
-    batches of a step (data/sampler.py)."""
+    batches of a step (data/sampler.py).
+
+    They are made here or by processes (`data.num_workers`), which live until `close`: the same bits.
+    """
 
     def __init__(
         self,
@@ -136,6 +147,11 @@ class BatchLoader:
         )
         precision = precision_of(config.train.dtype, config.train.geometry)
         self.collate = partial(collate, dtype=precision.geometry)
+        self._on_gpu = context.device.type == "cuda"
+        self._wants_cache = data.cache_edges > 0
+        self._feed = _Feed()
+        self._loader: DataLoader[Parcel] | None = None
+        self._turn = 0
 
     def batches(
         self, epoch: int = 0, first: int = 0, first_structure: int = 0
@@ -144,25 +160,118 @@ class BatchLoader:
 
         Args:
             first_structure: the plan leaves out as many structures of the epoch.
+
+        Raises:
+            ReaderLostError: a process that reads data died.
         """
         self.sampler.check_position(epoch, first, first_structure)
-        batches = self.sampler.batches(epoch, first_structure)[first:]
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=[batch.tolist() for batch in batches],
-            collate_fn=self.collate,
-            num_workers=self.num_workers,
-            pin_memory=self.context.device.type == "cuda",
-            # its own, so that to begin in the middle of an epoch changes no random state of the run
-            generator=torch.Generator(),
-            worker_init_fn=outlive_the_signal,
-        )
-        for batch in loader:
-            yield {key: value.to(self.context.device, non_blocking=True) for key, value in batch.items()}
+        return self._made(self.sampler.batches_from(epoch, first, first_structure))
 
-    def told_of_oversized(self) -> list[str]:
-        """What became of structures larger than the budget of a batch, in words."""
+    def stream(
+        self, epoch: int, step: int, first_structure: int
+    ) -> Iterator[tuple[int, list[dict[str, Tensor]]]]:
+        """Each step's epoch and batches, from a step of an epoch on and without end; see `batches`.
+
+        What makes batches ahead does so beyond the end of an epoch, too.
+        """
+        size, epochs = self.sampler.per_step, deque[int]()
+
+        def planned() -> Iterator[Batch]:
+            yield from counted(self.sampler.batches_from(epoch, step * size, first_structure), epoch)
+            for later in itertools.count(epoch + 1):
+                yield from counted(self.sampler.batches_from(later, 0), later)
+
+        def counted(batches: Iterator[Batch], number: int) -> Iterator[Batch]:
+            for batch in batches:
+                epochs.append(number)
+                yield batch
+
+        made = self._made(planned())
+        while batches := list(itertools.islice(made, size)):
+            numbers = [epochs.popleft() for _ in batches]
+            yield numbers[0], batches
+
+    def first_step(self) -> list[dict[str, Tensor]]:
+        """The batches of the first step of all, made here."""
+        return [
+            self._make(batch)
+            for batch in itertools.islice(self.sampler.batches_from(0, 0), self.sampler.per_step)
+        ]
+
+    def close(self) -> None:
+        """End the processes that read data; they begin anew where batches are asked for again."""
+        self._turn += 1
+        self._loader = None
+
+    def _make(self, batch: Batch) -> dict[str, Tensor]:
+        reader = self.dataset.reader()
+        made = self.collate(reader.__getitems__(self._places(batch)))
+        if not self._on_gpu:
+            return made
+        return Parcel.of(made, narrow=True).pin_memory().batch(self.context.device)
+
+    def _places(self, batch: Batch) -> list[Place]:
+        return [self.dataset.place(int(k)) for k in batch]
+
+    def _made(self, plan: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
+        if self.num_workers == "auto":
+            yield from self._tried(plan)
+        if self.num_workers == "auto" or self.num_workers == 0:
+            yield from map(self._make, plan)
+        else:
+            yield from self._by_processes(plan, self.num_workers)
+
+    def _tried(self, plan: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
+        """Batches made here, until it is known how many processes are worth while."""
+        busy = 1 if self._on_gpu else torch.get_num_threads()
+        spare, making, using, begun = self.context.cores - busy, 0.0, 0.0, time.monotonic()
+        if spare < 1:
+            self.num_workers = 0
+            return
+        for batch in plan:
+            start = time.monotonic()
+            made = self._make(batch)
+            ready = time.monotonic()
+            yield made
+            now = time.monotonic()
+            if ready - begun > 0.1 * workers.TRIAL_SECONDS:  # the first are slower
+                making, using = making + ready - start, using + now - ready
+            if now - begun > workers.TRIAL_SECONDS:
+                self.num_workers = workers.processes_needed(making, using, spare)
+                return
+
+    def _by_processes(self, plan: Iterator[Batch], num: int) -> Iterator[dict[str, Tensor]]:
+        self._turn += 1
+        turn, self._feed.places = self._turn, map(self._places, plan)
+        with workers.deaths_explained():
+            if self._loader is None:
+                self._loader = DataLoader(
+                    self.dataset.reader(),  # type: ignore[arg-type] # has what is asked of it
+                    batch_sampler=self._feed,
+                    collate_fn=partial(_parcel, self.collate, self._on_gpu),
+                    num_workers=num,
+                    persistent_workers=True,
+                    pin_memory=self._on_gpu,
+                    # its own, so that to begin in the middle of an epoch changes no random state of the run
+                    generator=torch.Generator(),
+                    worker_init_fn=outlive_the_signal,
+                    multiprocessing_context="spawn",
+                )
+            with workers.beginning():
+                parcels = iter(self._loader)
+            for parcel in parcels:
+                yield parcel.batch(self.context.device)
+                if turn != self._turn:
+                    raise RuntimeError("batches were asked for anew: those of before are no longer made")
+
+    def told(self) -> list[str]:
+        """What becomes of structures larger than a batch, and of `data.cache_edges`, in words."""
         split, told = self.dataset.split, []
+        if self._wants_cache and (paths := self.dataset.without_cache()):
+            where = ", ".join(map(str, paths))
+            told.append(
+                f"data.cache_edges: no neighbour lists can be kept in {where}; they are found each time"
+            )
         if left_out := self.dataset.num_oversized:
             of_all = len(self.dataset) + left_out
             told.append(
@@ -182,8 +291,8 @@ class BatchLoader:
         out `first_structure` structures."""
         if epoch >= num_epochs:
             return 0
-        lengths = [len(self.sampler.batches(epoch, first_structure))]
-        lengths += [len(self.sampler.batches(later)) for later in range(epoch + 1, num_epochs)]
+        lengths = [self.sampler.num_batches(epoch, first_structure)]
+        lengths += [self.sampler.num_batches(later) for later in range(epoch + 1, num_epochs)]
         return sum(-(-length // self.sampler.per_step) for length in lengths) - first
 
     def steps(self, epoch: int, first: int, first_structure: int = 0) -> Iterator[list[dict[str, Tensor]]]:
@@ -192,3 +301,17 @@ class BatchLoader:
         batches = self.batches(epoch, first * size, first_structure)
         while step := list(itertools.islice(batches, size)):
             yield step
+
+
+class _Feed:
+    """What a DataLoader reads the places of batches from: other ones each time that it begins."""
+
+    def __init__(self) -> None:
+        self.places: Iterator[list[Place]] = iter(())
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return self.places
+
+
+def _parcel(make: Callable[[list[Graph]], dict[str, Tensor]], narrow: bool, graphs: list[Graph]) -> Parcel:
+    return Parcel.of(make(graphs), narrow)

@@ -62,6 +62,7 @@ def outlive_the_signal(_: int = 0) -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, WISHES)  # of `workers.beginning`
 
 
 def _end_later(*_: Any) -> None:

@@ -1,12 +1,12 @@
 """The training loop."""
 
 import dataclasses
-import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ from megagnn.train.metrics import ParityPoints
 from megagnn.train.monitor import Monitor
 from megagnn.train.resume import check_same_run, fingerprint_of, judges_anew, known_pieces, position_of
 from megagnn.train.signals import StopSignals
+from megagnn.train.workers import deaths_explained
 
 
 class Trainer:
@@ -96,7 +97,7 @@ class Trainer:
             train_set, config, context, shuffle=True, per_step=config.optim.accumulate_steps
         )
         self.valid = BatchLoader(valid_set, config, context, shuffle=False)
-        self.told += [*self.train.told_of_oversized(), *self.valid.told_of_oversized()]
+        self.told += [*self.train.told(), *self.valid.told()]
         self._make_potential([] if checkpoint is None else checkpoint.progress.stages)
         self._make_optimizer()
         self.loss = Loss(config.loss)
@@ -155,7 +156,7 @@ class Trainer:
                 self.statistics,
                 schedule.num_stages,
                 context,
-                lambda: next(self.train.steps(0, 0)),
+                self.train.first_step,
                 Loss(config.loss),
                 self.precision,
                 earlier,
@@ -233,6 +234,9 @@ class Trainer:
             Monitor(self.out_dir, train.num_steps, self.progress.step, self.context) as monitor,
             StopSignals(speaks=self.context.is_main) as signals,
             self.checkpoints,
+            closing(self.train),
+            closing(self.valid),
+            deaths_explained(),
         ):
             monitor.say(self._summary())
             if self.begun_with:
@@ -287,12 +291,13 @@ class Trainer:
         """This rank's batches of each step from where the run stands, through as many epochs as needed."""
         if self.progress.step >= self.config.train.num_steps:
             return
-        for epoch in itertools.count(self.progress.epoch):
+        p = self.progress
+        for epoch, batches in self.train.stream(p.epoch, p.step_in_epoch, p.first_structure):
             if epoch != self.progress.epoch:
                 self.progress = dataclasses.replace(
                     self.progress, epoch=epoch, step_in_epoch=0, first_structure=0
                 )
-            yield from self.train.steps(epoch, self.progress.step_in_epoch, self.progress.first_structure)
+            yield batches
 
     def _step(self, batches: list[dict[str, Tensor]], monitor: Monitor, signals: StopSignals) -> bool:
         """One step; whether to stop after it, the same on every rank."""

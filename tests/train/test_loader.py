@@ -1,11 +1,18 @@
 """Loading of batches: oversized structures, mixed sources, worker processes."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.data import keys
+from megagnn.train import workers
+from megagnn.train.workers import ReaderLostError, processes_needed
 from tests import runs
 
 
@@ -47,3 +54,101 @@ def test_sources_are_mixed_in_training_alone(store: Path, tmp_path: Path) -> Non
     assert drawn == clusters != crystals
     mixed = numbers("--data.mixing_temperature", "1e6")[1]
     assert mixed == 15
+
+
+DIRECT = ("--model.forces", "direct", "--model.stress", "false", "--loss.stress_weight", "0")
+MODELS = {"egnn, conservative": (), "cartesian, direct": ("--model.family", "cartesian", *DIRECT)}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_processes_change_no_bit(name: str, store: Path, tmp_path: Path) -> None:
+    """Over two epochs and a half and a validation between them, with a process for each split, reading kept
+    neighbours where the other run finds them."""
+    short = ("--train.num_steps", "12", "--train.validate_every", "6", "--data.max_structures", "10")
+    assert runs.train(store, tmp_path / "here", *MODELS[name], *short, "--data.num_workers", "0") == 0
+    others = ("--data.num_workers", "1", "--data.cache_edges", "1")
+    assert runs.train(store, tmp_path / "there", *MODELS[name], *short, *others) == 0
+    here, there = (
+        load_checkpoint(tmp_path / run / "checkpoints/last", optimizer=True) for run in ("here", "there")
+    )
+    assert here.progress == there.progress
+    assert here.progress.epoch == 2
+    for key, tensor in here.tensors.items():
+        assert torch.equal(tensor, there.tensors[key]), key
+    assert runs.readers() == []
+    assert [file.name[:10] for file in store.glob("edges-*")] == ["edges-4.0-"] * 2
+
+
+def test_a_process_that_dies_is_told(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kill -9, as a machine out of memory does; the run is over at once."""
+    original = runs.Trainer._step
+
+    def step(trainer: runs.Trainer, *arguments: object) -> bool:
+        if trainer.progress.step == 4:
+            os.kill(runs.readers()[0], signal.SIGKILL)
+            time.sleep(0.2)
+        return original(trainer, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(runs.Trainer, "_step", step)
+    start = time.monotonic()
+    assert runs.train(store, tmp_path / "run", "--data.num_workers", "1") == 2
+    assert time.monotonic() - start < 60
+    told = capsys.readouterr().err
+    assert "error: a process that reads data (data.num_workers) died: killed, or out of memory?" in told
+    assert "--resume continues" in told
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="something else"), workers.deaths_explained():
+        raise RuntimeError("something else")
+    with pytest.raises(ReaderLostError), workers.deaths_explained():
+        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
+
+
+def test_how_many_processes_are_worth_while() -> None:
+    assert processes_needed(0.01, 1.0, 8) == 0, "two per cent of a step"
+    assert processes_needed(0.1, 1.0, 8) == 1
+    assert processes_needed(1.0, 1.0, 8) == 2
+    assert processes_needed(5.0, 1.0, 4) == 4
+    assert processes_needed(5.0, 1.0, 0) == 0, "no core is left"
+
+
+def test_auto_takes_cores_that_are_left(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a trial, of the batches that are left; none where training has all cores."""
+    monkeypatch.setattr(workers, "TRIAL_SECONDS", 0.0)
+    seen: list[tuple[float, float, int]] = []
+
+    def needed(making: float, using: float, spare: int) -> int:
+        seen.append((making, using, spare))
+        return 0
+
+    monkeypatch.setattr(workers, "processes_needed", needed)
+    trainer = runs.make_trainer(store, tmp_path / "run")
+    expected = [b[keys.STRUCTURE].tolist() for b in trainer.valid.batches()]
+    loader = trainer.train
+    whole = loader.sampler.batches(0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: loader.context.cores - 1)
+    loader.num_workers = "auto"
+    found = [b[keys.STRUCTURE].tolist() for b in loader.batches()]
+    assert found == [b.tolist() for b in whole]
+    assert seen[-1][2] == 1
+    assert min(seen[-1][:2]) > 0
+    assert loader.num_workers == 0, "as the trial found"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: loader.context.cores)
+    loader.num_workers = "auto"
+    count = len(seen)
+    assert len(list(loader.batches())) == len(whole)
+    assert len(seen) == count
+    assert sorted(k for b in expected for k in b) == list(range(len(trainer.valid.dataset)))
+
+
+def test_a_store_that_cannot_be_written_is_told(store: Path, tmp_path: Path) -> None:
+    options = ("--data.cache_edges", "0.5")
+    trainer = runs.make_trainer(store, tmp_path / "run", *options)
+    assert trainer.told == []
+    trainer.train.dataset._caches = [None]
+    assert trainer.train.told() == [
+        f"data.cache_edges: no neighbour lists can be kept in {store}; they are found each time"
+    ]

@@ -148,25 +148,26 @@ def test_a_second_sigterm_ends_the_process() -> None:
 
 
 def test_processes_that_read_data_outlive_the_signal(store: Path, tmp_path: Path) -> None:
-    """The batch system signals them, too; without care the DataLoader finds its worker dead."""
+    """The batch system signals them, too; without care the DataLoader finds its worker dead. They live on
+    from epoch to epoch."""
     trainer = runs.make_trainer(
         store, tmp_path / "run", "--data.num_workers", "1", "--data.max_structures", "1"
     )
     batches = trainer.train.batches()
     first = next(batches)
-    [child] = [int(pid) for pid in _children() if _is_worker(int(pid))]
+    [child] = runs.readers()
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         os.kill(child, number)
     time.sleep(0.5)
     rest = list(batches)
     assert len(rest) + 1 == len(trainer.train.sampler.batches(0)) > 10
     assert first.keys() == rest[0].keys()
-
-
-def _children() -> list[str]:
-    return Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
-
-
-def _is_worker(pid: int) -> bool:
-    """Forked from this process: the same command line."""
-    return Path(f"/proc/{pid}/cmdline").read_bytes() == Path("/proc/self/cmdline").read_bytes()
+    again = trainer.train.batches(1)
+    next(again)
+    assert runs.readers() == [child]
+    next(trainer.train.batches(2))
+    with pytest.raises(RuntimeError, match="batches were asked for anew"):
+        next(again)
+    trainer.train.close()
+    del batches, again
+    assert runs.readers() == []

@@ -1,0 +1,79 @@
+"""A batch as one piece of memory: how it comes from a process that made it, and goes to a device.
+
+Some thirty tensors would be as many pieces of shared memory, each opened and mapped by the training process,
+and as many copies to a GPU. In one piece they lie one after another, and what arrives are views of it.
+
+Narrow, both ends of edges and their order travel as int32 and lattice shifts as int8 where they fit, and are
+widened on arrival, for the operations read int64 and floats: 15 bytes an edge in place of 36 or 48. That is
+for the way to a GPU. Between processes of one machine memory is shared and nothing travels: there widening
+would be one pass over the edges more (docs/loading.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megagnn.data import keys
+
+# Views begin at multiples of this, as tensors of their own do.
+_ALIGNMENT = 64
+_ENDS = (keys.EDGE_INDEX, keys.SOURCE_PERM)
+
+
+class _Part(NamedTuple):
+    key: str
+    begin: int
+    sent: torch.dtype
+    wanted: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """A batch on its way; `batch` unpacks it."""
+
+    memory: Tensor
+    """(bytes,) uint8."""
+    parts: tuple[_Part, ...]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor], narrow: bool = False) -> Parcel:
+        """Copies a batch of CPU tensors."""
+        sent = {key: _narrowed(key, value) if narrow else value for key, value in batch.items()}
+        parts, at = [], 0
+        for key, value in sent.items():
+            parts.append(_Part(key, at, value.dtype, batch[key].dtype, tuple(value.shape)))
+            at += -(-value.numel() * value.element_size() // _ALIGNMENT) * _ALIGNMENT
+        parcel = cls(torch.empty(at, dtype=torch.uint8), tuple(parts))
+        for part, value in zip(parts, sent.values(), strict=True):
+            _view(parcel.memory, part).copy_(value)
+        return parcel
+
+    def pin_memory(self) -> Parcel:
+        """For copies to a GPU beside its work; a DataLoader calls it by this name."""
+        return Parcel(self.memory.pin_memory(), self.parts)
+
+    def batch(self, device: torch.device | None = None) -> dict[str, Tensor]:
+        """The batch on a device: views of one piece of memory, but for what is widened."""
+        memory = self.memory if device is None else self.memory.to(device, non_blocking=True)
+        return {part.key: _view(memory, part).to(part.wanted) for part in self.parts}
+
+
+def _view(memory: Tensor, part: _Part) -> Tensor:
+    size = part.sent.itemsize
+    for length in part.shape:
+        size *= length
+    return memory[part.begin : part.begin + size].view(part.sent).view(part.shape)
+
+
+def _narrowed(key: str, value: Tensor) -> Tensor:
+    if key in _ENDS and value.shape[-1] < 2**31:  # neither atoms nor edges are more
+        return value.to(torch.int32)
+    if key == keys.CELL_SHIFTS and (not len(value) or float(value.abs().max()) <= 127):
+        return value.to(torch.int8)
+    return value
