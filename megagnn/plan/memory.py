@@ -31,9 +31,10 @@ MATRIX_COPIES = {"adamw": 0, "muon": 5, "soap": 12}
 
 
 PACKED = 1.7
-"""Buffers of messages of a layer over what it receives, as measured (tools/bench/plan_memory.py)."""
-BLOCKS = 64 * 2**20
-"""Bytes of the messages of two blocks of edges, at most."""
+"""Buffers of messages of a layer over what it receives, as measured (tools/bench/planning.py)."""
+BLOCKS, BLOCKS_AGAIN = 92e6, 80e6
+"""The most that blocks of edges and their messages take under the plan `channel`, as measured on two and four
+ranks (docs/tensor-parallel.md): the first divided by the ranks, the second where blocks are made again."""
 
 
 class Moment(NamedTuple):
@@ -209,7 +210,10 @@ def _tensor_messages(layout: Layout, numbers: Sequence[int], how: How) -> float:
         float(layout.family.traffic(layout.model, k, layout.edge_plan, s).forward) for k in different
     )
     whole = elements / float(s.u) * layout.precision.sums.itemsize
-    return PACKED * (min(whole, BLOCKS) if layout.edge_plan == "channel" else whole)
+    if layout.edge_plan == "edge":
+        return PACKED * whole
+    again = getattr(layout.model, "edge_memory", "save") == "recompute"
+    return min(PACKED * whole, BLOCKS_AGAIN if again else BLOCKS / layout.tp)
 
 
 def _update(layout: Layout, pp_rank: int, units: Sequence[UnitBytes]) -> dict[str, float]:

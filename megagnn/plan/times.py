@@ -1,7 +1,7 @@
 """How long a step takes, what it makes, and what it costs (docs/planning.md).
 
-Products run at their share of the peak, or as fast as the memory brings what the layers keep and their
-weights, whichever takes longer. Messages of tensor parallelism are waited for; those of data parallelism
+Products run at their share of the peak; what is not a product takes as long as what the layers keep is on its
+way to memory and back. Messages of tensor parallelism are waited for; those of data parallelism
 travel beside the last backward, and what is left of them is waited for; those of pipelines as the simulator
 has them. The update reads and writes all state once, from where it lies.
 """
@@ -91,11 +91,11 @@ def forward_seconds(layout: Layout, numbers: list[int], cluster: Cluster) -> flo
     precision = layout.precision
     names = [str(dtype).removeprefix("torch.") for dtype in (precision.edge, precision.parameters)]
     products = edges / cluster.rate(names[0]) + atoms / cluster.rate(names[1])
-    return max(products, _moved_bytes(layout, numbers) / cluster.memory_rate)
+    return products + _moved_bytes(layout, numbers) / cluster.memory_rate
 
 
 def _moved_bytes(layout: Layout, numbers: list[int]) -> float:
-    """What a forward writes and reads: what its layers would keep if nothing were computed again."""
+    """Written and read by a forward: what its layers would keep if nothing were computed again."""
     model = replace(layout.model, recompute_layers=False)
     if hasattr(model, "edge_memory"):
         model = replace(model, edge_memory="save")

@@ -1,11 +1,12 @@
-"""Planned memory of a rank beside what was measured, layout by layout.
+"""Planned memory and time of a rank beside what was measured.
 
-    python -m tools.bench.plan_memory --ranks 1 2 4 --width 256 --layers 6 --edges 8000
-    python -m tools.bench.plan_memory --page docs/results/memory-table.md
+    python -m tools.bench.planning              # against the documents; measures nothing
+    python -m tools.bench.planning --measure --ranks 1 2 4 --width 256 --layers 6 --edges 8000
 
-The first measures the rows of the memory table (tools/bench/memory/rows.py) on this machine, every row in
-fresh processes; the second reads what that page has, and measures nothing. Ends with an error where a plan is
-further off than `--within`.
+The documents are the memory table (docs/results/memory-table.md), and steps of whole trainings in one thread
+(docs/forces.md), whose time is compared with that of the cluster `2core`. `--measure` runs the rows of the
+memory table (tools/bench/memory/rows.py) on this machine instead, every row in fresh processes. Ends with an
+error where a peak is further off than `--within`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ from typing import NamedTuple
 
 import torch._dynamo  # noqa: F401 # optimizers import it: here once, before the ranks are forked
 
-from megagnn.config import config_from_dict
+from megagnn.config import config_from_dict, load_config
+from megagnn.plan.cluster import load_cluster
 from megagnn.plan.layout import Layout, Sizes, make_layout
-from megagnn.plan.memory import peak, worst_course
+from megagnn.plan.memory import course, peak, worst_course
+from megagnn.plan.times import times
 from tools.bench.memory.rows import Row, Size, table_rows
 from tools.bench.memory.table import NAMES, on_ranks
 from tools.bench.work.edge import ELEMENTS, NEIGHBOURS, NUM_RADIAL
+
+ROOT = Path(__file__).parents[2]
+PAGE, STEPS_PAGE = ROOT / "docs/results/memory-table.md", ROOT / "docs/forces.md"
 
 
 class Measured(NamedTuple):
@@ -109,6 +115,55 @@ def table(rows: list[Measured]) -> str:
     return "\n".join(lines)
 
 
+class Step(NamedTuple):
+    """A step of a training on one rank: measured and planned seconds, and bytes above what is kept."""
+
+    name: str
+    seconds: float
+    planned_seconds: float
+    peak: float
+    planned_peak: float
+
+
+def read_steps(text: str) -> list[Step]:
+    """The steps that docs/forces.md has. Raises ValueError where it has none, or those of other models."""
+    pattern = r"\| megagnn: (\w+), (\w+), (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \|"
+    found, cluster = [], load_cluster("2core")
+    for family, forces, width, *numbers in re.findall(pattern, text):
+        parameters, milliseconds, megabytes = (int(number.replace(",", "")) for number in numbers)
+        file = ROOT / f"examples/configs/mlearn{'-egnn' if family == 'egnn' else ''}.toml"
+        config = load_config(file, ["--model.forces", forces, "--model.width", width])
+        layout, name = (
+            make_layout(config, Sizes(1024, 1024 * 28, num_elements=1), 1),
+            f"{family}, {forces}, {width}",
+        )
+        if layout.num_parameters != parameters:
+            raise ValueError(
+                f"{name} has {layout.num_parameters} parameters, not {parameters}; measure it again"
+            )
+        moments = course(layout)
+        above = peak(moments).total - moments[0].total
+        planned = times(layout, cluster).step
+        found.append(Step(name, 1e-3 * milliseconds, planned, 1e6 * megabytes, above))
+    if not found:
+        raise ValueError(
+            "the page has no steps of trainings as tools/peers/steps.py writes them; name that page"
+        )
+    return found
+
+
+def step_table(steps: list[Step]) -> str:
+    """Markdown."""
+    lines = [
+        "| | measured, ms | planned / measured | measured, MB | planned / measured |",
+        "|---|---|---|---|---|",
+    ]
+    for s in steps:
+        time = f"{1e3 * s.seconds:,.0f} | {s.planned_seconds / s.seconds:.2f}"
+        lines.append(f"| {s.name} | {time} | {s.peak / 1e6:,.0f} | {s.planned_peak / s.peak:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Measure or read, compare, print."""
     parser = argparse.ArgumentParser(
@@ -119,11 +174,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--edges", type=int, default=8000, help="of the batch of all ranks together")
-    parser.add_argument("--page", type=Path, help="read the measured peaks here")
+    parser.add_argument("--measure", action="store_true", help="instead of reading the documents")
     parser.add_argument("--within", type=float, default=0.1, help="share by which a plan may be off")
     arguments = parser.parse_args()
-    rows = read_page(arguments.page.read_text()) if arguments.page else measure_all(arguments)
+    rows = measure_all(arguments) if arguments.measure else read_page(PAGE.read_text())
     print(table(rows))
+    if not arguments.measure:
+        print(f"\n{step_table(read_steps(STEPS_PAGE.read_text()))}")
     worst = max(abs(planned_bytes(row, size) / most - 1) for row, size, most in rows)
     if worst > arguments.within:
         raise SystemExit(f"a plan is {100 * worst:.1f} % off, more than {100 * arguments.within:.0f} %")
