@@ -88,6 +88,9 @@ def save_chunk(path: Path, chunk: Chunk) -> None:
         "atomic_numbers": np.concatenate([np.zeros(0, np.uint8), *(s.atomic_numbers for s in structures)]),
         "positions": np.concatenate([np.zeros((0, 3), "f4"), *(s.positions for s in structures)], dtype="f4"),
         "forces": np.concatenate([np.zeros((0, 3)), *(s.labels["forces"] for s in structures)]),
+        "stress": np.array(
+            [np.full((3, 3), np.nan) if s.stress is None else s.stress for s in structures]
+        ).reshape(-1, 3, 3),
         "energy": np.array([s.energy for s in structures], dtype=np.float64),
         "cell": np.array([s.cell for s in structures], dtype=np.float32).reshape(-1, 3, 3),
         "pbc": np.array([s.pbc for s in structures], dtype=bool).reshape(-1, 3),
@@ -128,6 +131,7 @@ def _unpack(arrays: dict[str, np.ndarray], source: Source) -> Iterator[Structure
             arrays["pbc"][i],
             energy=float(arrays["energy"][i]),
             forces=arrays["forces"][atoms],
+            stress=None if np.isnan(arrays["stress"][i]).any() else arrays["stress"][i],
             group=str(arrays["group"][i]),
             source=source.name,
             level=source.engine.method,

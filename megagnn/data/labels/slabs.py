@@ -98,6 +98,8 @@ def placed(adsorbate: Atoms, slab: Atoms, contact: float, rng: np.random.Generat
     delta = turned.positions[:, None] - ground
     gap = reach**2 - (delta[..., :2] ** 2).sum(-1)
     lift = np.where(gap > 0, np.sqrt(np.maximum(gap, 0.0)) - delta[..., 2], -np.inf).max()
+    if not np.isfinite(lift):  # it would fall through a hole of an open surface
+        return placed(adsorbate, slab, contact, rng)
     turned.positions[:, 2] += lift
     return turned
 

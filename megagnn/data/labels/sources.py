@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from megagnn.data.labels.engines import EffectiveMedium, Engine, TBLite
+from megagnn.data.labels.lammps_engine import COMB3, REAXFF_IRON
+from megagnn.data.labels.teacher import Teacher
 from megagnn.data.record import Structure
 
 
@@ -79,6 +81,56 @@ class SlabRecipe:
 
 
 @dataclass(frozen=True)
+class OxideRecipe:
+    """Oxide slabs with adsorbates.
+
+    Attributes:
+        oxides: formulas.
+        bare_fraction, noise, contact: see `SlabRecipe`.
+        max_strain: largest change of the lengths in the plane, as a share.
+        max_vacancies: oxygen atoms taken out, at most.
+        min_atoms: of a slab; max_atoms: of slab and adsorbate together.
+    """
+
+    oxides: tuple[str, ...]
+    bare_fraction: float = 0.2
+    noise: tuple[float, ...] = (0.02, 0.06, 0.12)
+    contact: tuple[float, float] = (0.9, 1.6)
+    max_strain: float = 0.03
+    max_vacancies: int = 2
+    min_atoms: int = 8
+    max_atoms: int = 72
+
+    def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
+        from megagnn.data.labels.oxides import random_oxides
+
+        return random_oxides(self, count, rng)
+
+
+@dataclass(frozen=True)
+class CrystalRecipe:
+    """Bulk crystals.
+
+    Attributes:
+        kinds: shares of binaries, perovskites and alloys.
+        strain: standard deviation of each component.
+        noise: Å, standard deviations of displacements; one is drawn for each frame.
+        min_atoms, max_atoms: of a cell; small ones are repeated.
+    """
+
+    kinds: tuple[float, float, float] = (0.6, 0.2, 0.2)
+    strain: float = 0.025
+    noise: tuple[float, ...] = (0.0, 0.02, 0.05, 0.08, 0.12, 0.18)
+    min_atoms: int = 6
+    max_atoms: int = 32
+
+    def generate(self, count: int, rng: np.random.Generator) -> Iterator[Structure]:
+        from megagnn.data.labels.crystals import random_crystals
+
+        return random_crystals(self, count, rng)
+
+
+@dataclass(frozen=True)
 class Source:
     """One named source.
 
@@ -131,6 +183,33 @@ SOURCES = {
             engine=EffectiveMedium(),
             recipe=SlabRecipe(),
             packages=("ase",),
+            repeats=True,
+        ),
+        Source(
+            name="oxides-reaxff",
+            number=4,
+            summary="slabs of iron oxides with adsorbates, at most 72 atoms, labelled by ReaxFF (LAMMPS)",
+            engine=REAXFF_IRON,
+            recipe=OxideRecipe(("Fe2O3", "FeO")),
+            packages=("ase", "lammps", "mpich"),
+            repeats=True,
+        ),
+        Source(
+            name="oxides-comb3",
+            number=5,
+            summary="slabs of TiO2, ZrO2, ZnO, Cu2O with adsorbates, at most 72 atoms, labelled by COMB3",
+            engine=COMB3,
+            recipe=OxideRecipe(("TiO2", "ZrO2", "ZnO", "Cu2O")),
+            packages=("ase", "lammps", "mpich"),
+            repeats=True,
+        ),
+        Source(
+            name="crystals-chgnet",
+            number=6,
+            summary="bulk crystals of 57 elements, at most 32 atoms, labelled by a neural teacher (CHGNet)",
+            engine=Teacher(),
+            recipe=CrystalRecipe(),
+            packages=("ase", "chgnet", "pymatgen"),
             repeats=True,
         ),
     )

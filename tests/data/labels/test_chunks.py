@@ -132,3 +132,14 @@ def test_tally_stops_at_num_and_says_when_molecules_run_out(monkeypatch: pytest.
     assert hungry.num_structures == 20, "all five molecules came with the first chunk"
     with pytest.raises(ValueError, match="after 20 of 100 structures: its molecules are used up"):
         hungry.accept(make_chunk(source, 0, 3, 4))
+
+
+def test_a_stress_and_its_absence_are_kept(tmp_path: Path) -> None:
+    chunk = make_chunk(SLABS, 0, 3, 1)
+    stress = np.arange(9.0).reshape(3, 3)
+    chunk.structures[1] = replace(chunk.structures[1], stress=stress)
+    save_chunk(tmp_path / "chunk.npz", chunk)
+    loaded = load_chunk(tmp_path / "chunk.npz", SLABS)
+    assert loaded is not None
+    assert loaded.structures[0].stress is None
+    np.testing.assert_array_equal(loaded.structures[1].stress, stress)
