@@ -42,7 +42,17 @@ COMMANDS = {
 TAKES_OVERRIDES = {
     "train": ("--resume", "--overwrite", "--help", "--version"),
     "plan": (
-        *("--cluster", "--ranks", "--search", "--show", "--atoms", "--edges", "--structures", "--elements"),
+        *(
+            "--calibrate",
+            "--cluster",
+            "--ranks",
+            "--search",
+            "--show",
+            "--atoms",
+            "--edges",
+            "--structures",
+            "--elements",
+        ),
         *("--levels", "--json", "--help"),
     ),
     "coordinate-check": ("--out", "--widths", "--depths", "--steps", "--seeds", "--tensorboard", "--help"),

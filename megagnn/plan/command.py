@@ -13,8 +13,9 @@ from megagnn.plan.search import make_plan, search
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `megagnn plan`; what argparse does not know is a configuration override."""
-    parser.add_argument("config", type=Path, metavar="CONFIG.toml", help="configuration of the run")
-    parser.add_argument("--cluster", required=True, metavar="NAME|FILE", help="8xh100, ..., or a TOML file")
+    parser.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml", help="of the run")
+    parser.add_argument("--cluster", metavar="NAME|FILE", help="8xh100, ..., or a TOML file")
+    parser.add_argument("--calibrate", type=Path, metavar="FILE", help="measure this machine")
     parser.add_argument("--ranks", type=int, metavar="N", help="devices (default: the configuration's grid)")
     parser.add_argument("--search", action="store_true", help="find the best layout of so many ranks")
     parser.add_argument("--show", type=int, default=10, metavar="N", help="layouts of a search to print")
@@ -29,7 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    """`megagnn plan CONFIG.toml --cluster NAME [--search] [--section.field value ...]`; 1 if nothing fits."""
+    """`megagnn plan CONFIG.toml --cluster NAME [--search] [--section.field value ...]`.
+
+    Or `megagnn plan --calibrate FILE`. Returns 1 where nothing fits.
+    """
+    if arguments.calibrate is not None:
+        from megagnn.plan.calibrate import calibrate
+
+        print(f"{calibrate(arguments.calibrate)}\nwrote {arguments.calibrate}")
+        return 0
+    if arguments.config is None or arguments.cluster is None:
+        raise ValueError(
+            "megagnn plan needs CONFIG.toml and --cluster NAME, such as 8xh100, or --calibrate FILE alone"
+        )
     config, cluster = load_config(arguments.config, overrides), load_cluster(arguments.cluster)
     sizes = sizes_of(arguments, config)
     if arguments.search:

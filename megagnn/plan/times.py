@@ -91,10 +91,10 @@ def forward_seconds(layout: Layout, numbers: list[int], cluster: Cluster) -> flo
     precision = layout.precision
     names = [str(dtype).removeprefix("torch.") for dtype in (precision.edge, precision.parameters)]
     products = edges / cluster.rate(names[0]) + atoms / cluster.rate(names[1])
-    return products + _moved_bytes(layout, numbers) / cluster.memory_rate
+    return products + moved_bytes(layout, numbers) / cluster.memory_rate
 
 
-def _moved_bytes(layout: Layout, numbers: list[int]) -> float:
+def moved_bytes(layout: Layout, numbers: list[int]) -> float:
     """Written and read by a forward: what its layers would keep if nothing were computed again."""
     model = replace(layout.model, recompute_layers=False)
     if hasattr(model, "edge_memory"):

@@ -27,6 +27,16 @@ def test_json_holds_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(json.loads(capsys.readouterr().out)["layouts"]) == 2
 
 
+def test_calibrate_needs_no_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megagnn.plan.calibrate.calibrate", lambda path: f"name = '{path.stem}'")
+    assert main(["plan", "--calibrate", str(tmp_path / "here.toml")]) == 0
+    assert "name = 'here'" in capsys.readouterr().out
+    assert main(["plan", CONFIG]) == 2
+    assert "needs CONFIG.toml and --cluster NAME" in capsys.readouterr().err
+
+
 def test_what_does_not_fit_is_an_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", CONFIG, "--cluster", "laptop", "--model.width", "16384"]
     assert main(arguments) == 1
