@@ -43,6 +43,10 @@ LEVEL: Final = "level"  # (B,) int64 | index into its table of levels of theory
 STRUCTURE: Final = "structure"  # (B,) int64 | index of the structure in the data set
 
 
+STAYS: Final = "host:"
+"""In the name of a further entry, of a family's own: it stays on the host where the batch goes to a GPU."""
+
+
 class Label(NamedTuple):
     """A kind of label: a key of batches, of a model's outputs, and an array of stores."""
 

@@ -59,9 +59,13 @@ class Parcel:
         return Parcel(self.memory.pin_memory(), self.parts)
 
     def batch(self, device: torch.device | None = None) -> dict[str, Tensor]:
-        """The batch on a device: views of one piece of memory, but for what is widened."""
+        """The batch on a device, but for entries named `keys.STAYS`: views of one piece of memory, and what
+        is widened."""
         memory = self.memory if device is None else self.memory.to(device, non_blocking=True)
-        return {part.key: _view(memory, part).to(part.wanted) for part in self.parts}
+        return {
+            part.key: _view(self.memory if keys.STAYS in part.key else memory, part).to(part.wanted)
+            for part in self.parts
+        }
 
 
 def _view(memory: Tensor, part: _Part) -> Tensor:

@@ -161,6 +161,11 @@ class Model(nn.Module, ABC):
         """The plan for a batch of so many atoms and edges."""
         return "channel"
 
+    def planner(self) -> Callable[[dict[str, Tensor]], dict[str, Tensor]] | None:
+        """What makes further entries of a batch on the host that save `graph` work in the step, for processes
+        that make batches ahead; it can be pickled. None where there is nothing to save."""
+        return None
+
     def direct_forces(self, batch: dict[str, Any], state: State) -> Any:
         """Direct forces (N, 3) in units of the output scale, from the last state; None without them."""
         return state.get("forces")

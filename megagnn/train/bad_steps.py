@@ -147,7 +147,9 @@ def _write(path: Path, batch: dict[str, Tensor], metadata: dict[str, str]) -> No
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(
-            {key: value.cpu().clone().contiguous() for key, value in batch.items()}, temporary, metadata
+            {k: value.cpu().clone().contiguous() for k, value in batch.items() if "/" not in k},
+            temporary,
+            metadata,
         )
         os.replace(temporary, path)
     finally:

@@ -1,5 +1,6 @@
 """This rank's batches of one split, ready on its device."""
 
+import atexit
 import itertools
 import time
 from collections import deque
@@ -24,6 +25,8 @@ from megagnn.parallel.context import ParallelContext
 from megagnn.parallel.world import barrier
 from megagnn.train import workers
 from megagnn.train.signals import outlive_the_signal
+
+Planner = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def open_split(
@@ -148,6 +151,8 @@ class BatchLoader:
         precision = precision_of(config.train.dtype, config.train.geometry)
         self.collate = partial(collate, dtype=precision.geometry)
         self._on_gpu = context.device.type == "cuda"
+        self.planner: Planner | None = None
+        """`Model.planner`, to be given before batches are asked for."""
         self._wants_cache = data.cache_edges > 0
         self._feed = _Feed()
         self._loader: DataLoader[Parcel] | None = None
@@ -201,14 +206,18 @@ class BatchLoader:
     def close(self) -> None:
         """End the processes that read data; they begin anew where batches are asked for again."""
         self._turn += 1
-        self._loader = None
+        atexit.unregister(self.close)
+        loader, self._loader = self._loader, None
+        if loader is not None and loader._iterator is not None:
+            # its own end is when nobody holds it, as a traceback may
+            loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
 
     def _make(self, batch: Batch) -> dict[str, Tensor]:
         reader = self.dataset.reader()
         made = self.collate(reader.__getitems__(self._places(batch)))
         if not self._on_gpu:
             return made
-        return Parcel.of(made, narrow=True).pin_memory().batch(self.context.device)
+        return Parcel.of(_planned(made, self.planner), narrow=True).pin_memory().batch(self.context.device)
 
     def _places(self, batch: Batch) -> list[Place]:
         return [self.dataset.place(int(k)) for k in batch]
@@ -245,10 +254,12 @@ class BatchLoader:
         turn, self._feed.places = self._turn, map(self._places, plan)
         with workers.deaths_explained():
             if self._loader is None:
+                # before multiprocessing's own end, which signals processes that outlive signals
+                atexit.register(self.close)
                 self._loader = DataLoader(
                     self.dataset.reader(),  # type: ignore[arg-type] # has what is asked of it
                     batch_sampler=self._feed,
-                    collate_fn=partial(_parcel, self.collate, self._on_gpu),
+                    collate_fn=partial(_parcel, self.collate, self.planner, self._on_gpu),
                     num_workers=num,
                     persistent_workers=True,
                     pin_memory=self._on_gpu,
@@ -313,5 +324,14 @@ class _Feed:
         return self.places
 
 
-def _parcel(make: Callable[[list[Graph]], dict[str, Tensor]], narrow: bool, graphs: list[Graph]) -> Parcel:
-    return Parcel.of(make(graphs), narrow)
+def _planned(batch: dict[str, Tensor], planner: Planner | None) -> dict[str, Tensor]:
+    return batch if planner is None else batch | planner(batch)
+
+
+def _parcel(
+    make: Callable[[list[Graph]], dict[str, Tensor]],
+    planner: Planner | None,
+    narrow: bool,
+    graphs: list[Graph],
+) -> Parcel:
+    return Parcel.of(_planned(make(graphs), planner), narrow)

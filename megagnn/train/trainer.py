@@ -166,6 +166,7 @@ class Trainer:
         else:
             self.potential = build_potential(config.model, self.statistics, **settings)
         self.potential.to(context.device)
+        self.train.planner = self.valid.planner = self.potential.model.planner()
 
     def _make_optimizer(self) -> None:
         """The optimizer, what sums its gradients over ranks, and the moving average."""

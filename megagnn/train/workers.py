@@ -8,8 +8,10 @@ takes a second or two of imports (docs/loading.md), once a run: they live until 
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 
 from megagnn.train.signals import WISHES
 
@@ -31,9 +33,12 @@ def beginning() -> Iterator[None]:
     saved = {name: os.environ.get(name) for name in THREAD_VARIABLES}
     os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))  # read when a process loads its libraries
     before = signal.pthread_sigmask(signal.SIG_BLOCK, WISHES)
+    # A spawned process would run the main module again, be it a script that begins a training.
+    main, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
     finally:
+        sys.modules["__main__"] = main
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for name, value in saved.items():
             if value is None:

@@ -96,11 +96,12 @@ class StoppedError(Exception):
 
 def resumed(context: ParallelContext, store: Path, folder: Path) -> bool:
     """Whether a run that was ended in the middle of an epoch and continued has the bits of one that was not,
-    though the layers' costs have changed in between."""
+    though the layers' costs have changed in between, and processes made its batches."""
     found = []
     given = {"train.num_steps": "4", "train.checkpoint_every": "1", "train.validate_every": "9"}
     given["data.max_atoms"] = "12"  # several steps to an epoch
-    for name in ("whole", "parts"):
+    for name, processes in (("whole", "0"), ("parts", "1")):
+        given["data.num_workers"] = processes
         config = configuration(context, store, folder / name, 0, NUM_STEPS, given)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(stage_costs, "measured_costs", lambda *_: [9.0, 1.0, 1.0, 1.0])

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -57,17 +59,24 @@ def test_sources_are_mixed_in_training_alone(store: Path, tmp_path: Path) -> Non
 
 
 DIRECT = ("--model.forces", "direct", "--model.stress", "false", "--loss.stress_weight", "0")
-MODELS = {"egnn, conservative": (), "cartesian, direct": ("--model.family", "cartesian", *DIRECT)}
+CARTESIAN = ("--model.family", "cartesian")
+MODELS = {"egnn, conservative": (), "cartesian, direct": (*CARTESIAN, *DIRECT)}
+OTHERS = {"egnn, direct": DIRECT, "cartesian, conservative": CARTESIAN}
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_processes_change_no_bit(name: str, store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*MODELS, *OTHERS])
+def test_processes_change_no_bit(
+    name: str, store: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """Over two epochs and a half and a validation between them, with a process for each split, reading kept
     neighbours where the other run finds them."""
+    if name in OTHERS and not request.config.getoption("full"):
+        pytest.skip("only with --full: a cover of families and forces runs always")
+    model = {**MODELS, **OTHERS}[name]
     short = ("--train.num_steps", "12", "--train.validate_every", "6", "--data.max_structures", "10")
-    assert runs.train(store, tmp_path / "here", *MODELS[name], *short, "--data.num_workers", "0") == 0
+    assert runs.train(store, tmp_path / "here", *model, *short, "--data.num_workers", "0") == 0
     others = ("--data.num_workers", "1", "--data.cache_edges", "1")
-    assert runs.train(store, tmp_path / "there", *MODELS[name], *short, *others) == 0
+    assert runs.train(store, tmp_path / "there", *model, *short, *others) == 0
     here, there = (
         load_checkpoint(tmp_path / run / "checkpoints/last", optimizer=True) for run in ("here", "there")
     )
@@ -152,3 +161,28 @@ def test_a_store_that_cannot_be_written_is_told(store: Path, tmp_path: Path) -> 
     assert trainer.train.told() == [
         f"data.cache_edges: no neighbour lists can be kept in {store}; they are found each time"
     ]
+
+
+SCRIPT = """
+import sys
+from megagnn.parallel.context import ParallelContext
+from megagnn.config import load_config
+from megagnn.train.trainer import Trainer
+print("begun")
+trainer = Trainer(load_config(sys.argv[1], sys.argv[2:]), ParallelContext())
+print("batches:", len(list(trainer.train.batches())))
+"""
+
+
+def test_a_script_is_not_run_again_by_its_processes(store: Path, tmp_path: Path) -> None:
+    """Whose last line begins them, without a guard."""
+    script, config = tmp_path / "script.py", tmp_path / "config.toml"
+    script.write_text(SCRIPT)
+    config.write_text(runs.CONFIG)
+    arguments = ["--data.paths", str(store), "--out_dir", str(tmp_path / "run"), "--data.num_workers", "1"]
+    done = subprocess.run(
+        [sys.executable, str(script), str(config), *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("begun") == 1
+    assert "batches: " in done.stdout

@@ -10,6 +10,7 @@ from torch import nn
 from megagnn.data import keys
 from megagnn.models.egnn import kept
 from megagnn.models.egnn.config import EGNNConfig
+from megagnn.models.egnn.edge.ahead import EdgePlanner
 from megagnn.models.egnn.edge.operation import partition_edges
 from megagnn.models.egnn.edge.plan_rows import WeightRing
 from megagnn.models.egnn.layer import (
@@ -18,6 +19,7 @@ from megagnn.models.egnn.layer import (
     EGNNLayer,
     FusedAtoms,
     edge_vectors,
+    fuses_edges,
     make_norm,
     normed_linears,
 )
@@ -25,7 +27,8 @@ from megagnn.models.egnn.traffic_model import Widths, choose_plan, has_vector, l
 from megagnn.models.family import Field, Model, State, Work
 from megagnn.models.parts import edge_distances, laws
 from megagnn.models.radial import DistanceFeature, envelope
-from megagnn.ops import dual, node
+from megagnn.ops import dual, extension, node
+from megagnn.ops.dispatch import accumulator_type
 from megagnn.ops.dual import T
 from megagnn.parallel.context import ParallelContext
 from megagnn.tensor_parallel.layers import ColumnLinear, RowLinear, gather_channels, share
@@ -122,6 +125,17 @@ class EGNN(Model):
         shift_EC = dual.lattice_shift(cell_B33, batch[keys.CELL_SHIFTS][own], structure_E)
         degree_N1 = batch[keys.ROW_PTR].diff().clamp(min=1).unsqueeze(-1)
         return Edges(partition, shift_EC, self.distance_feature.centres_R, degree_N1=degree_N1)
+
+    def planner(self) -> EdgePlanner | None:
+        """See `Model`: blocks of the edge operation, where its kernels run and one rank has them all."""
+        config, on_cpu = self.config, self.element_index.is_cpu
+        there = extension.has_cpu if on_cpu else extension.has_cuda
+        if self.context.tp_size > 1 or not fuses_edges(config) or not there:
+            return None
+        w = Widths.of(config)
+        planes = (1, 2) if config.forces == "conservative" else (1,)
+        size = accumulator_type(self.precision.parameters).itemsize
+        return EdgePlanner((w.M, w.H), size, config.edge_block, planes, on_cpu, torch.get_num_threads())
 
     def run_layers(self, numbers: Sequence[int], batch: dict[str, Any], state: State) -> State:
         """See `Model`. `x` are the coordinates that the layers before have moved; where they have moved none,

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from megagnn.data import keys
 from megagnn.models.egnn.edge import reference as edge_reference
+from megagnn.models.egnn.edge.ahead import edge_graph
 from megagnn.models.egnn.edge.message import EdgePair, edge_message, edge_message_pair, pair_reference
 from megagnn.models.egnn.edge.plan_channel import ChannelRunner
 from megagnn.models.egnn.edge.plan_rows import RowsRunner, WeightRing
 from megagnn.models.egnn.edge.reference import channel_edge_message, rows_edge_message
 from megagnn.models.egnn.edge.runner import SERIAL, EdgeRunner, has_kernels
 from megagnn.models.egnn.edge.types import EdgeGraph, EdgeSpec, EdgeWeights
-from megagnn.ops import Segments
 from megagnn.ops.backends import AggregationBackend
 from megagnn.ops.dual import Dual, T
 from megagnn.parallel.context import ParallelContext
@@ -114,9 +114,7 @@ def partition_edges(batch: dict[str, Tensor], context: ParallelContext, plan: Pl
     index, ptr = batch[keys.EDGE_INDEX], batch[keys.ROW_PTR]
     num_edges, num_rows = index.shape[1], len(ptr) - 1
     if plan != "edge":
-        graph = EdgeGraph(
-            Segments(index[0], ptr), Segments(index[1], batch[keys.SOURCE_PTR], batch[keys.SOURCE_PERM])
-        )
+        graph = edge_graph(batch)
         bounds = (0,) * context.tp_size + (num_rows,)
         return EdgePartition(graph, Rows(bounds, context), slice(0, num_edges), plan)
     own = edge_rows(batch, context)

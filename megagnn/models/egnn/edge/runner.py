@@ -158,16 +158,41 @@ def default_block_edges(width: int, element_size: int, planes: int, on_cpu: bool
 _WORKER_FLOPS = 2e6
 
 
+def plan_key(
+    block_edges: int | None,
+    shape: tuple[int, int],
+    element_size: int,
+    num_edges: int,
+    planes: int,
+    threads: int | None,
+) -> tuple[int, int]:
+    """Edges of a block and workers of a pass, for `EdgeGraph.plan`.
+
+    Args:
+        block_edges: as in `EdgeSpec`.
+        shape: (M, H) of the W2 product.
+        planes: 1 of values, 2 of pairs.
+        threads: of the CPU; None on a GPU.
+    """
+    on_cpu, (M, H) = threads is not None, shape
+    block = block_edges or default_block_edges(max(M, H), element_size, planes, on_cpu)
+    flops = 2.0 * num_edges * M * H
+    return block, 1 if threads is None else max(1, min(threads, int(flops // _WORKER_FLOPS)))
+
+
 def _graph_arguments(
     graph: EdgeGraph, spec: EdgeSpec, weights: tuple[Tensor, ...], planes: int
 ) -> list[Tensor]:
-    w2_MH = weights[2]
-    width = max(w2_MH.shape)
-    block = spec.block_edges or default_block_edges(width, w2_MH.element_size(), planes, w2_MH.is_cpu)
-    flops = 2.0 * graph.destination.num_entries * w2_MH.numel()
-    workers = max(1, min(torch.get_num_threads(), int(flops // _WORKER_FLOPS))) if w2_MH.is_cpu else 1
-    destination = graph.destination
-    return [destination.index, graph.source.index, destination.ptr, *graph.plan(block, workers)]
+    w2_MH, destination = weights[2], graph.destination
+    key = plan_key(
+        spec.block_edges,
+        (w2_MH.shape[0], w2_MH.shape[1]),
+        w2_MH.element_size(),
+        destination.num_entries,
+        planes,
+        torch.get_num_threads() if w2_MH.is_cpu else None,
+    )
+    return [destination.index, graph.source.index, destination.ptr, *graph.plan(*key)]
 
 
 def compiled_arguments(call: Call) -> tuple[Any, ...]:

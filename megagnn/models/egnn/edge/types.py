@@ -64,20 +64,30 @@ class EdgeGraph:
     source: Segments
     _plans: dict[tuple[int, int], tuple[Tensor, ...]] = field(default_factory=dict, init=False, repr=False)
 
-    def plan(self, block_edges: int, num_workers: int) -> tuple[Tensor, ...]:
-        """Blocks and workers, on CUDA also the blocks' edges by source; [Note: plan] in csrc. Made once."""
+    def bring(self, key: tuple[int, int], plan: tuple[Tensor, ...]) -> None:
+        """Take a plan that was made before, of `key` edges a block and workers."""
+        self._plans[key] = plan
+
+    def plan(self, block_edges: int, num_workers: int, with_runs: bool | None = None) -> tuple[Tensor, ...]:
+        """Blocks and workers, with `with_runs` also the blocks' edges by source, else three empty tensors;
+        [Note: plan] in csrc. Made once.
+
+        with_runs: by default where the graph is on a GPU.
+        """
         key = (block_edges, num_workers)
         if key not in self._plans:
-            if self.destination.perm is not None:
-                raise ValueError(
-                    "edge_message: edges must be sorted by destination, got destination segments with a perm"
-                )
-            ends = [t.cpu() for t in (self.destination.index, self.source.index, self.destination.ptr)]
-            blocks, workers = _OPS.edge_plan(*ends, self.source.num_rows, *key)
-            on_cpu = self.destination.index.is_cpu
-            runs = (blocks.new_empty(0),) * 3 if on_cpu else self._runs(blocks)
-            self._plans[key] = (blocks, workers, *runs)
+            on_gpu = not self.destination.index.is_cpu
+            self._plans[key] = self._make(*key, on_gpu if with_runs is None else with_runs)
         return self._plans[key]
+
+    def _make(self, block_edges: int, num_workers: int, with_runs: bool) -> tuple[Tensor, ...]:
+        if self.destination.perm is not None:
+            raise ValueError(
+                "edge_message: edges must be sorted by destination, got destination segments with a perm"
+            )
+        ends = [t.cpu() for t in (self.destination.index, self.source.index, self.destination.ptr)]
+        blocks, workers = _OPS.edge_plan(*ends, self.source.num_rows, block_edges, num_workers)
+        return blocks, workers, *(self._runs(blocks) if with_runs else (blocks.new_empty(0),) * 3)
 
     def _runs(self, blocks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each block's edges in the order of their sources; each block's first run; each run's first edge."""
