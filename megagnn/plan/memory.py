@@ -21,6 +21,7 @@ from megagnn.optim.zero.offload import MemoryStorage
 from megagnn.optim.zero.reducer import MESSAGES_UNDER_WAY
 from megagnn.pipeline_parallel.simulate import peaks
 from megagnn.plan.layout import Layout, Unit
+from megagnn.plan.traffic import largest_message
 
 PARAMETERS, GRADIENTS, STATE, AVERAGE = "parameters", "gradients", "optimizer state", "weight average"
 MESSAGES, ACTIVATIONS = "messages", "activations"
@@ -96,9 +97,12 @@ def offloaded(layout: Layout) -> tuple[str, ...]:
     return tuple(away + [GRADIENTS] * (layout.stage >= 2) + [PARAMETERS] * (layout.stage == 3))
 
 
-def course(layout: Layout, pp_rank: int = 0, host_is_device: bool = False) -> list[Moment]:
+def course(
+    layout: Layout, pp_rank: int = 0, host_is_device: bool = False, message: float | None = None
+) -> list[Moment]:
     """The moments of a step on a pipeline rank.
 
+    message: bytes of the largest between stages, where they are known already.
     host_is_device: whether what is offloaded to the host lies in the memory that is counted, as without GPUs.
     """
     units = [unit_bytes(layout, unit) for _, unit in layout.units(pp_rank)]
@@ -110,7 +114,9 @@ def course(layout: Layout, pp_rank: int = 0, host_is_device: bool = False) -> li
         resting[ELSEWHERE] = sum(stays[name] for name in away)
     resting[ACTIVATIONS] = layout.sizes.batch_bytes * (layout.micro_batches if layout.pp > 1 else 1)
     moments = [Moment("between steps", resting)]
-    moments += _passes(layout, pp_rank, resting, units)
+    moments += _passes(
+        layout, pp_rank, resting, units, largest_message(layout) if message is None else message
+    )
     return [*moments, Moment("update", _plus(resting, **_update(layout, pp_rank, units)))]
 
 
@@ -121,7 +127,8 @@ def peak(moments: Sequence[Moment]) -> Moment:
 
 def worst_course(layout: Layout, host_is_device: bool = False) -> tuple[int, list[Moment]]:
     """(pipeline rank, moments) of the rank that holds most."""
-    courses = [(rank, course(layout, rank, host_is_device)) for rank in _different_ranks(layout)]
+    message = largest_message(layout)
+    courses = [(rank, course(layout, rank, host_is_device, message)) for rank in _different_ranks(layout)]
     return max(courses, key=lambda found: peak(found[1]).total)
 
 
@@ -135,7 +142,7 @@ def _different_ranks(layout: Layout) -> list[int]:
 
 
 def _passes(
-    layout: Layout, pp_rank: int, resting: Mapping[str, float], units: Sequence[UnitBytes]
+    layout: Layout, pp_rank: int, resting: Mapping[str, float], units: Sequence[UnitBytes], message: float
 ) -> list[Moment]:
     numbers, size = layout.numbers_on(pp_rank), layout.precision.parameters.itemsize
     whole = _largest_pair([unit.whole for unit in units]) if layout.stage == 3 else 0.0
@@ -151,7 +158,8 @@ def _passes(
             held = _pipeline_peak(layout, pp_rank, numbers)
         on_the_way = {} if how == "probe" else {GRADIENTS: unit_gradients, MESSAGES: _reduced(layout, units)}
         single = 0.0 if how == "probe" else 2 * matrix * size
-        messages = _tensor_messages(layout, numbers, how)
+        # between stages: those that were sent and are not known to have arrived, and one ahead
+        messages = _tensor_messages(layout, numbers, how) + 2 * layout.pp * message
         forward = {PARAMETERS: whole, ACTIVATIONS: held, MESSAGES: messages}
         found.append(Moment(f"{names[how]}forward", _plus(resting, **forward)))
         at_work = _plus(forward, **_plus(on_the_way, **{ACTIVATIONS: work + single}))

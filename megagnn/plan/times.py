@@ -16,7 +16,7 @@ from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, RECOMPUTE
 from megagnn.plan.cluster import Cluster
 from megagnn.plan.layout import Layout
 from megagnn.plan.memory import offloaded, unit_bytes
-from megagnn.plan.traffic import Sent, message_bytes, sent
+from megagnn.plan.traffic import Sent, largest_message, sent
 
 ORDINARY_RECOMPUTED: Mapping[Kind, float] = {**ORDINARY, "B": 3, "I": 2}
 GRAPH_UNITS = {False: 12, True: 6}
@@ -168,9 +168,10 @@ def _bubble(layout: Layout, cluster: Cluster, forward: list[float], tensor: floa
     if schedule is None:
         return 0.0
     link = cluster.link(2, layout.tp)
-    largest = max(message_bytes(layout, min(1, layout.pp - 1)).values(), default=0.0)
     stage = [seconds + tensor / len(layout.stages_on(0)) for seconds in forward]
-    found = simulate(schedule, Costs(phase_units(layout), stage, latency=link.seconds(largest)))
+    found = simulate(
+        schedule, Costs(phase_units(layout), stage, latency=link.seconds(largest_message(layout)))
+    )
     return max(0.0, found.makespan - busy * schedule.num_micro_batches / layout.micro_batches)
 
 

@@ -80,6 +80,11 @@ def message_bytes(layout: Layout, pp_rank: int) -> dict[str, float]:
     return found
 
 
+def largest_message(layout: Layout) -> float:
+    """Bytes of the largest message between two stages; 0 without a pipeline."""
+    return max(message_bytes(layout, min(1, layout.pp - 1)).values(), default=0.0)
+
+
 def data_parallel_bytes(layout: Layout, pp_rank: int = 0) -> tuple[float, float]:
     """(gradients, weights) along dp."""
     if layout.dp == 1:

@@ -1,4 +1,4 @@
-"""Bytes that a plan sends are what the ranks of a small run send, to the byte."""
+"""Bytes that a plan sends are what two ranks send, to the byte, and what a pipeline holds is planned."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from megagnn.optim.optimizer import make_optimizer, make_sharded_optimizer
 from megagnn.parallel.context import ParallelContext, grid_context
 from megagnn.pipeline_parallel.pipeline import Pipeline, schedule_for
 from megagnn.plan.layout import Layout, Sizes
+from megagnn.plan.memory import course, peak
 from megagnn.plan.traffic import data_parallel_bytes, pipeline_bytes, sent, tensor_parallel_bytes
 from tests.distributed.spawn import spawn
 from tests.models.egnn.test_traffic_model import batch as physical_batch
 from tests.models.egnn.test_traffic_model import counted as counted_passes
 from tests.models.physics import randomised
 from tests.plan.layouts import layout_of
+from tools.bench.memory.step import peak_of_events
 from tools.bench.work import edge as edge_workload
 
 BATCH, CUTOFF = edge_workload.dense_batch(300, neighbours=10)
@@ -103,6 +105,48 @@ def along_pp(context: ParallelContext) -> list[float]:
     return found
 
 
+HELD = [
+    ("egnn", "direct", "1f1b"),
+    ("egnn", "conservative", "conservative"),
+    ("cartesian", "conservative", "two-pass"),
+]
+
+
+def held_layout(family: str, forces: str, schedule: str) -> Layout:
+    model = {"family": family, "forces": forces, "cutoff": CUTOFF, "width": 128}
+    parallel = {"pipeline": 2, "schedule": schedule}
+    return layout_of(model, 2, SIZES, averages=False, parallel=parallel, optim={"accumulate_steps": 4})
+
+
+def held_along_pp(context: ParallelContext) -> list[float]:
+    """The most that tensors hold beside what is kept in a step of each of `HELD`."""
+    found = []
+    for case in HELD:
+        plan = held_layout(*case)
+        made = schedule_for(case[2], case[1], 2, plan.micro_batches)
+        pipeline = Pipeline(plan.model, edge_workload.statistics(), made, context)
+        optimizer = make_optimizer(pipeline.potential.model, plan.config.optim)
+        batches = [dict(BATCH) for _ in range(plan.micro_batches)]
+        counts, loss = step_counts(batches, context), Loss(LossConfig(energy="mse", forces="mse"))
+
+        def step(made: Any = (optimizer, pipeline, batches, loss, counts)) -> None:
+            made[0].zero_grad()
+            made[1].gradients(*made[2:])
+
+        step()
+        found.append(peak_of_events(step))
+    return found
+
+
+def test_pipeline_ranks_hold_what_is_planned_to_a_tenth(counted_on: list[Counted]) -> None:
+    for rank, rows in enumerate(found.held for found in counted_on):
+        for case, measured in zip(HELD, rows, strict=True):
+            moments = course(held_layout(*case), rank)
+            kept = moments[0].total
+            assert peak(moments).total == pytest.approx(measured + kept, rel=0.1), (rank, case)
+            assert measured > 0.2 * kept, "what is planned here is not all kept"
+
+
 def test_pipeline_ranks_send_what_is_planned(counted_on: list[Counted]) -> None:
     for rank, rows in enumerate(found.pp for found in counted_on):
         for (family, forces, schedule, batches), counted in zip(PIPELINES, rows, strict=True):
@@ -159,11 +203,15 @@ class Counted(NamedTuple):
     dp: list[tuple[float, float]]
     pp: list[float]
     tp: list[tuple[Any, ...]]
+    held: list[float]
+    """Bytes."""
 
 
 def on_rank(context: ParallelContext) -> Counted:
     """Two ranks, which are a grid of each kind in turn."""
-    return Counted(along_dp(context), along_pp(grid_context(1, 2, 1)), along_tp(grid_context(1, 1, 2)))
+    pipeline = grid_context(1, 2, 1)
+    tensor = along_tp(grid_context(1, 1, 2))
+    return Counted(along_dp(context), along_pp(pipeline), tensor, held_along_pp(pipeline))
 
 
 @pytest.fixture(scope="module")
