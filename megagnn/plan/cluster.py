@@ -109,8 +109,12 @@ class Cluster:
     def link(self, size: int, stride: int) -> Link:
         """Between the ranks of a group of so many, neighbours so far apart; ranks fill one node after
         another. Slower than the peak by `efficiency.links`."""
-        link = self.node.link if size * stride <= self.node.devices else self.network
+        link = self.node.link if self.is_within_node(size, stride) else self.network
         return Link(link.gbps * self.efficiency.links, link.latency_us)
+
+    def is_within_node(self, size: int, stride: int) -> bool:
+        """Whether such a group lies on one node."""
+        return size * stride <= self.node.devices
 
     def watts(self, num_devices: int) -> float:
         """Of so many devices, with their share of nodes and of cooling, at full power."""

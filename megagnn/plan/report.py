@@ -8,7 +8,7 @@ from megagnn.plan.cluster import Cluster
 from megagnn.plan.layout import Layout
 from megagnn.plan.memory import CATEGORIES, ELSEWHERE
 from megagnn.plan.search import Failure, Plan, fault
-from megagnn.plan.times import step_units
+from megagnn.plan.times import link_bytes, step_units
 
 
 def settings_of(layout: Layout) -> str:
@@ -41,7 +41,7 @@ def to_text(plan: Plan, cluster: Cluster) -> str:
         "",
         f"does not fit: {reason}" if reason else f"fits {cluster.memory_limit / 1e9:.4g} GB",
         "",
-        *time_lines(plan),
+        *time_lines(plan, cluster),
         "",
         f"{r.atoms_per_second:,.4g} atoms/s, {r.structures_per_second:,.4g} structures/s, "
         f"{100 * r.of_peak:.3g} % of the peak of {str(precision.parameters).removeprefix('torch.')} products",
@@ -64,7 +64,7 @@ def memory_lines(plan: Plan) -> list[str]:
     return table(rows)
 
 
-def time_lines(plan: Plan) -> list[str]:
+def time_lines(plan: Plan, cluster: Cluster) -> list[str]:
     """What a step takes, and what is computed and sent for it."""
     t, layout = plan.times, plan.layout
     parts = {
@@ -75,12 +75,13 @@ def time_lines(plan: Plan) -> list[str]:
         "update": t.update,
     }
     shares = [f"{name} {100 * value / t.step:.1f} %" for name, value in parts.items() if value]
-    sent = {"tp": t.sent.tp, "pp": t.sent.pp, "dp": t.sent.dp}
-    bytes_sent = [f"{axis} {value / 1e9:,.4g} GB" for axis, value in sent.items() if value]
+    names, sent = {"node": "within nodes", "network": "between nodes"}, []
+    for link, by_axis in link_bytes(layout, cluster, t.sent).items():
+        sent += [f"{axis} {value / 1e9:,.4g} GB {names[link]}" for axis, value in by_axis.items()]
     return [
         f"step {seconds(t.step)}: {', '.join(shares)}",
         f"operations {t.flops:.4g} a step; {t.executed:.4g} on a rank, as {step_units(layout):g} forwards",
-        f"a rank sends {', '.join(bytes_sent) or 'nothing'} a step",
+        f"a rank sends {', '.join(sent) or 'nothing'} a step",
     ]
 
 
@@ -165,7 +166,7 @@ def to_json(plan: Plan, cluster: Cluster) -> dict[str, Any]:
         },
         "flops": t.flops,
         "executed_flops_of_rank": t.executed,
-        "sent_bytes_of_rank": {**t.sent._asdict()},
+        "sent_bytes_of_rank": {**t.sent._asdict(), **link_bytes(layout, cluster, t.sent)},
         **dataclasses.asdict(r),
     }
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from megagnn.models.family import STEP_UNITS, layer_works, step_flops
+from megagnn.models.family import layer_works, step_flops
 from megagnn.pipeline_parallel.actions import Kind
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, RECOMPUTED, Costs, simulate
 from megagnn.plan.cluster import Cluster
@@ -149,9 +149,14 @@ def rates(layout: Layout, cluster: Cluster, t: Times) -> Rates:
     )
 
 
-def model_units(layout: Layout) -> int:
-    """Products of a step in units of a forward's, without what is computed again."""
-    return STEP_UNITS[layout.model.forces]
+def link_bytes(layout: Layout, cluster: Cluster, messages: Sent) -> dict[str, dict[str, float]]:
+    """{link: {axis: bytes that a rank sends over it in a step}}, the link "node" or "network"."""
+    groups = {"tp": (layout.tp, 1), "pp": (2, layout.tp), "dp": (layout.dp, layout.pp * layout.tp)}
+    found: dict[str, dict[str, float]] = {"node": {}, "network": {}}
+    for axis, (size, stride) in groups.items():
+        if value := getattr(messages, axis):
+            found["node" if cluster.is_within_node(size, stride) else "network"][axis] = value
+    return found
 
 
 def _tensor_seconds(layout: Layout, cluster: Cluster, messages: Sent) -> float:

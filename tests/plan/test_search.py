@@ -54,7 +54,7 @@ def test_a_rule_that_forbids_a_layout_is_the_reason() -> None:
     assert {(p.layout.dp, p.layout.pp, p.layout.tp) for p in plans} >= {(4, 1, 1), (2, 1, 2)}
 
 
-@pytest.mark.parametrize(("width", "layers", "ranks"), [(64, 8, 1), (8192, 32, 1024), (32768, 14, 16384)])
+@pytest.mark.parametrize(("width", "layers", "ranks"), [(64, 8, 1), (8192, 12, 1024), (32768, 14, 16384)])
 def test_from_a_million_to_a_hundred_billion_in_seconds(width: int, layers: int, ranks: int) -> None:
     start = time.process_time()
     plans, _ = search(config_of({"width": width, "num_layers": layers}), SIZES, H100, ranks)

@@ -7,7 +7,7 @@ import pytest
 from megagnn.models.family import step_flops
 from megagnn.plan.cluster import load_cluster
 from megagnn.plan.layout import Layout
-from megagnn.plan.times import rates, step_units, times
+from megagnn.plan.times import forward_flops, link_bytes, rates, step_units, times
 from tests.plan.layouts import layout_of
 
 CLUSTER = load_cluster("8xh100")
@@ -15,8 +15,6 @@ CLUSTER = load_cluster("8xh100")
 
 def executed(layout: Layout) -> float:
     """Of all ranks, from each that a pipeline has."""
-    from megagnn.plan.times import forward_flops
-
     ranks = range(layout.pp)
     once = sum(sum(forward_flops(layout, layout.numbers_on(rank))) for rank in ranks)
     return once * step_units(layout) * layout.micro_batches * layout.dp * layout.tp
@@ -68,6 +66,19 @@ def test_more_ranks_are_never_slower_a_batch_and_messages_cost() -> None:
     assert one.data == 0 < eight.data < many.data
     assert one.compute == eight.compute == many.compute
     assert one.step == one.compute + one.update
+
+
+def test_each_axis_has_its_link() -> None:
+    parallel = {"tensor": 4, "pipeline": 2}
+    layout = layout_of(ranks=16, parallel=parallel, optim={"accumulate_steps": 4})
+    found = link_bytes(layout, CLUSTER, times(layout, CLUSTER).sent)
+    assert {link: set(by_axis) for link, by_axis in found.items()} == {
+        "node": {"tp", "pp"},
+        "network": {"dp"},
+    }
+    small = link_bytes(layout_of(ranks=8), CLUSTER, times(layout_of(ranks=8), CLUSTER).sent)
+    assert set(small["node"]) == {"dp"}
+    assert not small["network"]
 
 
 def test_rates_are_of_the_step() -> None:
