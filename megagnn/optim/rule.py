@@ -31,6 +31,8 @@ class ElementRule:
     """
 
 
+ELEMENT_OPERATIONS = 30
+"""Floating-point operations of products in whose time AdamW updates an element, about."""
 BATCH_NUMEL = 2**20
 """Elements of matrices in one batched product: it bounds what an update needs beside its state."""
 

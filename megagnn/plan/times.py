@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megagnn.models.family import layer_works, step_flops
+from megagnn.optim.rule import ELEMENT_OPERATIONS
 from megagnn.pipeline_parallel.actions import Kind
 from megagnn.pipeline_parallel.simulate import CONSERVATIVE, ORDINARY, RECOMPUTED, Costs, simulate
 from megagnn.plan.cluster import Cluster
@@ -200,10 +201,21 @@ def _data_seconds(
 
 
 def _update_seconds(layout: Layout, cluster: Cluster, pp_rank: int) -> float:
-    """All weights, gradients and state once from memory, and what is offloaded both ways over its link."""
+    """All that is kept once from memory, what is offloaded twice over its link, and products of matrices."""
     kept = [unit_bytes(layout, unit).kept for _, unit in layout.units(pp_rank)]
     away = offloaded(layout)
     here = sum(value for unit in kept for name, value in unit.items() if name not in away)
     moved = sum(value for unit in kept for name, value in unit.items() if name in away)
     rate = {"none": 1.0, "host": cluster.node.host_gbps, "disk": cluster.node.disk_gbps}
-    return 2 * here / cluster.memory_rate + 2 * moved / (1e9 * rate[layout.config.optim.offload])
+    products = update_flops(layout, pp_rank) / cluster.rate("float32")
+    return products + 2 * here / cluster.memory_rate + 2 * moved / (1e9 * rate[layout.config.optim.offload])
+
+
+def update_flops(layout: Layout, pp_rank: int) -> float:
+    """Operations of products in the update of a rank's share of the matrices; 0 for AdamW."""
+    matrices, shards = layout.rule.matrices, layout.dp if layout.stage > 0 else 1
+    if matrices is None:
+        return 0.0
+    found = [s for _, unit in layout.units(pp_rank) for s in unit if s.is_matrix]
+    costs = [matrices.cost(s.full) / (layout.tp if s.dim is not None else 1) for s in found]
+    return ELEMENT_OPERATIONS * sum(costs) / shards

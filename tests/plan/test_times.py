@@ -7,7 +7,7 @@ import pytest
 from megagnn.models.family import step_flops
 from megagnn.plan.cluster import load_cluster
 from megagnn.plan.layout import Layout
-from megagnn.plan.times import forward_flops, link_bytes, rates, step_units, times
+from megagnn.plan.times import forward_flops, link_bytes, rates, step_units, times, update_flops
 from tests.plan.layouts import layout_of
 
 CLUSTER = load_cluster("8xh100")
@@ -90,6 +90,18 @@ def test_rates_are_of_the_step() -> None:
     assert r.price == pytest.approx(8 * 6.88 * t.step / 3600)
     assert r.of_peak == pytest.approx(t.flops / t.step / (8 * 67e12))
     assert rates(layout, dataclasses.replace(CLUSTER, device_hour=None), t).price is None
+
+
+def test_updates_of_matrices_have_products() -> None:
+    """Muon's five iterations take 30 n^3 operations of a square matrix."""
+    model, sharing = {"width": 256, "num_layers": 4, "forces": "none"}, {"rule": "muon", "warmup_steps": 0}
+    layout = layout_of(model, optim=sharing, loss={"force_weight": 0})
+    square = sum(s.full == (256, 256) for _, unit in layout.units(0) for s in unit)
+    assert square > 20
+    assert update_flops(layout, 0) == pytest.approx(square * 30 * 256**3, rel=0.01)
+    shared = layout_of(model, 4, optim=sharing, loss={"force_weight": 0}, parallel={"zero_stage": 1})
+    assert update_flops(shared, 0) == pytest.approx(update_flops(layout, 0) / 4)
+    assert update_flops(layout_of(model, loss={"force_weight": 0}), 0) == 0
 
 
 def test_offloaded_state_moves_over_its_link() -> None:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megagnn.optim.rule import MatrixRule, Settings, Shape, State, batches
+from megagnn.optim.rule import ELEMENT_OPERATIONS, MatrixRule, Settings, Shape, State, batches
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Jordan et al.: the quintic whose slope at zero is steepest; singular values end in about (0.7, 1.2)."""
@@ -81,9 +81,9 @@ def _directions(
 
 
 def _cost(shape: Shape) -> float:
-    """Floating-point operations over the 30 or so in whose time AdamW updates an element."""
+    """See `MatrixRule.cost`."""
     short, long = sorted(shape)
-    return NUM_ITERATIONS * (4 * short**2 * long + 2 * short**3) / 30
+    return NUM_ITERATIONS * (4 * short**2 * long + 2 * short**3) / ELEMENT_OPERATIONS
 
 
 MUON = MatrixRule(lambda shape: {"momentum": shape}, _directions, _cost)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from megagnn.optim.rule import MatrixRule, Settings, Shape, State, batches
+from megagnn.optim.rule import ELEMENT_OPERATIONS, MatrixRule, Settings, Shape, State, batches
 from megagnn.optim.rules.muon import times_own_transpose
 
 Own = dict[str, list[Tensor]]
@@ -83,9 +83,9 @@ def _refresh(own: Own, side: str, basis: Tensor, dim: int) -> None:
 
 
 def _cost(shape: Shape) -> float:
-    """Floating-point operations over the 30 or so in whose time AdamW updates an element."""
+    """See `MatrixRule.cost`."""
     m, n = shape
-    return 8 * m * n * (m + n) / 30
+    return 8 * m * n * (m + n) / ELEMENT_OPERATIONS
 
 
 SOAP = MatrixRule(_state, _directions, _cost)
