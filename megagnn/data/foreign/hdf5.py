@@ -1,5 +1,6 @@
 """HDF5 files of published data sets: which layout they have, and their structures as they stand there."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -7,6 +8,10 @@ import h5py
 import numpy as np
 
 from megagnn.data.foreign import RefusedError
+
+DUPLICATES = "DupMols.dat"
+DUPLICATES_KEPT = f"copies of other conformers are kept, for {DUPLICATES} is not beside the file"
+DUPLICATES_LEFT_OUT = f"what {DUPLICATES} names as copies of other conformers is left out"
 
 BLOCK = 1 << 20
 """Numbers of positions that are read at a time."""
@@ -68,12 +73,30 @@ def structures(path: str, keys: Sequence[str]) -> Iterator[dict[str, Any] | str]
         name, first = _layout(file)
         layout = LAYOUTS[name]
         yield {"layout": name, "keys": _names(first), "num_groups": len(file)}
+        left_out, notes = _duplicates(path) if name == "QM7-X" else (frozenset(), ())
         for names, group in _leaves(file, layout.depth, ()):
+            if names[-1].rpartition("-")[0] in left_out:
+                continue
             where = "/".join(names)
             try:
-                yield from _of_group(group, layout, names, where, keys)
+                yield from ({**item, "notes": notes} for item in _of_group(group, layout, names, where, keys))
             except (KeyError, ValueError, TypeError, OSError, RuntimeError) as error:
                 yield f"group {where}: {error.args[0] if error.args else type(error).__name__}"
+
+
+def _duplicates(path: str) -> tuple[frozenset[str], tuple[str, ...]]:
+    """Names of the conformers of QM7-X that are another's copies, displaced ones included, and what is told.
+
+    The list beside the file, as published, names the optimised one of each: Geom-m1-i1-c2-opt.
+    """
+    beside = os.path.join(os.path.dirname(path), DUPLICATES)
+    if not os.path.isfile(beside):
+        return frozenset(), (DUPLICATES_KEPT,)
+    with open(beside, encoding="utf-8") as file:
+        names = [line.strip() for line in file if line.strip()]
+    if not all(name.startswith("Geom-") and name.endswith("-opt") for name in names):
+        raise RefusedError(f"{DUPLICATES} beside the file does not list conformers such as Geom-m1-i1-c2-opt")
+    return frozenset(name.removesuffix("-opt") for name in names), (DUPLICATES_LEFT_OUT,)
 
 
 def _layout(file: h5py.File) -> tuple[str, h5py.Group]:

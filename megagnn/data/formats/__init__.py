@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from megagnn.data.formats.adios import is_adios, look_into_adios, read_adios
 from megagnn.data.formats.ase_files import read_ase
 from megagnn.data.formats.cp2k import is_cp2k, read_cp2k
 from megagnn.data.formats.deepmd import is_deepmd, look_into_deepmd, read_deepmd
@@ -58,6 +59,7 @@ FORMATS = {
     "npz": Format(read_npz, is_npz, look_into_npz),
     "cp2k": Format(read_cp2k, is_cp2k),
     "deepmd": Format(read_deepmd, is_deepmd, look_into_deepmd),
+    "adios": Format(read_adios, is_adios, look_into_adios),
     "ase": Format(read_ase, lambda _: True),
 }
 """Formats by name; a file is of the first that recognises it, and "ase" is what is left."""

@@ -185,3 +185,19 @@ def test_other_and_truncated_files_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:6000])
     with pytest.raises(ValueError, match=r"cannot read .*spice.h5.*truncated file.*is the file whole\?"):
         list(read_structures(path))
+
+
+def test_conformers_that_are_copies_are_left_out(tmp_path):
+    path = copied("qm7x.hdf5", tmp_path)
+    (note,) = {note for s in read_structures(path) for note in s.notes}
+    assert note == "copies of other conformers are kept, for DupMols.dat is not beside the file"
+    (tmp_path / "DupMols.dat").write_text("Geom-m10-i1-c1-opt\nGeom-m99-i1-c1-opt\n")
+    left = list(read_structures(path))
+    assert {s.group for s in left} == {"QM7-X 1"}  # displaced ones are gone, too
+    assert len(left) == 3
+    assert {note for s in left for note in s.notes} == {
+        "what DupMols.dat names as copies of other conformers is left out"
+    }
+    (tmp_path / "DupMols.dat").write_text("<html>")
+    with pytest.raises(ValueError, match=r"DupMols\.dat beside the file does not list conformers"):
+        list(read_structures(path))

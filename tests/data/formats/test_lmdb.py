@@ -335,3 +335,17 @@ def test_an_empty_file_is_told(key, content, tmp_path):
         ValueError, match=r"none.lmdb holds no structures; check that its writer came to its end"
     ):
         list(read_structures(tmp_path / "none.lmdb"))
+
+
+def test_a_file_of_fairchems_own_script():
+    """`preprocess_ef` of fairchem-core 1.10, beside the archive that it was made of; it wraps positions."""
+    found = list(read_structures(FILES / "fairchem_s2ef.lmdb"))
+    archive = list(read_structures(FILES / "fairchem_s2ef.extxyz"))
+    assert len(found) == len(archive) == 3
+    for mine, published in zip(found, archive, strict=True):
+        assert mine.energy == pytest.approx(published.energy + 20.5, abs=1e-6)  # less slab and gas
+        assert mine.forces == pytest.approx(published.forces, abs=1e-6)
+        fractions = (mine.positions - published.positions) @ np.linalg.inv(published.cell)
+        assert fractions == pytest.approx(np.round(fractions), abs=1e-5)
+        assert mine.fixed.tolist() == published.fixed.tolist() == [True, True, False, False, False]
+        assert mine.group == published.group == "OC20 12"
