@@ -65,7 +65,11 @@ OTHERS = {"egnn, direct": DIRECT, "cartesian, conservative": CARTESIAN}
 
 @pytest.mark.parametrize("name", [*MODELS, *OTHERS])
 def test_processes_change_no_bit(
-    name: str, store: Path, tmp_path: Path, request: pytest.FixtureRequest
+    name: str,
+    store: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Over two epochs and a half and a validation between them, with a process for each split, reading kept
     neighbours where the other run finds them."""
@@ -74,11 +78,22 @@ def test_processes_change_no_bit(
     model = {**MODELS, **OTHERS}[name]
     short = ("--train.num_steps", "12", "--train.validate_every", "6", "--data.max_structures", "10")
     assert runs.train(store, tmp_path / "here", *model, *short, "--data.num_workers", "0") == 0
-    others = ("--data.num_workers", "1", "--data.cache_edges", "1")
+    others, begun = ["--data.num_workers", "1", "--data.cache_edges", "1"], []
+    if "cartesian" in name:  # begun in the middle of an epoch, after a trial
+        others = others[2:]
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+        monkeypatch.setattr(workers, "TRIAL_SECONDS", 0.0)
+
+        def one(*measured: float) -> int:
+            begun.append(measured)
+            return 1
+
+        monkeypatch.setattr(workers, "processes_needed", one)
     assert runs.train(store, tmp_path / "there", *model, *short, *others) == 0
     here, there = (
         load_checkpoint(tmp_path / run / "checkpoints/last", optimizer=True) for run in ("here", "there")
     )
+    assert len(begun) == ("cartesian" in name) * 2
     assert here.progress == there.progress
     assert here.progress.epoch == 2
     for key, tensor in here.tensors.items():
