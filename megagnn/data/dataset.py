@@ -156,6 +156,13 @@ class StructureDataset(Dataset[Graph]):
         weight = None if self._weights is None else float(self._weights[index, 0])
         return Place(int(self._store_of[index]), int(self._index_in_store[index]), index, weight)
 
+    def places(self, indices: Ints) -> list[Place]:
+        """Where some structures lie."""
+        chosen = (self._store_of[indices].tolist(), self._index_in_store[indices].tolist(), indices.tolist())
+        if self._weights is None:
+            return list(map(Place, *chosen))
+        return list(map(Place, *chosen, self._weights[indices, 0].tolist()))
+
     def reader(self) -> StructureReader:
         """Reads structures as they are numbered now."""
         maps = (self._source_maps, self._level_maps)

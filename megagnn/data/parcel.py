@@ -1,7 +1,8 @@
 """A batch as one piece of memory: how it comes from a process that made it, and goes to a device.
 
 Some thirty tensors would be as many pieces of shared memory, each opened and mapped by the training process,
-and as many copies to a GPU. In one piece they lie one after another, and what arrives are views of it.
+and as many copies to a GPU. In one piece they lie one after another, and what arrives are views of it. Memory
+that both processes have mapped once and for all (`Slots`) spares the opening, too; it is copied on arrival.
 
 Narrow, both ends of edges and their order travel as int32 and lattice shifts as int8 where they fit, and are
 widened on arrival, for the operations read int64 and floats: 15 bytes an edge in place of 36 or 48. That is
@@ -11,8 +12,9 @@ would be one pass over the edges more (docs/loading.md).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -37,30 +39,34 @@ class _Part(NamedTuple):
 class Parcel:
     """A batch on its way; `batch` unpacks it."""
 
-    memory: Tensor
-    """(bytes,) uint8."""
+    memory: Tensor | None
+    """(bytes,) uint8; None where it lies in a slot."""
     parts: tuple[_Part, ...]
+    slot: int = 0
 
     @classmethod
-    def of(cls, batch: Mapping[str, Tensor], narrow: bool = False) -> Parcel:
-        """Copies a batch of CPU tensors."""
+    def of(cls, batch: Mapping[str, Tensor], narrow: bool = False, slot: Tensor | None = None) -> Parcel:
+        """Copies a batch of CPU tensors, to a slot's memory if it is given and large enough."""
         sent = {key: _narrowed(key, value) if narrow else value for key, value in batch.items()}
         parts, at = [], 0
         for key, value in sent.items():
             parts.append(_Part(key, at, value.dtype, batch[key].dtype, tuple(value.shape)))
             at += -(-value.numel() * value.element_size() // _ALIGNMENT) * _ALIGNMENT
-        parcel = cls(torch.empty(at, dtype=torch.uint8), tuple(parts))
+        fits = slot is not None and at <= len(slot)
+        memory = slot if slot is not None and fits else torch.empty(at, dtype=torch.uint8)
         for part, value in zip(parts, sent.values(), strict=True):
-            _view(parcel.memory, part).copy_(value)
-        return parcel
+            _view(memory, part).copy_(value)
+        return cls(None if fits else memory, tuple(parts))
 
     def pin_memory(self) -> Parcel:
         """For copies to a GPU beside its work; a DataLoader calls it by this name."""
+        assert self.memory is not None
         return Parcel(self.memory.pin_memory(), self.parts)
 
     def batch(self, device: torch.device | None = None) -> dict[str, Tensor]:
         """The batch on a device, but for entries named `keys.STAYS`: views of one piece of memory, and what
         is widened."""
+        assert self.memory is not None
         memory = self.memory if device is None else self.memory.to(device, non_blocking=True)
         return {
             part.key: _view(self.memory if keys.STAYS in part.key else memory, part).to(part.wanted)
@@ -68,11 +74,36 @@ class Parcel:
         }
 
 
+class Slots:
+    """Memory for batches on their way, mapped by all processes that have it: a ring of `num` pieces.
+
+    Args:
+        num_bytes: of each; no memory is taken before it is written.
+    """
+
+    def __init__(self, num: int, num_bytes: int) -> None:
+        self.memory = torch.empty(num, num_bytes, dtype=torch.uint8).share_memory_()
+
+    def send(self, batch: Mapping[str, Tensor], number: int) -> Parcel:
+        """A parcel in the slot of a number; in memory of its own if the slot is too small."""
+        slot = number % len(self.memory)
+        return replace(Parcel.of(batch, slot=self.memory[slot]), slot=slot)
+
+    def receive(self, parcel: Parcel) -> Parcel:
+        """The parcel in memory of its own; its slot is free."""
+        if parcel.memory is not None:
+            return parcel
+        end = max((part.begin + _size(part) for part in parcel.parts), default=0)
+        return replace(parcel, memory=self.memory[parcel.slot, :end].clone())
+
+
+def _size(part: _Part) -> int:
+    return math.prod(part.shape) * part.sent.itemsize
+
+
 def _view(memory: Tensor, part: _Part) -> Tensor:
-    size = part.sent.itemsize
-    for length in part.shape:
-        size *= length
-    return memory[part.begin : part.begin + size].view(part.sent).view(part.shape)
+    flat = memory[part.begin : part.begin + _size(part)].view(part.sent)
+    return flat if len(part.shape) == 1 else flat.view(part.shape)
 
 
 def _narrowed(key: str, value: Tensor) -> Tensor:

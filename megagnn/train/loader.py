@@ -5,6 +5,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -15,8 +16,8 @@ from torch.utils.data import DataLoader
 from megagnn.config import RunConfig
 from megagnn.data.batch import Graph, collate
 from megagnn.data.config import DataConfig
-from megagnn.data.dataset import Place, StructureDataset, nested_subset
-from megagnn.data.parcel import Parcel
+from megagnn.data.dataset import Place, StructureDataset, StructureReader, nested_subset
+from megagnn.data.parcel import Parcel, Slots
 from megagnn.data.sampler import Batch, BudgetSampler, exceeds
 from megagnn.models.config import ModelConfig
 from megagnn.models.precision import precision_of
@@ -156,6 +157,9 @@ class BatchLoader:
         self._wants_cache = data.cache_edges > 0
         self._feed = _Feed()
         self._loader: DataLoader[Parcel] | None = None
+        self._slots: Slots | None = None
+        # of a batch within the budget, in double precision, with a third to spare
+        self._most_bytes = 80 * data.max_edges + 400 * data.max_atoms
         self._turn = 0
 
     def batches(
@@ -214,13 +218,10 @@ class BatchLoader:
 
     def _make(self, batch: Batch) -> dict[str, Tensor]:
         reader = self.dataset.reader()
-        made = self.collate(reader.__getitems__(self._places(batch)))
+        made = self.collate(reader.__getitems__(self.dataset.places(batch)))
         if not self._on_gpu:
             return made
         return Parcel.of(_planned(made, self.planner), narrow=True).pin_memory().batch(self.context.device)
-
-    def _places(self, batch: Batch) -> list[Place]:
-        return [self.dataset.place(int(k)) for k in batch]
 
     def _made(self, plan: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
         if self.num_workers == "auto":
@@ -251,15 +252,18 @@ class BatchLoader:
 
     def _by_processes(self, plan: Iterator[Batch], num: int) -> Iterator[dict[str, Tensor]]:
         self._turn += 1
-        turn, self._feed.places = self._turn, map(self._places, plan)
+        turn, self._feed.places = self._turn, map(self.dataset.places, plan)
         with workers.deaths_explained():
             if self._loader is None:
                 # before multiprocessing's own end, which signals processes that outlive signals
                 atexit.register(self.close)
+                # what is under way: two batches of each process, one that arrives, one to spare
+                self._slots = None if self._on_gpu else Slots(2 * num + 2, self._most_bytes)
+                maker = _Maker(self.dataset.reader(), self.collate, self.planner, self._slots)
                 self._loader = DataLoader(
-                    self.dataset.reader(),  # type: ignore[arg-type] # has what is asked of it
-                    batch_sampler=self._feed,
-                    collate_fn=partial(_parcel, self.collate, self.planner, self._on_gpu),
+                    maker,  # type: ignore[arg-type] # has what is asked of it
+                    batch_sampler=self._feed,  # type: ignore[arg-type]
+                    collate_fn=_as_it_is,  # type: ignore[arg-type]
                     num_workers=num,
                     persistent_workers=True,
                     pin_memory=self._on_gpu,
@@ -271,7 +275,8 @@ class BatchLoader:
             with workers.beginning():
                 parcels = iter(self._loader)
             for parcel in parcels:
-                yield parcel.batch(self.context.device)
+                arrived = parcel if self._slots is None else self._slots.receive(parcel)
+                yield arrived.batch(self.context.device)
                 if turn != self._turn:
                     raise RuntimeError("batches were asked for anew: those of before are no longer made")
 
@@ -315,23 +320,35 @@ class BatchLoader:
 
 
 class _Feed:
-    """What a DataLoader reads the places of batches from: other ones each time that it begins."""
+    """What a DataLoader reads numbered places of batches from: those of another plan each time it begins."""
 
     def __init__(self) -> None:
         self.places: Iterator[list[Place]] = iter(())
+        self._numbers = itertools.count()
 
-    def __iter__(self) -> Iterator[list[Place]]:
-        return self.places
+    def __iter__(self) -> Iterator[tuple[int, list[Place]]]:
+        return zip(self._numbers, self.places, strict=False)
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """What a process that reads has: it makes parcels of places."""
+
+    reader: StructureReader
+    collate: Callable[[list[Graph]], dict[str, Tensor]]
+    planner: Planner | None
+    slots: Slots | None
+
+    def __getitems__(self, request: tuple[int, list[Place]]) -> Parcel:
+        """A batch: the name by which a DataLoader asks for it."""
+        number, places = request
+        batch = _planned(self.collate(self.reader.__getitems__(places)), self.planner)
+        return Parcel.of(batch, narrow=True) if self.slots is None else self.slots.send(batch, number)
 
 
 def _planned(batch: dict[str, Tensor], planner: Planner | None) -> dict[str, Tensor]:
     return batch if planner is None else batch | planner(batch)
 
 
-def _parcel(
-    make: Callable[[list[Graph]], dict[str, Tensor]],
-    planner: Planner | None,
-    narrow: bool,
-    graphs: list[Graph],
-) -> Parcel:
-    return Parcel.of(_planned(make(graphs), planner), narrow)
+def _as_it_is(parcel: Parcel) -> Parcel:
+    return parcel

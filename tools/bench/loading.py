@@ -61,7 +61,7 @@ def make(config: RunConfig, num_batches: int, repeats: int) -> list[dict[str, An
     dataset = open_split(config.data, config.model, "train", context)
     loader = BatchLoader(dataset, config, context, shuffle=True)
     plan = list(itertools.islice(loader.sampler.batches_from(0, 0), num_batches))
-    places = [[dataset.place(int(k)) for k in batch] for batch in plan]
+    places = [dataset.places(batch) for batch in plan]
     graphs = [dataset.reader().__getitems__(one) for one in places]
     batches = [loader.collate(one) for one in graphs]
     edges = sum(batch[keys.EDGE_INDEX].shape[1] for batch in batches)
@@ -89,7 +89,8 @@ def make(config: RunConfig, num_batches: int, repeats: int) -> list[dict[str, An
             }
             for name, work in works.items()
         ]
-    bytes_of = [sum(len(Parcel.of(b, narrow).memory) for b in batches) for narrow in (False, True)]
+    packed = [[Parcel.of(b, narrow).memory for b in batches] for narrow in (False, True)]
+    bytes_of = [sum(memory.numel() for memory in some if memory is not None) for some in packed]
     return [
         {
             "batches": len(batches),
