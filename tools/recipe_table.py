@@ -17,7 +17,7 @@ from statistics import mean
 
 import numpy as np
 
-from megagnn.scaling.drawing import make_axes, plain_ticks
+from megagnn.drawing.figures import make_axes, plain_ticks
 from megagnn.scaling.laws.record import RunRecord
 from megagnn.scaling.records import read_records
 from megagnn.scaling.sweep import Sweep, load_sweep

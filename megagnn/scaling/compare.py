@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks, short
+from megagnn.drawing.figures import Drawn, colours, make_axes, plain_ticks, short
 from megagnn.scaling.laws.analysis import Analysis
 from megagnn.scaling.laws.forms import Array
 from megagnn.scaling.laws.record import RunRecord

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from megagnn.config import RunConfig, load_config
 from megagnn.data import keys
+from megagnn.drawing.figures import Drawn, colours, make_axes, save_figures, write_tensorboard
 from megagnn.models.potential import Potential, build_potential
 from megagnn.models.statistics import Statistics, compute_statistics
 from megagnn.objective.gradient_methods import GRADIENT_METHODS, accumulate
@@ -27,7 +28,6 @@ from megagnn.objective.loss import Loss, label_counts
 from megagnn.optim.optimizer import make_sharded_optimizer, set_learning_rate
 from megagnn.parallel.config import ParallelConfig
 from megagnn.parallel.context import ParallelContext
-from megagnn.scaling.drawing import Drawn, colours, make_axes, save_figures, write_tensorboard
 from megagnn.scaling.records import geometric_mean
 from megagnn.train.loader import BatchLoader, open_split
 

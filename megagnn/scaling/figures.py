@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks, short
+from megagnn.drawing.figures import Drawn, colours, make_axes, plain_ticks, short
 from megagnn.scaling.laws.analysis import PUBLISHED, Analysis
 from megagnn.scaling.laws.forms import Array
 

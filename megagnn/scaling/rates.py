@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from megagnn.scaling.drawing import Drawn, colours, make_axes, plain_ticks
+from megagnn.drawing.figures import Drawn, colours, make_axes, plain_ticks
 from megagnn.scaling.laws.analysis import Options, select
 from megagnn.scaling.laws.record import RunRecord
 from megagnn.scaling.records import geometric_mean

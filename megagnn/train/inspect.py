@@ -20,15 +20,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a checkpoint (a folder or a file), a bad batch (.safetensors), a packed store, or a file "
         "that `megagnn prepare` reads",
     )
+    parser.add_argument(
+        "--html", type=Path, metavar="PAGE", help="of a packed store: also write a page of figures"
+    )
+    parser.add_argument("--cutoff", type=float, metavar="Å", help="of edges on that page (default: 5)")
+    parser.add_argument(
+        "--sample",
+        type=int,
+        metavar="N",
+        help="structures of each source on that page, at most (default: 5000)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """`megagnn inspect PATH`."""
-    if arguments.path.is_dir() and (arguments.path / "header.json").is_file():
+    """`megagnn inspect PATH [--html PAGE]`.
+
+    Raises:
+        ValueError: a page asked for of something else than a store, or its options without one.
+    """
+    is_store = arguments.path.is_dir() and (arguments.path / "header.json").is_file()
+    options = {"cutoff": arguments.cutoff, "num_sampled": arguments.sample}
+    given = {name: value for name, value in options.items() if value is not None}
+    if arguments.html is None and given:
+        raise ValueError("--cutoff and --sample are of the page of figures; add --html PAGE")
+    if arguments.html is not None and not is_store:
+        raise ValueError(
+            f"--html draws a packed store, which {arguments.path} is not; make one with `megagnn prepare`"
+        )
+    if is_store:
         from megagnn.data.inspect import describe
         from megagnn.data.store import Store
 
-        print(describe(Store.open(arguments.path)))
+        store = Store.open(arguments.path)
+        print(describe(store))
+        if arguments.html is not None:
+            from megagnn.data.page import write_page
+
+            write_page(store, arguments.html, **given)
+            print(f"wrote {arguments.html}")
     elif is_bad_batch(arguments.path):
         print(describe_bad_batch(arguments.path))
     elif _is_data(arguments.path):

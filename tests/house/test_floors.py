@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megagnn"
 # From the ground up: a room imports rooms of its own floor and of those below.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("overrides",),
+    ("overrides", "drawing"),
     ("ops",),
     ("data",),
     ("parallel",),

@@ -13,7 +13,7 @@ from statistics import mean
 
 from matplotlib.figure import Figure
 
-from megagnn.scaling.drawing import colours, make_axes, plain_ticks
+from megagnn.drawing.figures import colours, make_axes, plain_ticks
 from tools.peers.lines import Line, read_lines
 
 HEAD = ("program", "setting", "parameters", "minutes", "seeds", "validation, meV/Å / meV/atom", "test")

@@ -1,4 +1,4 @@
-"""Common parts of figures of scaling studies: a figure with its caption, axes, colours, files."""
+"""Common parts of figures: a figure with its caption, axes, colours, files."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def save_figures(drawn: Sequence[Drawn], folder: Path) -> list[Path]:
 
 
 def write_tensorboard(drawn: Sequence[Drawn], folder: Path) -> None:
-    """The figures as images."""
+    """The figures of a scaling study as images."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:

@@ -1,0 +1,1 @@
+"""Figures with captions, and pages of them in one file."""
