@@ -26,7 +26,7 @@ from megagnn.data.store import Store, cached_num_edges, check_together
 ROWS_AT_ONCE = 65536
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a structure lies, and what a data set knows of it beside its store."""
 
     store: int
@@ -48,7 +48,7 @@ class StructureReader:
     self_edges: bool
     caches: Sequence[EdgeCache | None]
 
-    def record(self, place: Place) -> dict[str, Any]:
+    def record(self, place: Location) -> dict[str, Any]:
         """See `StructureDataset.record`."""
         k = place.store
         record = self.stores[k].structure(place.row)
@@ -60,7 +60,7 @@ class StructureReader:
             record[keys.WEIGHTS] = weight * record.get(keys.WEIGHTS, np.ones(3, np.float32))
         return record
 
-    def graph(self, place: Place) -> Graph:
+    def graph(self, place: Location) -> Graph:
         """See `StructureDataset.__getitem__`."""
         record = self.record(place)
         geometry = (keys.ATOMIC_NUMBERS, keys.POSITIONS, keys.CELL, keys.PBC)
@@ -72,12 +72,9 @@ class StructureReader:
             cache.put(place.row, graph[keys.EDGE_INDEX], graph[keys.CELL_SHIFTS])
         return {**record, **graph}
 
-    def __getitems__(self, places: Sequence[Place]) -> list[Graph]:
+    def __getitems__(self, places: Sequence[Location]) -> list[Graph]:
         """Graphs of a batch: the name by which a DataLoader asks for them."""
         return [self.graph(place) for place in places]
-
-    def __len__(self) -> int:
-        return sum(map(len, self.stores))
 
 
 class StructureDataset(Dataset[Graph]):
@@ -149,19 +146,19 @@ class StructureDataset(Dataset[Graph]):
         """One structure with its labels (see `Store.structure`), numbered as this data set; no neighbours."""
         return self.reader().record(self.place(index))
 
-    def place(self, index: int) -> Place:
+    def place(self, index: int) -> Location:
         """Where a structure lies."""
         if not 0 <= index < len(self):
             raise IndexError(f"structure {index} of a data set of {len(self)}")
         weight = None if self._weights is None else float(self._weights[index, 0])
-        return Place(int(self._store_of[index]), int(self._index_in_store[index]), index, weight)
+        return Location(int(self._store_of[index]), int(self._index_in_store[index]), index, weight)
 
-    def places(self, indices: Ints) -> list[Place]:
+    def places(self, indices: Ints) -> list[Location]:
         """Where some structures lie."""
         chosen = (self._store_of[indices].tolist(), self._index_in_store[indices].tolist(), indices.tolist())
         if self._weights is None:
-            return list(map(Place, *chosen))
-        return list(map(Place, *chosen, self._weights[indices, 0].tolist()))
+            return list(map(Location, *chosen))
+        return list(map(Location, *chosen, self._weights[indices, 0].tolist()))
 
     def reader(self) -> StructureReader:
         """Reads structures as they are numbered now."""

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from megagnn.config import RunConfig
 from megagnn.data.batch import Graph, collate
 from megagnn.data.config import DataConfig
-from megagnn.data.dataset import Place, StructureDataset, StructureReader, nested_subset
+from megagnn.data.dataset import Location, StructureDataset, StructureReader, nested_subset
 from megagnn.data.parcel import Parcel, Slots
 from megagnn.data.sampler import Batch, BudgetSampler, exceeds
 from megagnn.models.config import ModelConfig
@@ -323,10 +323,10 @@ class _Feed:
     """What a DataLoader reads numbered places of batches from: those of another plan each time it begins."""
 
     def __init__(self) -> None:
-        self.places: Iterator[list[Place]] = iter(())
+        self.places: Iterator[list[Location]] = iter(())
         self._numbers = itertools.count()
 
-    def __iter__(self) -> Iterator[tuple[int, list[Place]]]:
+    def __iter__(self) -> Iterator[tuple[int, list[Location]]]:
         return zip(self._numbers, self.places, strict=False)
 
 
@@ -339,7 +339,7 @@ class _Maker:
     planner: Planner | None
     slots: Slots | None
 
-    def __getitems__(self, request: tuple[int, list[Place]]) -> Parcel:
+    def __getitems__(self, request: tuple[int, list[Location]]) -> Parcel:
         """A batch: the name by which a DataLoader asks for it."""
         number, places = request
         batch = _planned(self.collate(self.reader.__getitems__(places)), self.planner)
