@@ -1,6 +1,7 @@
 """The child process of child.py: `python -m megagnn.data.foreign.serve FD BYTES` reads files on request."""
 
 import importlib
+import re
 import resource
 import sys
 import time
@@ -12,6 +13,8 @@ import numpy as np
 
 from megagnn.data.foreign import RefusedError
 
+COLOURS = re.compile(r"\x1b\[[\d;]*m")
+"""Codes of terminals, in which ADIOS2 writes its messages."""
 NUM_ITEMS, NUM_BYTES, SECONDS = 200, 1 << 20, 0.5
 """A message is sent when it holds so much, or when the first item in it is so old."""
 
@@ -47,7 +50,8 @@ def _answer(pipe: Connection, reader: str, path: str, arguments: dict[str, Any])
     except RefusedError as error:
         return "error", str(error)
     except Exception as error:  # whatever a library raises of a damaged file
-        return "error", f"{str(error) or type(error).__name__}; is the file whole?"
+        text = COLOURS.sub("", str(error)) or type(error).__name__
+        return "error", f"{text}; is the file whole?"
     return "end", None
 
 

@@ -122,6 +122,7 @@ def load_chunk(path: Path, source: Source) -> Chunk | None:
 
 def _unpack(arrays: dict[str, np.ndarray], source: Source) -> Iterator[Structure]:
     ends = np.cumsum(arrays["num_atoms"])
+    stresses = arrays.get("stress", np.full((len(ends), 3, 3), np.nan))  # parts of earlier versions have none
     for i, (count, end) in enumerate(zip(arrays["num_atoms"], ends, strict=True)):
         atoms = slice(end - count, end)
         yield Structure(
@@ -131,7 +132,7 @@ def _unpack(arrays: dict[str, np.ndarray], source: Source) -> Iterator[Structure
             arrays["pbc"][i],
             energy=float(arrays["energy"][i]),
             forces=arrays["forces"][atoms],
-            stress=None if np.isnan(arrays["stress"][i]).any() else arrays["stress"][i],
+            stress=None if np.isnan(stresses[i]).any() else stresses[i],
             group=str(arrays["group"][i]),
             source=source.name,
             level=source.engine.method,

@@ -11,7 +11,7 @@ import pytest
 from ase import Atoms
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from megagnn.data.formats import ReadOptions, read_structures
+from megagnn.data.formats import ReadOptions, parse_units, read_structures
 from megagnn.data.formats.electrons import (
     IMPOSSIBLE,
     SEVERAL,
@@ -91,26 +91,26 @@ def atoms_of():
     return atoms
 
 
-def extxyz(path):
+def extxyz(path, **info):
     atoms = atoms_of()
-    atoms.info.update(charge=-1, spin=2)
+    atoms.info.update(charge=-1, spin=2, **info)
     ase.io.write(path / "a.xyz", atoms, format="extxyz")
     return path / "a.xyz"
 
 
-def database(path):
+def database(path, **info):
     with ase.db.connect(path / "a.db") as rows:
-        rows.write(atoms_of(), data={"charge": -1, "spin": 2})
+        rows.write(atoms_of(), data={"charge": -1, "spin": 2, **info})
     return path / "a.db"
 
 
-def pymatgen_json(path):
+def pymatgen_json(path, **info):
     sites = [
         {"species": [{"element": "O", "occu": 1}], "xyz": list(position)} for position in POSITIONS.tolist()
     ]
     molecule = {"@class": "Molecule", "charge": -1, "spin_multiplicity": 2, "sites": sites}
     labels = {"energy": ENERGY, "forces": FORCES.tolist(), "dipole": DIPOLE.tolist()}
-    (path / "a.json").write_text(json.dumps([{"structure": molecule, **labels}]))
+    (path / "a.json").write_text(json.dumps([{"structure": molecule, **labels, **info}]))
     return path / "a.json"
 
 
@@ -135,9 +135,9 @@ def spice(path):
     )
 
 
-def mace(path):
+def mace(path, config_weight=1.0):
     labels = {"energy": ENERGY, "forces": FORCES, "dipole": DIPOLE, "total_charge": -1.0, "total_spin": 2.0}
-    named = {f"properties/{name}": value for name, value in labels.items()}
+    named = {f"properties/{name}": value for name, value in labels.items()} | {"weight": config_weight}
     cell = {"cell": np.zeros((3, 3)), "pbc": [False] * 3}
     return hdf5(path, "config_batch_0/config_0", atomic_numbers=OXYGEN, positions=POSITIONS, **cell, **named)
 
@@ -158,17 +158,17 @@ def packed(value):
     return zlib.compress(json.dumps(value).encode())
 
 
-def aselmdb(path):
+def aselmdb(path, **info):
     row = {"numbers": OXYGEN, "positions": POSITIONS.tolist(), "cell": np.zeros((3, 3)).tolist()}
     labels = {"energy": ENERGY, "forces": FORCES.tolist(), "dipole": DIPOLE.tolist()}
-    row |= {"pbc": [False] * 3, **labels, "data": {"charge": -1, "spin": 2}}
+    row |= {"pbc": [False] * 3, **labels, "data": {"charge": -1, "spin": 2, **info}}
     return lmdb_of(path, nextid=packed(2), r1=packed(row))
 
 
-def graphs(path):
+def graphs(path, **info):
     record = {"pos": POSITIONS, "atomic_numbers": np.array(OXYGEN), "cell": np.zeros((1, 3, 3))}
     record |= {"y": ENERGY, "force": FORCES, "pbc": False}
-    record |= {"charge": np.array([-1.0]), "spin": np.array([2])}
+    record |= {"charge": np.array([-1.0]), "spin": np.array([2]), **info}
     return lmdb_of(path, r0=pickle.dumps(record, protocol=4))
 
 
@@ -186,6 +186,17 @@ def test_each_reader(make, tmp_path):
     assert read.others["dipole"] == pytest.approx(DIPOLE)
     (without,) = read_structures(path, ReadOptions(other_keys={"dipole": "none"}))
     assert not without.others
+
+
+@pytest.mark.parametrize("make", [extxyz, database, pymatgen_json, spice, mace, aselmdb, graphs])
+def test_rules_of_labels_in_each_reader(make, tmp_path):
+    """Units of the user come before those of the file, labels are left out on request, weights are read."""
+    path = make(tmp_path) if make is spice else make(tmp_path, config_weight=2.0)
+    (read,) = read_structures(path, ReadOptions(units=parse_units("energy=kJ/mol"), forces_key="none"))
+    number = ENERGY / HARTREE if make is spice else ENERGY
+    assert read.energy == pytest.approx(number * 0.01036427, rel=1e-6)
+    assert read.forces is None
+    assert read.weights == ((1.0,) * 3 if make is spice else (2.0,) * 3)
 
 
 @pytest.mark.parametrize(

@@ -143,3 +143,9 @@ def test_a_stress_and_its_absence_are_kept(tmp_path: Path) -> None:
     assert loaded is not None
     assert loaded.structures[0].stress is None
     np.testing.assert_array_equal(loaded.structures[1].stress, stress)
+    with np.load(tmp_path / "chunk.npz") as file:
+        earlier = {name: array for name, array in file.items() if name != "stress"}
+    np.savez(tmp_path / "earlier.npz", **earlier)
+    before = load_chunk(tmp_path / "earlier.npz", SLABS)
+    assert before is not None
+    assert {s.stress is None for s in before.structures} == {True}
