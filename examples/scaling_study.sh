@@ -13,7 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
 parts="rates ablation grid predict largest depth conservative report"
-parts+=" muon-rates muon data muon-more muon-predict muon-largest muon-report"
+parts+=" muon-rates muon muon-ahead data muon-more muon-predict muon-largest muon-report"
 data=runs/data/three-sources sweeps=examples/sweeps/study results=docs/results/scaling
 [ -f "$data/header.json" ] || megagnn prepare examples/data/three-sources.tar.xz --out "$data" >/dev/null
 # shellcheck disable=SC2086
@@ -70,6 +70,10 @@ for part in "$@"; do
       ;;
     muon-rates) sweep muon/rates && sweep muon/radial ;;
     muon) sweep muon/egnn && sweep muon/cartesian ;;
+    muon-ahead) # what the largest runs on 30,400 structures should give, from those on up to 9,600; before muon-more
+      predict muon-egnn-30400 325921,30400 "$results/muon/egnn.jsonl"
+      predict muon-cartesian-30400 320893,30400 "$results/muon/cartesian.jsonl"
+      ;;
     muon-more) for name in {egnn,cartesian}-{30400,95000}; do sweep "muon/$name"; done ;;
     muon-predict)
       # shellcheck disable=SC2046
