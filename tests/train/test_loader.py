@@ -2,9 +2,11 @@
 
 import os
 import signal
+import sys
 import time
 from multiprocessing.spawn import get_preparation_data
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -177,8 +179,11 @@ def test_a_store_that_cannot_be_written_is_told(store: Path, tmp_path: Path) -> 
     ]
 
 
-def test_a_script_is_not_run_again_by_its_processes() -> None:
+def test_a_script_is_not_run_again_by_its_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Be its last line the one that begins them, without a guard: they are told of no main module."""
+    script = ModuleType("__main__")
+    script.__file__ = "/somewhere/script.py"
+    monkeypatch.setitem(sys.modules, "__main__", script)
     told = {"init_main_from_name", "init_main_from_path"}
     assert told & set(get_preparation_data("reader"))
     with workers.beginning():
