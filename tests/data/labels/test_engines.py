@@ -110,6 +110,6 @@ def test_slabs_and_molecules_carry_no_stress() -> None:
 
 def test_missing_engine_names_the_way_out() -> None:
     with pytest.raises(
-        ValueError, match=r"no-such-engine, which is not installed; `source tools/setup_env\.sh labels`"
+        ValueError, match="no-such-engine, which is not installed; `pip install rdkit tblite`"
     ):
         require("no-such-engine")
