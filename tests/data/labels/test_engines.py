@@ -109,7 +109,5 @@ def test_slabs_and_molecules_carry_no_stress() -> None:
 
 
 def test_missing_engine_names_the_way_out() -> None:
-    with pytest.raises(
-        ValueError, match="no-such-engine, which is not installed; `pip install rdkit tblite`"
-    ):
+    with pytest.raises(ValueError, match="no-such-engine, which is not installed; `pip install rdkit"):
         require("no-such-engine")
