@@ -163,7 +163,6 @@ def _farthest(store: Store, found: Survey, number: int) -> Iterator[str]:
     """A table of the structures farthest from the others, and a card of each with its picture."""
     rows: list[tuple[str, ...]] = []
     cards: dict[int, list[str]] = {}
-    files, types = store.files(), store.config_types()
     for measure, words in MEASURES.items():
         for row, value, score in found.farthest(measure, NUM_FARTHEST):
             link = f'<a href="#s{number}-{row}">structure {row:,}</a>'
@@ -180,7 +179,8 @@ def _farthest(store: Store, found: Survey, number: int) -> Iterator[str]:
         positions, cell = s[keys.POSITIONS].astype(np.float64), s[keys.CELL].astype(np.float64)
         image = picture(numbers, positions, cell, s[keys.PBC]) or "<p>(too many atoms for a picture)</p>"
         lines = [f"<b>structure {row:,}</b>, {symbols(numbers)}", *told]
-        lines += [f"{name}: {value}" for name, value in (("file", files[row]), ("kind", types[row])) if value]
+        named = {"file": store.file_of(row), "kind": store.config_type_of(row)}
+        lines += [f"{name}: {value}" for name, value in named.items() if value]
         text = "".join(
             f"<p>{line if line.startswith('<b>') else html.escape(str(line))}</p>" for line in lines
         )

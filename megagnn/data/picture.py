@@ -97,6 +97,7 @@ def _oblique() -> Floats:
 
 
 def _principal(relative: Floats) -> Floats:
-    """(3, 3) columns: the longest direction first, the thinnest last, towards the eye."""
+    """(3, 3) columns: the longest direction first, the thinnest last, towards the eye; no mirror image."""
     _, vectors = np.linalg.eigh(relative.T @ relative)
-    return np.asarray(vectors[:, ::-1])
+    turn = np.asarray(vectors[:, ::-1])
+    return turn * np.linalg.det(turn).round()

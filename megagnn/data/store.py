@@ -157,6 +157,17 @@ class Store:
         """(S,) name of the file each structure was read from; empty where all are of one."""
         return self._named("file", self.header.files)
 
+    def config_type_of(self, index: int) -> str:
+        """`config_types` of one structure, without an array of all."""
+        return self._name_of("config_type", self.header.config_types, index)
+
+    def file_of(self, index: int) -> str:
+        """`files` of one structure, without an array of all."""
+        return self._name_of("file", self.header.files, index)
+
+    def _name_of(self, array: str, names: tuple[str, ...], index: int) -> str:
+        return names[int(self.arrays[array][index])] if array in self.arrays else ""
+
     def _named(self, array: str, names: tuple[str, ...]) -> NDArray[np.str_]:
         if array not in self.arrays:
             return np.full(len(self), "")

@@ -167,8 +167,16 @@ def measure(folder: str | Path, device: torch.device) -> Rates:
     return Rates(products, copy, *reached, disk_rate(folder), link, latency)
 
 
-def to_toml(rates: Rates, name: str, devices: int, memory_gb: float, kind: str, device_name: str) -> str:
-    """A cluster file."""
+def to_toml(
+    rates: Rates,
+    name: str,
+    devices: int,
+    memory_gb: float,
+    kind: str,
+    device_name: str,
+    host_memory_gb: float,
+) -> str:
+    """A cluster file; memory and the host's memory are of one device."""
     peak = {dtype: rate / 1e12 for dtype, rate in rates.products.items()}
     copied = rates.copy / 1e9
     links = "an assumption" if kind == "gpu" else "measured between two ranks over gloo"
@@ -189,7 +197,7 @@ watts = {400 if kind == "gpu" else 10}                 # an assumption
 
 [node]
 devices = {devices}
-host_memory_gb = {memory_gb:.4g}
+host_memory_gb = {host_memory_gb:.4g}
 host_gbps = {25 if kind == "gpu" else copied:.4g}              # of a GPU an assumption
 disk_gbps = {rates.disk / 1e9:.4g}
 watts = 10                 # an assumption
@@ -214,13 +222,13 @@ def calibrate(path: Path) -> str:
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     devices = torch.cuda.device_count() if gpu else os.cpu_count() or 1
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
+    memory, name = host, "a core"
     if gpu:
         properties = torch.cuda.get_device_properties(0)
         memory, name = float(properties.total_memory), properties.name
-    else:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / devices
-        name = "a core"
     rates = measure(path.absolute().parent, device)
-    text = to_toml(rates, path.stem, devices, memory / 1e9, device.type.replace("cuda", "gpu"), name)
+    kind = device.type.replace("cuda", "gpu")
+    text = to_toml(rates, path.stem, devices, memory / 1e9, kind, name, host / 1e9)
     path.write_text(text)
     return text

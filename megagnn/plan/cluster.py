@@ -106,15 +106,16 @@ class Cluster:
         """Bytes a second that are reached."""
         return 1e9 * self.device.memory_gbps * self.efficiency.memory
 
-    def link(self, size: int, stride: int) -> Link:
-        """Between the ranks of a group of so many, neighbours so far apart; ranks fill one node after
-        another. Slower than the peak by `efficiency.links`."""
-        link = self.node.link if self.is_within_node(size, stride) else self.network
+    def link(self, size: int, stride: int, num_ranks: int) -> Link:
+        """Between the ranks of a group of so many, neighbours so far apart; the ranks of the run fill one
+        node after another. Slower than the peak by `efficiency.links`."""
+        link = self.node.link if self.is_within_node(size, stride, num_ranks) else self.network
         return Link(link.gbps * self.efficiency.links, link.latency_us)
 
-    def is_within_node(self, size: int, stride: int) -> bool:
-        """Whether such a group lies on one node."""
-        return size * stride <= self.node.devices
+    def is_within_node(self, size: int, stride: int, num_ranks: int) -> bool:
+        """Whether every such group lies on one node: of three ranks each, on nodes of eight, one does not."""
+        devices = self.node.devices
+        return num_ranks <= devices or devices % (size * stride) == 0
 
     def watts(self, num_devices: int) -> float:
         """Of so many devices, with their share of nodes and of cooling, at full power."""

@@ -35,6 +35,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     Or `megagnn plan --calibrate FILE`. Returns 1 where nothing fits.
     """
     if arguments.calibrate is not None:
+        if arguments.config is not None or arguments.cluster is not None or overrides:
+            raise ValueError(
+                "--calibrate FILE measures this machine and plans no run, so it takes neither CONFIG.toml "
+                "nor --cluster nor keys of a configuration; give it alone, then plan with --cluster FILE"
+            )
         from megagnn.plan.calibrate import calibrate
 
         print(f"{calibrate(arguments.calibrate)}\nwrote {arguments.calibrate}")
@@ -57,9 +62,11 @@ def run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def sizes_of(arguments: argparse.Namespace, config: RunConfig) -> Sizes:
     """Of the command, and else of the configuration's budgets."""
-    atoms = arguments.atoms or config.data.max_atoms
-    edges = arguments.edges or config.data.max_edges
-    structures = arguments.structures or config.data.max_structures or max(1, atoms // 64)
+    atoms = config.data.max_atoms if arguments.atoms is None else arguments.atoms
+    edges = config.data.max_edges if arguments.edges is None else arguments.edges
+    structures = config.data.max_structures or max(1, atoms // 64)
+    if arguments.structures is not None:
+        structures = arguments.structures
     return Sizes(atoms, edges, structures, arguments.elements, arguments.levels)
 
 
@@ -73,7 +80,7 @@ def check_ranks(num_ranks: int, cluster: Cluster) -> None:
 
 
 def _search(arguments: argparse.Namespace, config: RunConfig, sizes: Sizes, cluster: Cluster) -> int:
-    ranks = arguments.ranks or cluster.node.devices
+    ranks = cluster.node.devices if arguments.ranks is None else arguments.ranks
     check_ranks(ranks, cluster)
     plans, failures = search(config, sizes, cluster, ranks)
     if arguments.json:

@@ -15,6 +15,7 @@ import torch
 
 from megagnn.config import RunConfig
 from megagnn.data import keys
+from megagnn.data.record import MAX_ATOMIC_NUMBER
 from megagnn.models.costs import EdgePlan, How, Kept, Setting
 from megagnn.models.family import Model, Part
 from megagnn.models.potential import Potential, build_potential
@@ -48,6 +49,10 @@ class Sizes:
                 raise ValueError(
                     f"{field.name} of a plan must be at least 1, got {getattr(self, field.name)}"
                 )
+        if self.num_elements > MAX_ATOMIC_NUMBER:
+            raise ValueError(
+                f"num_elements of a plan must be at most {MAX_ATOMIC_NUMBER}, got {self.num_elements}"
+            )
 
     def statistics(self) -> Statistics:
         """Of data like these; energies are zeros."""

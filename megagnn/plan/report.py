@@ -1,6 +1,7 @@
 """A plan in words and as JSON."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ def search_text(plans: Sequence[Plan], failures: Sequence[Failure], limit: int) 
     nearest: dict[tuple[int, int, int], Failure] = {}
     for failure in failures:
         best = nearest.get(failure.grid)
-        if best is None or failure.shortage < best.shortage:
+        if best is None or (failure.shortage or math.inf) < (best.shortage or math.inf):
             nearest[failure.grid] = failure
     for words, fits in (
         ("grids without a layout", False),

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from pydantic import ValidationError
+
 from megagnn.config import RunConfig
+from megagnn.overrides import explain
 from megagnn.plan.cluster import Cluster
 from megagnn.plan.layout import Layout, Sizes, make_layout
 from megagnn.plan.memory import Moment, peak, worst_course
@@ -94,8 +97,6 @@ def search(
     failures: list[Failure] = []
     batches = config.optim.accumulate_steps * num_ranks
     for dp, pp, tp in grids(num_ranks, config.model.num_layers, cluster.node.devices):
-        if batches % dp:
-            continue
         for stage in (0, 1, 2, 3) if dp > 1 else (0, 3):
             found, failed = _first_that_fits(config, sizes, cluster, (dp, pp, tp), stage, batches // dp)
             plans += found
@@ -157,8 +158,11 @@ def _first_that_fits(
             layout = make_layout(candidate, sizes, dp * pp * tp)
             rank, moments = worst_course(layout, cluster.device.kind == "cpu")
         except ValueError as error:
-            text = "; ".join(str(error).split("\n")[:2])
-            return [], [Failure(grid, settings, text, 0.0)]
+            told = map(explain, error.errors()) if isinstance(error, ValidationError) else [str(error)]
+            text = "; ".join(told).replace("\n", "; ")
+            if all(failure.reason != text for failure in failures):
+                failures.append(Failure(grid, settings, text, 0.0))
+            continue
         reason, shortage = fault(layout, peak(moments), cluster)
         if not reason:
             return [_timed(layout, cluster, rank, moments)], failures

@@ -111,14 +111,14 @@ def times(layout: Layout, cluster: Cluster) -> Times:
     """See `Times`."""
     stages = [[*s.layers, *[s.num_layers] * s.is_last] for s in layout.stages]
     forward = [forward_seconds(layout, numbers, cluster) for numbers in stages]
-    m, units, heavy = layout.micro_batches, step_units(layout), 0
+    m, units = layout.micro_batches, step_units(layout)
     ranks = range(layout.pp)
     on_rank = [sum(forward[layout.stages.index(s)] for s in layout.stages_on(r)) for r in ranks]
     heavy = max(ranks, key=on_rank.__getitem__)
     messages = sent(layout, heavy)
     compute = units * m * on_rank[heavy]
-    tensor = _tensor_seconds(layout, cluster, messages)
     numbers = layout.numbers_on(heavy)
+    tensor = _tensor_seconds(layout, cluster, numbers, messages)
     executed = m * units * sum(forward_flops(layout, numbers))
     whole = layout.dp * m
     flops = step_flops(layout.model, whole * layout.sizes.num_atoms, whole * layout.sizes.num_edges)
@@ -152,20 +152,22 @@ def rates(layout: Layout, cluster: Cluster, t: Times) -> Rates:
 
 def link_bytes(layout: Layout, cluster: Cluster, messages: Sent) -> dict[str, dict[str, float]]:
     """{link: {axis: bytes that a rank sends over it in a step}}, the link "node" or "network"."""
-    groups = {"tp": (layout.tp, 1), "pp": (2, layout.tp), "dp": (layout.dp, layout.pp * layout.tp)}
+    groups = {"tp": (layout.tp, 1), "pp": (layout.pp, layout.tp), "dp": (layout.dp, layout.pp * layout.tp)}
     found: dict[str, dict[str, float]] = {"node": {}, "network": {}}
     for axis, (size, stride) in groups.items():
         if value := getattr(messages, axis):
-            found["node" if cluster.is_within_node(size, stride) else "network"][axis] = value
+            within = cluster.is_within_node(size, stride, layout.num_ranks)
+            found["node" if within else "network"][axis] = value
     return found
 
 
-def _tensor_seconds(layout: Layout, cluster: Cluster, messages: Sent) -> float:
+def _tensor_seconds(layout: Layout, cluster: Cluster, numbers: list[int], messages: Sent) -> float:
     if layout.tp == 1:
         return 0.0
-    passes = 2 * len(layout.hows) * layout.micro_batches * len(layout.numbers_on(0))
+    passes = 2 * len(layout.hows) * layout.micro_batches * len(numbers)
     # about eight messages a layer and pass (docs/tensor-parallel.md), each of so many hops
-    return cluster.link(layout.tp, 1).seconds(messages.tp, 8 * passes * math.log2(layout.tp))
+    link = cluster.link(layout.tp, 1, layout.num_ranks)
+    return link.seconds(messages.tp, 8 * passes * math.log2(layout.tp))
 
 
 def _bubble(layout: Layout, cluster: Cluster, forward: list[float], tensor: float, busy: float) -> float:
@@ -173,7 +175,7 @@ def _bubble(layout: Layout, cluster: Cluster, forward: list[float], tensor: floa
     schedule = layout.schedule
     if schedule is None:
         return 0.0
-    link = cluster.link(2, layout.tp)
+    link = cluster.link(layout.pp, layout.tp, layout.num_ranks)
     stage = [seconds + tensor / len(layout.stages_on(0)) for seconds in forward]
     found = simulate(
         schedule, Costs(phase_units(layout), stage, latency=link.seconds(largest_message(layout)))
@@ -187,7 +189,7 @@ def _data_seconds(
     """What of the messages along dp nothing hides."""
     if layout.dp == 1:
         return 0.0
-    link = cluster.link(layout.dp, layout.pp * layout.tp)
+    link = cluster.link(layout.dp, layout.pp * layout.tp, layout.num_ranks)
     hops, units = math.log2(layout.dp), len(layout.units(pp_rank))
     gradients = link.seconds(messages.gradients, 2 * hops * units)
     backward = 0.6 * batch_seconds * (layout.micro_batches if layout.stage >= 2 else 1)

@@ -11,7 +11,7 @@ from ase.data import covalent_radii
 from megagnn.cli import main
 from megagnn.data.inspect import baseline_of
 from megagnn.data.page import place_of
-from megagnn.data.picture import MAX_ATOMS, picture
+from megagnn.data.picture import MAX_ATOMS, _principal, picture
 from megagnn.data.store import Store, write_store
 from megagnn.data.survey import DISTANCE_BINS, FORCE_BINS, survey
 from tests.data.conftest import make_crystal, make_structure
@@ -105,7 +105,33 @@ def test_pictures_are_whole_and_in_their_frame():
     assert picture(many.atomic_numbers, many.positions, many.cell, many.pbc) == ""
 
 
-def test_the_page(tmp_path, capsys):
+def test_a_picture_is_no_mirror_image():
+    """A left hand stays one from wherever it is seen: the turn of a molecule has determinant 1."""
+    for seed in range(8):
+        positions = np.random.default_rng(seed).normal(size=(5, 3))
+        turn = _principal(positions - positions.mean(axis=0))
+        assert np.linalg.det(turn) == pytest.approx(1.0)
+        spread = np.var(positions @ turn, axis=0)
+        assert spread[0] >= spread[1] >= spread[2]
+
+
+def test_names_of_one_structure_are_those_of_all(tmp_path):
+    structures = [
+        make_structure(3, k, group=str(k), file=f"{k % 2}.xyz", config_type="bulk" * (k % 3 == 0))
+        for k in range(6)
+    ]
+    write_store(tmp_path / "s", structures, splits=np.zeros(6, np.uint8))
+    store = Store.open(tmp_path / "s")
+    assert [store.file_of(k) for k in range(6)] == store.files().tolist()
+    assert [store.config_type_of(k) for k in range(6)] == store.config_types().tolist()
+    write_store(tmp_path / "t", [make_structure(3)], splits=np.zeros(1, np.uint8))
+    plain = Store.open(tmp_path / "t")
+    assert (plain.file_of(0), plain.config_type_of(0)) == ("", "")
+
+
+def test_the_page(tmp_path, capsys, monkeypatch):
+    for name in ("files", "config_types"):  # of all structures, 1e8 names; memory is that of the sample
+        monkeypatch.setattr(Store, name, lambda _: pytest.fail("names of all structures were made"))
     structures = [make_structure(4, k, group=str(k)) for k in range(12)]
     structures += [make_crystal(4, k, source="<B>", group=f"c{k}") for k in range(12)]
     write_store(tmp_path / "s", structures, splits=np.zeros(24, np.uint8))

@@ -41,9 +41,17 @@ def test_each_figure_has_its_source_or_says_that_it_is_assumed(name: str) -> Non
 
 def test_a_group_within_a_node_has_its_links() -> None:
     cluster = load_cluster("8xh100")
-    assert cluster.link(8, 1).gbps == cluster.link(2, 4).gbps == pytest.approx(0.7 * 450)
-    assert cluster.link(2, 8).gbps == cluster.link(16, 1).gbps == pytest.approx(0.7 * 50)
-    assert cluster.link(8, 1).seconds(315e9, 10) == pytest.approx(1 + 50e-6)
+    assert cluster.link(8, 1, 64).gbps == cluster.link(2, 4, 64).gbps == pytest.approx(0.7 * 450)
+    assert cluster.link(2, 8, 64).gbps == cluster.link(16, 1, 64).gbps == pytest.approx(0.7 * 50)
+    assert cluster.link(8, 1, 64).seconds(315e9, 10) == pytest.approx(1 + 50e-6)
+
+
+def test_a_group_that_lies_on_two_nodes_has_the_network() -> None:
+    """Of three ranks each on nodes of eight, the third group is ranks 6, 7 and 8."""
+    cluster = load_cluster("8xh100")
+    assert not cluster.is_within_node(3, 1, 24)
+    assert cluster.is_within_node(3, 1, 6)
+    assert not cluster.is_within_node(3, 2, 24)
 
 
 def test_power_is_that_of_devices_nodes_and_hall() -> None:

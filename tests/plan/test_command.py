@@ -33,6 +33,9 @@ def test_calibrate_needs_no_configuration(
     monkeypatch.setattr("megagnn.plan.calibrate.calibrate", lambda path: f"name = '{path.stem}'")
     assert main(["plan", "--calibrate", str(tmp_path / "here.toml")]) == 0
     assert "name = 'here'" in capsys.readouterr().out
+    for more in ([CONFIG], ["--cluster", "8xh100"], ["--model.width", "64"]):
+        assert main(["plan", *more, "--calibrate", str(tmp_path / "here.toml")]) == 2
+        assert "--calibrate FILE measures this machine and plans no run" in capsys.readouterr().err
     assert main(["plan", CONFIG]) == 2
     assert "needs CONFIG.toml and --cluster NAME" in capsys.readouterr().err
 
@@ -51,6 +54,10 @@ def test_what_does_not_fit_is_an_exit_code(capsys: pytest.CaptureFixture[str]) -
         (["--cluster", "8xh10"], "did you mean '8xh100'?"),
         (["--cluster", "2core", "--ranks", "3"], "3 ranks are not between 1 and the 2 devices"),
         (["--cluster", "2core", "--parallel.tensor", "2", "--ranks", "1"], "start a multiple of 2 ranks"),
+        (["--cluster", "2core", "--search", "--ranks", "0"], "0 ranks are not between 1 and the 2 devices"),
+        (["--cluster", "2core", "--atoms", "0"], "num_atoms of a plan must be at least 1, got 0"),
+        (["--cluster", "2core", "--structures", "0"], "num_structures of a plan must be at least 1, got 0"),
+        (["--cluster", "2core", "--elements", "119"], "num_elements of a plan must be at most 118, got 119"),
         (["--cluster", "2core", "--model.widht", "3"], "nearest valid key: 'model.width'"),
     ],
 )

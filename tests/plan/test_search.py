@@ -54,6 +54,17 @@ def test_a_rule_that_forbids_a_layout_is_the_reason() -> None:
     assert {(p.layout.dp, p.layout.pp, p.layout.tp) for p in plans} >= {(4, 1, 1), (2, 1, 2)}
 
 
+def test_a_rule_is_told_in_its_words_and_hides_no_shortage() -> None:
+    model = {"width": 4096, "num_layers": 12, "forces": "conservative", "edge_operation": "unfused"}
+    config = config_of(model, train={"gradient_method": "create_graph"})
+    plans, failures = search(config, Sizes(500, 20_000), H100, 2)
+    rules = [f.reason for f in failures if not f.shortage]
+    assert any(r.startswith("parallel.zero_stage = 3 needs train.gradient_method") for r in rules)
+    assert not any("validation error" in r or "input_value" in r for r in rules)
+    assert any(f.shortage for f in failures if f.grid == (2, 1, 1))
+    assert "2 x 1 x 1 (ZeRO 0, nothing again): needs 80.4 GB" in search_text(plans, failures, 5)
+
+
 @pytest.mark.parametrize(("width", "layers", "ranks"), [(64, 8, 1), (8192, 12, 1024), (32768, 14, 16384)])
 def test_from_a_million_to_a_hundred_billion_in_seconds(width: int, layers: int, ranks: int) -> None:
     start = time.process_time()

@@ -76,6 +76,13 @@ def test_each_axis_has_its_link() -> None:
         "node": {"tp", "pp"},
         "network": {"dp"},
     }
+    parallel = {"tensor": 2, "pipeline": 6}  # twelve ranks in a row: one of the stages' borders is a node's
+    long = layout_of({"num_layers": 6}, ranks=24, parallel=parallel, optim={"accumulate_steps": 6})
+    found = link_bytes(long, CLUSTER, times(long, CLUSTER).sent)
+    assert {link: set(by_axis) for link, by_axis in found.items()} == {
+        "node": {"tp"},
+        "network": {"dp", "pp"},
+    }
     small = link_bytes(layout_of(ranks=8), CLUSTER, times(layout_of(ranks=8), CLUSTER).sent)
     assert set(small["node"]) == {"dp"}
     assert not small["network"]

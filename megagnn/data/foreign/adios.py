@@ -14,6 +14,10 @@ from megagnn.data.foreign import RefusedError
 
 SIDES = ("trainset", "valset", "testset")
 GEOMETRY = ("pos", "atomic_numbers", "x", "cell", "pbc", "graph_attr")
+UNSAID = (
+    "eV and Å are taken, for the file does not say its units, nor whether energies of elements were taken "
+    "away; HydraGNN's script for ANI-1x writes Ha: --units energy=Ha,forces=Ha/Å"
+)
 BLOCK = 1000
 """Structures that are read at a time."""
 
@@ -104,5 +108,6 @@ def _structure(values: dict[str, Any], labels: Sequence[str], where: str, side: 
         "pbc": pbc,
         "values": {name: value.reshape(()) if value.size == 1 else value for name, value in found.items()},
         "info": info,
+        "notes": (UNSAID,),
         "where": where,
     }

@@ -12,6 +12,9 @@ MULTIPLICITIES = ("multiplicity", "spin_multiplicity", "mult")
 SPINS = ("spin", "total_spin")
 """Keys of `info`, the plainer first. A spin is the multiplicity 2S + 1, as OMol25 has it, or 2S."""
 
+ROUNDING = 1e-3
+"""e, by which a total charge may be off a whole number where a program adds up charges of atoms."""
+
 SPIN_LEFT_OUT = "spin left out: it is no whole number"
 IMPOSSIBLE = "the number of electrons allows no such multiplicity with this charge"
 SEVERAL = "charge and multiplicity left out: the file tells several"
@@ -45,6 +48,8 @@ def electronic_state(
     charge = charge or 0.0
     if not np.isfinite(charge):
         raise ValueError(f"the total charge must be a finite number of e, got {charge}")
+    if abs(charge - round(charge)) < ROUNDING:
+        charge = float(round(charge))
     electrons = float(np.sum(numbers, dtype=np.int64)) - charge
     notes: tuple[str, ...] = ()
     if multiplicity is None and spin:
@@ -59,6 +64,8 @@ def electronic_state(
 def _first(info: Mapping[str, Any], names: Iterable[str]) -> float | None:
     for name in names:
         value = info.get(name)
+        if isinstance(value, np.ndarray) and value.size == 1:
+            value = value.item()
         if isinstance(value, (int, float, np.number)) and not isinstance(value, bool):
             return float(value)
     return None

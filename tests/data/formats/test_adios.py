@@ -103,6 +103,7 @@ def test_rows_of_each_structure(read):
     assert [None if item["cell"] is None else item["cell"][0, 0] for item in items] == [1, None, 3]
     assert items[2]["pbc"].tolist() == [True, True, False]
     assert items[2]["where"] == "trainset 2"
+    assert all("the file does not say its units" in note for item in items for note in item["notes"])
 
 
 def test_other_and_damaged_files_are_refused(read):

@@ -41,6 +41,9 @@ ENERGY, BOHR, HARTREE = -4000.0, 0.529177210903, 27.211386245988
         ({"total_charge": 1.0, "charge": 0.25, "multiplicity": 2}, WATER, (1.0, 2)),
         ({"charge": 0.5, "spin": 2}, WATER, (0.5, 2)),
         ({"charge": "high", "spin": True, "mult": 1}, WATER, (0.0, 1)),
+        ({"charge": np.array([-1.0]), "spin": np.array([2])}, OXYGEN, (-1.0, 2)),
+        ({"charge": -0.9999996, "spin": 2}, OXYGEN, (-1.0, 2)),  # the sum of charges of atoms
+        ({"charge": 3e-8}, WATER, (0.0, 0)),
         ({"total_charge": np.float64(-2), "total_spin": np.int64(1)}, WATER, (-2.0, 1)),
     ],
 )
@@ -178,7 +181,8 @@ def test_each_reader(make, tmp_path):
     (read,) = read_structures(path)
     assert read.energy == pytest.approx(ENERGY)
     assert read.forces == pytest.approx(FORCES)
-    assert (read.charge, read.notes) == (-1.0, read.notes)
+    assert read.charge == -1.0
+    assert not any("charge" in note or "spin" in note or "dipole" in note for note in read.notes)
     assert read.multiplicity == (0 if make is spice else 2)
     if make is graphs:
         assert not read.others
