@@ -13,7 +13,7 @@ import os
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,12 @@ class EdgeCache:
     def __init__(self, index: Path, data: Path, end_type: str) -> None:
         self._files = (index, data, end_type)
         self._end = np.dtype(end_type)
+        # another user's, or of a file system that is only read, serve as they are
+        self._fills = os.access(index, os.W_OK) and os.access(data, os.W_OK)
+        mode: Literal["r", "r+"] = "r+" if self._fills else "r"
         # plain views: indexing np.memmap costs a microsecond more each time
-        self._index: NDArray[Any] = np.asarray(np.load(index, mmap_mode="r+", allow_pickle=False))
-        self._data: NDArray[Any] = np.asarray(np.load(data, mmap_mode="r+", allow_pickle=False))
+        self._index: NDArray[Any] = np.asarray(np.load(index, mmap_mode=mode, allow_pickle=False))
+        self._data: NDArray[Any] = np.asarray(np.load(data, mmap_mode=mode, allow_pickle=False))
         if self._index.dtype != _ENTRY or self._data.dtype != np.uint8:
             raise ValueError(f"{index} is no index of neighbour lists; remove it and {data.name}")
 
@@ -89,7 +92,7 @@ class EdgeCache:
     def put(self, row: int, edge_index: Ints, shifts: Ints) -> None:
         """Keep a list, if there is room and its shifts fit a byte."""
         begin, count, _ = self._index[row].item()
-        fits = begin != _NO_ROOM and edge_index.shape[1] == count
+        fits = self._fills and begin != _NO_ROOM and edge_index.shape[1] == count
         if not fits or np.abs(shifts).max(initial=0) > _LARGEST_SHIFT:
             return
         parts = (edge_index.astype(self._end), shifts.astype(np.int8))
@@ -109,6 +112,12 @@ def _length(data: Path) -> int:
     return len(np.load(data, mmap_mode="r", allow_pickle=False))
 
 
+def _take_room(descriptor: int, num_bytes: int) -> None:
+    """Raises OSError where the disk has no room."""
+    if hasattr(os, "posix_fallocate"):  # not on macOS
+        os.posix_fallocate(descriptor, 0, num_bytes)
+
+
 def _make(index: Path, data: Path, entries: NDArray[Any], room: int) -> None:
     """Both files under other names, then renamed: who has the old ones open keeps them."""
     made = []
@@ -117,8 +126,10 @@ def _make(index: Path, data: Path, entries: NDArray[Any], room: int) -> None:
         os.close(handle)
         made.append(Path(name))
     try:
-        # zeros, which take no room on the disk yet
         np.lib.format.open_memmap(made[0], "w+", np.uint8, (room,)).flush()
+        if room:  # taken now: a write to mapped memory for which the disk has none would kill the process
+            with made[0].open("rb+") as opened:
+                _take_room(opened.fileno(), made[0].stat().st_size)
         with made[1].open("wb") as opened:
             np.save(opened, entries)
         for temporary, final in zip(made, (data, index), strict=True):

@@ -78,7 +78,7 @@ class Slots:
     """Memory for batches on their way, mapped by all processes that have it: a ring of `num` pieces.
 
     Args:
-        num_bytes: of each; no memory is taken before it is written.
+        num_bytes: of each; the system's shared memory (/dev/shm) has room for all of them at once.
     """
 
     def __init__(self, num: int, num_bytes: int) -> None:

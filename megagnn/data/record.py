@@ -89,9 +89,16 @@ class Structure:
 
     @property
     def electronic_state(self) -> tuple[float, int]:
-        """Charge and multiplicity, the lowest possible one where none is said; what a model does not see."""
-        odd = round(int(np.sum(self.atomic_numbers, dtype=np.int64)) - self.charge) % 2
-        return self.charge, self.multiplicity or 1 + odd
+        """Charge and multiplicity, the lowest possible one where none is said; what a model does not see.
+
+        Charges that are no whole numbers, as sums of charges that a model gives to atoms, differ from frame
+        to frame and tell no states apart: all are one, 0.5.
+        """
+        charge = float(self.charge)
+        odd = round(int(np.sum(self.atomic_numbers, dtype=np.int64)) - charge) % 2
+        if not charge.is_integer():
+            charge, odd = 0.5, 0
+        return charge, self.multiplicity or 1 + odd
 
 
 @dataclass(frozen=True)

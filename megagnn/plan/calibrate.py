@@ -6,6 +6,7 @@ much to move for each product, and a wide one tell apart. Times are the shortest
 other work all rates come out too low.
 """
 
+import json
 import os
 import tempfile
 import time
@@ -176,16 +177,16 @@ def to_toml(
     device_name: str,
     host_memory_gb: float,
 ) -> str:
-    """A cluster file; memory and the host's memory are of one device."""
+    """Text of a cluster file; memory and the host's memory are of one device."""
     peak = {dtype: rate / 1e12 for dtype, rate in rates.products.items()}
     copied = rates.copy / 1e9
     links = "an assumption" if kind == "gpu" else "measured between two ranks over gloo"
     return f"""# {name}, by `megagnn plan --calibrate`: measured, but where it is said.
-name = "{name}"
+name = {json.dumps(name)}
 num_nodes = 1              # what is beyond this machine is not known
 
 [device]
-name = "{device_name}"
+name = {json.dumps(device_name)}
 kind = "{kind}"
 memory_gb = {memory_gb:.4g}
 usable = {0.92 if kind == "gpu" else 0.85}              # an assumption
@@ -218,7 +219,12 @@ links = 1.0
 
 
 def calibrate(path: Path) -> str:
-    """Measures this machine and writes its cluster file; returns what it holds."""
+    """Measures this machine and writes its cluster file; returns what it holds.
+
+    Raises ValueError where there is such a file.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already; remove it, or give another name to --calibrate")
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     devices = torch.cuda.device_count() if gpu else os.cpu_count() or 1

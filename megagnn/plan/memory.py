@@ -226,7 +226,13 @@ def _tensor_messages(layout: Layout, numbers: Sequence[int], how: How) -> float:
 
 def _update(layout: Layout, pp_rank: int, units: Sequence[UnitBytes]) -> dict[str, float]:
     found: dict[str, float] = {}
-    copies = MATRIX_COPIES[layout.config.optim.rule]
+    rule = layout.config.optim.rule
+    if rule not in MATRIX_COPIES:
+        raise ValueError(
+            f"plans know what an update takes by {', '.join(MATRIX_COPIES)}, got optim.rule = {rule!r}; add "
+            "its copies of a batch of matrices to MATRIX_COPIES in megagnn/plan/memory.py"
+        )
+    copies = MATRIX_COPIES[rule]
     if copies:
         shards = layout.dp if layout.stage > 0 else 1
         matrices = [[s.numel for s in u if s.is_matrix] for _, u in layout.units(pp_rank)]

@@ -69,7 +69,7 @@ def time_lines(plan: Plan, cluster: Cluster) -> list[str]:
     """What a step takes, and what is computed and sent for it."""
     t, layout = plan.times, plan.layout
     parts = {
-        "products": t.compute,
+        "layers": t.compute,
         "tensor-parallel messages": t.tensor,
         "waiting for stages": t.bubble,
         "data-parallel messages": t.data,
@@ -159,7 +159,7 @@ def to_json(plan: Plan, cluster: Cluster) -> dict[str, Any]:
         "fault": fault(layout, plan.peak, cluster)[0],
         "seconds": {
             "step": t.step,
-            "products": t.compute,
+            "layers": t.compute,
             "tensor": t.tensor,
             "bubble": t.bubble,
             "data": t.data,

@@ -219,17 +219,20 @@ def _report(arguments: argparse.Namespace, result: Evaluation, dataset: Structur
     if num_left_out:
         print(f"\nleft out: {num_left_out:,} structures with elements that the model does not know")
     if arguments.json is not None:
-        _write_json(arguments.json, arguments, result, num_left_out)
+        _write_json(arguments.json, arguments, result, dataset)
 
 
-def _write_json(path: Path, arguments: argparse.Namespace, result: Evaluation, num_left_out: int) -> None:
+def _write_json(
+    path: Path, arguments: argparse.Namespace, result: Evaluation, dataset: StructureDataset
+) -> None:
     content = {
         "checkpoint": str(arguments.checkpoint),
         "data": [str(data) for data in arguments.data],
         "split": arguments.split,
         "sources": result.per_source,
         **result.per_group,
-        "num_left_out": num_left_out,
+        "num_left_out": dataset.num_left_out,
+        "num_oversized": dataset.num_oversized,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

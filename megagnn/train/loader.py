@@ -211,7 +211,7 @@ class BatchLoader:
         """End the processes that read data; they begin anew where batches are asked for again."""
         self._turn += 1
         atexit.unregister(self.close)
-        loader, self._loader = self._loader, None
+        loader, self._loader, self._slots = self._loader, None, None
         if loader is not None and loader._iterator is not None:
             # its own end is when nobody holds it, as a traceback may
             loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
@@ -234,20 +234,22 @@ class BatchLoader:
     def _tried(self, plan: Iterator[Batch]) -> Iterator[dict[str, Tensor]]:
         """Batches made here, until it is known how many processes are worth while."""
         busy = 1 if self._on_gpu else torch.get_num_threads()
-        spare, making, using, begun = self.context.cores - busy, 0.0, 0.0, time.monotonic()
+        spare, size, begun = self.context.cores - busy, self.sampler.per_step, time.monotonic()
         if spare < 1:
             self.num_workers = 0
             return
+        making, using = list[float](), list[float]()
         for batch in plan:
             start = time.monotonic()
             made = self._make(batch)
             ready = time.monotonic()
             yield made
             now = time.monotonic()
-            if ready - begun > 0.1 * workers.TRIAL_SECONDS:  # the first are slower
-                making, using = making + ready - start, using + now - ready
-            if now - begun > workers.TRIAL_SECONDS:
-                self.num_workers = workers.processes_needed(making, using, spare)
+            making.append(ready - start)
+            using.append(now - ready)
+            if now - begun > workers.TRIAL_SECONDS and len(making) >= 2 * size:
+                made_in, used_in = (workers.of_a_step(seconds, size) for seconds in (making, using))
+                self.num_workers = workers.processes_needed(made_in, used_in, spare)
                 return
 
     def _by_processes(self, plan: Iterator[Batch], num: int) -> Iterator[dict[str, Tensor]]:

@@ -8,8 +8,9 @@ takes a second or two of imports (docs/loading.md), once a run: they live until 
 import math
 import os
 import signal
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -53,12 +54,23 @@ def deaths_explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        # an error that a process met is told as one "in DataLoader worker process 0"
+        if not str(error).startswith("DataLoader worker (pid"):
             raise
         raise ReaderLostError(
             f"a process that reads data (data.num_workers) died: killed, or out of memory? ({error}) The "
             "same command with --resume continues; fewer processes, or smaller batches, take less memory"
         ) from error
+
+
+def of_a_step(seconds: Sequence[float], batches: int) -> float:
+    """Median over the steps of what each of their batches took, in seconds.
+
+    Of the first tenth, one at least, nothing is taken, for it is slower; a validation or a checkpoint makes
+    one step long, and moves no median.
+    """
+    steps = [sum(seconds[k : k + batches]) for k in range(0, len(seconds) - batches + 1, batches)]
+    return statistics.median(steps[max(1, len(steps) // 10) :])
 
 
 def processes_needed(making: float, using: float, spare_cores: int) -> int:

@@ -115,3 +115,11 @@ def test_several_states_of_one_composition_are_told():
     assert "1 of 1 compositions" in fault.text
     assert "such as H2O with charge 0, multiplicity 1 and charge 1, multiplicity 2" in fault.text
     assert faults(0.0) == []
+
+
+def test_charges_of_parts_of_an_electron_are_one_state():
+    """As sums of a model's charges of atoms, other in each frame: energies go with forces all the same."""
+    first = water(0, charge=-0.508)
+    second = replace(first, charge=-0.457, positions=first.positions + 0.01, energy=first.energy + 0.1)
+    assert pair_of(first, second) is not None
+    assert pair_of(first, replace(second, charge=-1.0)) is None

@@ -1,5 +1,6 @@
 """Neighbour lists beside a store."""
 
+import errno
 import os
 import pickle
 from pathlib import Path
@@ -112,3 +113,39 @@ def test_foreign_files_are_refused(store: Path) -> None:
     with pytest.raises(ValueError, match="is no index of neighbour lists; remove it"):
         EdgeCache(index, data, "<u2")
     assert os.path.exists(data)
+
+
+def test_a_full_disk_is_no_end(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is left, and lists are searched."""
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(edge_cache, "_take_room", full)
+    dataset = StructureDataset([store], "all", 4.0)
+    before = set(store.iterdir())
+    dataset.cache_edges(1.0, make=True)
+    assert dataset.without_cache() == [store]
+    assert set(store.iterdir()) == before
+    assert graphs(dataset) == graphs(StructureDataset([store], "all", 4.0))
+
+
+def test_room_is_taken_at_once(store: Path) -> None:
+    StructureDataset([store], "all", 4.0).cache_edges(1.0, make=True)
+    [data] = [f for f in store.glob("edges-*") if "index" not in f.name]
+    assert 512 * data.stat().st_blocks >= data.stat().st_size
+
+
+def test_lists_of_another_user_are_read(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = StructureDataset([store], "all", 4.0)
+    first.cache_edges(1.0, make=True)
+    some = [first[k]["edge_index"] for k in range(6)]
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    other = StructureDataset([store], "all", 4.0)
+    other.cache_edges(1.0, make=False)
+    assert other.without_cache() == []
+    assert graphs(other) == graphs(StructureDataset([store], "all", 4.0))
+    [cache] = other._caches
+    assert cache is not None
+    assert [cache.get(row) is not None for row in (5, 6)] == [True, False], "nothing is written"
+    assert np.array_equal(cache.get(0)[0], some[0])

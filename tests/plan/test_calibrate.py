@@ -48,10 +48,19 @@ def test_steps_have_the_operations_of_their_widths() -> None:
 def test_a_calibrated_machine_can_be_planned_with(tmp_path: Path) -> None:
     rates = Rates({"float64": 5e10, "float32": 1e11, "bfloat16": 2e10}, 2e10, 6e10, 1.5e10, 1e9, 2e9, 5e-5)
     path = tmp_path / "here.toml"
-    path.write_text(to_toml(rates, "here", 2, 12.0, "cpu", "a core", 24.0))
+    path.write_text(to_toml(rates, 'a "core" here', 2, 12.0, "cpu", "a core", 24.0))
     cluster = load_cluster(path)
     assert cluster.rate("float32") == pytest.approx(6e10)
     assert cluster.memory_rate == pytest.approx(1.5e10)
     assert cluster.link(2, 1, 2).gbps == pytest.approx(2)
     assert cluster.num_devices == 2
+    assert cluster.name == 'a "core" here'
     assert (cluster.device.memory_gb, cluster.node.host_memory_gb) == (12.0, 24.0)
+
+
+def test_a_file_that_is_there_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "here.toml"
+    path.write_text("# mine")
+    with pytest.raises(ValueError, match=r"here\.toml is there already; remove it, or give another name"):
+        calibrate.calibrate(path)
+    assert path.read_text() == "# mine"

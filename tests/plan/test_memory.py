@@ -13,7 +13,16 @@ from megagnn.optim.optimizer import make_optimizer, make_sharded_optimizer
 from megagnn.optim.zero.offload import num_bytes
 from megagnn.parallel.context import ParallelContext
 from megagnn.plan.layout import Layout, Sizes
-from megagnn.plan.memory import ACTIVATIONS, GRADIENTS, PARAMETERS, STATE, course, peak, worst_course
+from megagnn.plan.memory import (
+    ACTIVATIONS,
+    GRADIENTS,
+    MATRIX_COPIES,
+    PARAMETERS,
+    STATE,
+    course,
+    peak,
+    worst_course,
+)
 from tests.plan.layouts import layout_of
 from tools.bench.memory.step import peak_of_events
 from tools.bench.work import edge as edge_workload
@@ -117,3 +126,9 @@ def test_stage_three_has_two_units_whole() -> None:
     whole = forward.num_bytes[PARAMETERS] - resting.num_bytes[PARAMETERS]
     assert whole == pytest.approx(2 * 4 * unit, rel=0.02)
     assert torch.float32.itemsize == 4
+
+
+def test_an_update_that_plans_do_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(MATRIX_COPIES, "adamw")
+    with pytest.raises(ValueError, match=r"by muon, soap, got optim\.rule = 'adamw'; add its copies"):
+        course(layout_of(optim={"rule": "adamw"}))

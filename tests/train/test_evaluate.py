@@ -13,6 +13,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from megagnn.calculator import MegaGNNCalculator
 from megagnn.checkpoint.single_file import load_checkpoint
 from megagnn.cli import main
+from megagnn.data.dataset import StructureDataset
 from megagnn.data.record import Structure
 from megagnn.data.store import write_store
 from tests import runs
@@ -223,6 +224,17 @@ def test_all_splits_at_once(checkpoint: Path, store: Path, tmp_path: Path) -> No
         key = "energy_mae_mev_per_atom"
         total = sum(part[source]["num_test"] * part[source][key] for part in parts)
         assert total == pytest.approx(36 * metrics[key], rel=1e-6)
+
+
+def test_oversized_structures_that_are_left_out_are_counted(store: Path, tmp_path: Path) -> None:
+    """A quarter of each split is larger than the budget."""
+    small = ("--data.max_atoms", "5", "--data.oversized", "skip")
+    assert runs.train(store, tmp_path / "run", "--train.num_steps", "6", *small) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.safetensors"
+    found = everything(checkpoint, store, tmp_path / "m.json")
+    num_test = sum(metrics["num_test"] for metrics in found["sources"].values())
+    whole = len(StructureDataset([store], "test", 4.0))
+    assert found["num_oversized"] == whole - num_test > 0
 
 
 def test_other_data_than_those_of_a_run_on_a_subset(store: Path, tmp_path: Path) -> None:

@@ -128,8 +128,19 @@ def test_a_process_that_dies_is_told(
 def test_other_errors_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="something else"), workers.deaths_explained():
         raise RuntimeError("something else")
-    with pytest.raises(ReaderLostError), workers.deaths_explained():
-        raise RuntimeError("DataLoader worker (pid 3) is killed by signal: Killed.")
+    met = "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ..."
+    with pytest.raises(RuntimeError, match="Caught"), workers.deaths_explained():
+        raise RuntimeError(met)
+    for death in ("(pid 3) is killed by signal: Killed.", "(pid(s) 3) exited unexpectedly"):
+        with pytest.raises(ReaderLostError), workers.deaths_explained():
+            raise RuntimeError(f"DataLoader worker {death}")
+
+
+def test_what_a_step_takes() -> None:
+    """Two batches to a step; the first step is slow, and a validation lies in the fourth."""
+    seconds = [9.0, 9.0, 0.0, 1.0, 0.1, 1.0, 0.0, 50.0, 0.0, 1.0, 0.3]
+    assert workers.of_a_step(seconds, 2) == pytest.approx(1.05)
+    assert workers.of_a_step([30.0, 2.0], 1) == 2.0
 
 
 def test_how_many_processes_are_worth_while() -> None:

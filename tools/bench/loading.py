@@ -2,6 +2,7 @@
 
     python -m tools.bench.loading make                # edges per second and core, and on the way
     python -m tools.bench.loading train --rounds 8    # needs a core for the process that reads
+    python -m tools.bench.loading begin               # what a process that reads takes
 
 `make` measures processor time: neighbours searched and read from kept lists, the batch put together, packed
 into one piece and unpacked, as it is and narrow. `train` measures wall time: rounds of steps on batches that
@@ -16,6 +17,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -159,23 +161,45 @@ def train(config: RunConfig, rounds: int, num_steps: int) -> dict[str, Any]:
     }
 
 
+def begin(config: RunConfig) -> dict[str, Any]:
+    """Processor time and memory of a process that reads, when its first batch has come."""
+    context = ParallelContext(device=torch.device("cpu"))
+    data = dataclasses.replace(config.data, num_workers=1)
+    dataset = open_split(data, config.model, "train", context)
+    loader = BatchLoader(dataset, dataclasses.replace(config, data=data), context, shuffle=True)
+    start = time.perf_counter()
+    batches = loader.batches()
+    next(batches)
+    assert loader._loader is not None
+    iterator: Any = loader._loader._iterator
+    process = Path("/proc") / str(iterator._workers[0].pid)
+    ticks = process.joinpath("stat").read_text().rpartition(")")[2].split()[11:13]
+    status = dict(line.split(":", 1) for line in process.joinpath("status").read_text().splitlines())
+    loader.close()
+    return {
+        "seconds": round(time.perf_counter() - start, 2),
+        "processor_seconds": sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"),
+        **{name: status[name].strip() for name in ("VmRSS", "RssAnon")},
+    }
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("make", "train"))
+    parser.add_argument("what", choices=("make", "train", "begin"))
     parser.add_argument("--config", type=Path, default=ROOT / "examples/configs/quickstart.toml")
     parser.add_argument("--steps", type=int, default=40, help="of a round; batches of `make`")
     parser.add_argument("--rounds", type=int, default=6)
     args, overrides = parser.parse_known_args()
     config = load_config(args.config, overrides)
-    found = (
-        make(config, args.steps, args.rounds)
-        if args.what == "make"
-        else [train(config, args.rounds, args.steps)]
-    )
-    for line in found:
+    works: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "make": lambda: make(config, args.steps, args.rounds),
+        "train": lambda: [train(config, args.rounds, args.steps)],
+        "begin": lambda: [begin(config)],
+    }
+    for line in works[args.what]():
         print(json.dumps(line))
 
 
