@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From a clone to a trained, tested model: sets up the environment, unpacks the embedded data, trains on two ranks,
-# or on as many as there are GPUs, evaluates on held-out molecules and slabs. Run it again to train again. Arguments are configuration overrides:
+# From a clone to a trained, tested model: sets up the environment, unpacks the embedded data, trains on two ranks, or
+# on as many as there are GPUs, evaluates on held-out molecules and slabs. Run it again to train again. Arguments are
+# configuration overrides:
 #   bash examples/quickstart.sh --model.width 96 --train.num_steps 4000
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
